@@ -1,0 +1,191 @@
+"""What an engine is: the protocol, the values that cross it, and its errors.
+
+Names are vLLM's. An engine turns a `GenerationRequest` into a `Prepared` (the exact prompt, counted) and a
+`Prepared` into a stream of `Delta`s. It knows no keys, tenants, sessions or HTTP. Every failure leaves as an
+`EngineError`; the tree:
+
+    EngineError
+    +- InvalidRequest       the caller's fault: it will fail again as it is
+    +- EngineOverloaded     no room now; worth trying again later
+    +- EngineUnavailable    starting, restarting, dead or closed
+       +- EngineDied        ... and it died under a running generation
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """One generation: messages plus sampling parameters, under vLLM's names.
+
+    `None` means "not given": the engine falls back to the checkpoint's generation config, then to OpenAI's default.
+    `request_id` is made by the server, unique per generation; clients never choose it.
+    """
+
+    request_id: str
+    messages: list[dict[str, Any]]
+    stream: bool = False
+    """Deltas as they come (True) or one delta per choice at the end (False), which costs the front end less."""
+    max_tokens: int | None = None
+    """A hard request: refused when it does not fit the context behind the prompt."""
+    default_max_tokens: int | None = None
+    """Used when `max_tokens` is None, and cut to what the context leaves."""
+    n: int = 1
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: list[str] = field(default_factory=list)
+    stop_token_ids: list[int] = field(default_factory=list)
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    logprobs: bool = False
+    top_logprobs: int = 0
+    logit_bias: dict[str, float] | None = None
+    response_format: dict[str, Any] | None = None
+
+
+@dataclass(slots=True)
+class Usage:
+    """Tokens of one generation, kept up to date by the engine while it runs, and exact after an abort.
+
+    `prompt_tokens` stays 0 until the engine has processed the prompt: a request that left the queue before that
+    cost nothing, which is also how vLLM's own counters see it.
+    """
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    """Part of `prompt_tokens` that the prefix cache served."""
+
+    def add(self, other: Usage) -> None:
+        """Add `other` to this sum."""
+        self.prompt_tokens += other.prompt_tokens
+        self.completion_tokens += other.completion_tokens
+        self.cached_tokens += other.cached_tokens
+
+
+@dataclass(slots=True, kw_only=True)
+class Prepared:
+    """A request that can run: template applied, tokens counted, parameters checked.
+
+    `payload` is the engine's own business.
+    """
+
+    request_id: str
+    prompt_tokens: int
+    max_tokens: int
+    """Most tokens that one choice may generate."""
+    n: int = 1
+    usage: Usage = field(default_factory=Usage)
+    payload: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One token's text, its UTF-8 bytes, its natural-log probability, and the best alternatives (same shape)."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(slots=True)
+class Delta:
+    """What one choice gained since its last delta. The last one of a choice carries `finish_reason`."""
+
+    text: str
+    index: int = 0
+    finish_reason: FinishReason | None = None
+    logprobs: list[TokenLogprob] | None = None
+
+
+class EngineError(Exception):
+    """Base of everything an engine raises. The message is safe to show to a client."""
+
+
+class InvalidRequest(EngineError):
+    """The request can't be served as it is. `param` names the field, `code` is OpenAI's error code if it has one."""
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class EngineOverloaded(EngineError):
+    """No room in the engine's queue."""
+
+
+class EngineUnavailable(EngineError):
+    """The engine can't take requests now."""
+
+
+class EngineDied(EngineUnavailable):
+    """The engine failed under a running generation."""
+
+
+class Engine(Protocol):
+    """A source of tokens. One instance serves many concurrent generations on one event loop."""
+
+    @property
+    def max_model_len(self) -> int:
+        """Context length in tokens: prompt plus completion."""
+
+    async def start(self) -> None:
+        """Load what it needs. Raises EngineError when it can't; call once, before anything else."""
+
+    async def prepare(self, request: GenerationRequest) -> Prepared:
+        """Apply the chat template and count the prompt. Raises InvalidRequest, EngineUnavailable."""
+
+    def generate(self, prepared: Prepared) -> AsyncGenerator[Delta, None]:
+        """Yield deltas until every choice has finished.
+
+        Closing or cancelling the generator aborts the request in the engine; afterwards `prepared.usage` holds what
+        was really spent. Raises InvalidRequest, EngineOverloaded or EngineUnavailable at the first step,
+        EngineDied at any.
+        """
+
+    async def check_health(self) -> None:
+        """Ask the engine itself, not a flag. Raises EngineUnavailable; may hang if the engine does."""
+
+    async def close(self) -> None:
+        """Stop and free everything. Running generations raise EngineDied. Idempotent."""
+
+
+def resolve_max_tokens(request: GenerationRequest, prompt_tokens: int, max_model_len: int) -> int:
+    """Return how many tokens a choice may generate behind a prompt of `prompt_tokens`.
+
+    Raises InvalidRequest when the prompt leaves no room, or not the room that the request asks for. vLLM's own
+    server cuts an explicit `max_tokens` silently; OpenAI refuses it, and so do we, because a caller who names a
+    number counts on it.
+    """
+    room = max_model_len - prompt_tokens
+    if room < 1:
+        raise InvalidRequest(
+            f"This model's maximum context length is {max_model_len} tokens, but the messages are {prompt_tokens} "
+            "tokens long. Shorten the messages.",
+            param="messages",
+            code="context_length_exceeded",
+        )
+    if request.max_tokens is None:
+        return min(room, request.default_max_tokens or room)
+    if request.max_tokens > room:
+        raise InvalidRequest(
+            f"This model's maximum context length is {max_model_len} tokens. The messages take {prompt_tokens} of "
+            f"them, so max_tokens can be at most {room}, not {request.max_tokens}.",
+            param="max_tokens",
+            code="context_length_exceeded",
+        )
+    return request.max_tokens

@@ -1,0 +1,173 @@
+"""An engine that is watched, and built anew when it dies or hangs.
+
+`SupervisedEngine` is an `Engine` around a factory of engines. It asks the current one for its health every second;
+no answer within `engine_stall_s` counts as dead, which is how a frozen core is found. A dead engine is closed, which
+ends its running generations with EngineDied, and a new one is built in the same process. More than
+`max_engine_restarts` within `restart_window_s`, or a first start that fails, is final: `failed` is set, and whoever
+owns the process should end it so that a supervisor outside takes over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from typing import Literal
+
+from engine.base import (
+    Delta,
+    Engine,
+    EngineDied,
+    EngineError,
+    EngineUnavailable,
+    GenerationRequest,
+    Prepared,
+)
+
+log = logging.getLogger(__name__)
+
+State = Literal["starting", "ready", "restarting", "failed", "closed"]
+
+_SENTENCES: dict[State, str] = {
+    "starting": "The engine is still starting. Try again shortly.",
+    "restarting": "The engine is restarting after a failure. Try again shortly.",
+    "failed": "The engine has failed.",
+    "closed": "The engine has been shut down.",
+}
+
+
+class SupervisedEngine:
+    """See the module. `name` is the engine's name in the configuration, for logs and readiness."""
+
+    def __init__(
+        self,
+        name: str,
+        build: Callable[[], Engine],
+        *,
+        engine_stall_s: float = 20.0,
+        max_engine_restarts: int = 3,
+        restart_window_s: float = 600.0,
+        check_every_s: float = 1.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.name = name
+        self.state: State = "starting"
+        self.ready = asyncio.Event()
+        """Set while `state` is "ready"."""
+        self.failed = asyncio.Event()
+        self.failure: EngineError | None = None
+        """Why `failed` is set."""
+        self._build = build
+        self._engine = build()
+        self._engine_stall_s = engine_stall_s
+        self._max_engine_restarts = max_engine_restarts
+        self._restart_window_s = restart_window_s
+        self._check_every_s = check_every_s
+        self._clock = clock
+        self._restarts: deque[float] = deque()
+        self._died = asyncio.Event()
+        self._watch: asyncio.Task[None] | None = None
+
+    @property
+    def max_model_len(self) -> int:
+        return self._ready().max_model_len
+
+    @property
+    def current(self) -> Engine:
+        """The engine behind this one now; a restart replaces it."""
+        return self._engine
+
+    def _ready(self) -> Engine:
+        if self.state != "ready":
+            raise EngineUnavailable(_SENTENCES[self.state])
+        return self._engine
+
+    async def start(self) -> None:
+        """Start the engine and its watch. A failure here sets `failed` and is raised."""
+        try:
+            await self._engine.start()
+        except EngineError as error:
+            self._give_up(error)
+            raise
+        self._become("ready")
+        self._watch = asyncio.create_task(self._watch_health(), name=f"watch engine {self.name}")
+
+    async def prepare(self, request: GenerationRequest) -> Prepared:
+        return await self._ready().prepare(request)
+
+    async def generate(self, prepared: Prepared) -> AsyncGenerator[Delta, None]:
+        try:
+            async with contextlib.aclosing(self._ready().generate(prepared)) as deltas:
+                async for delta in deltas:
+                    yield delta
+        except EngineDied:
+            self._died.set()
+            raise
+
+    async def check_health(self) -> None:
+        await self._ready().check_health()
+
+    async def close(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watch
+        self._become("closed")
+        await self._engine.close()
+
+    def _become(self, state: State) -> None:
+        self.state = state
+        if state == "ready":
+            self.ready.set()
+        else:
+            self.ready.clear()
+
+    def _give_up(self, error: EngineError) -> None:
+        self._become("failed")
+        self.failure = error
+        self.failed.set()
+
+    async def _watch_health(self) -> None:
+        while self.state != "failed":
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._check_every_s):
+                    await self._died.wait()
+            self._died.clear()
+            try:
+                async with asyncio.timeout(self._engine_stall_s):
+                    await self._engine.check_health()
+            except TimeoutError:
+                log.error("engine %s has not answered for %g s", self.name, self._engine_stall_s)
+            except EngineError as error:
+                log.error("engine %s is dead: %s", self.name, error)
+            else:
+                continue
+            await self._restart()
+
+    async def _restart(self) -> None:
+        """Close the engine and build another, as often as the budget allows."""
+        self._become("restarting")
+        while True:
+            await self._engine.close()
+            now = self._clock()
+            while self._restarts and now - self._restarts[0] > self._restart_window_s:
+                self._restarts.popleft()
+            if len(self._restarts) >= self._max_engine_restarts:
+                message = f"Engine {self.name} failed {len(self._restarts) + 1} times in {self._restart_window_s:g} s."
+                self._give_up(EngineUnavailable(message))
+                return
+            self._restarts.append(now)
+            log.warning("restarting engine %s, attempt %d", self.name, len(self._restarts))
+            try:
+                self._engine = self._build()
+                await self._engine.start()
+            except EngineError as error:
+                log.error("engine %s could not restart: %s", self.name, error)
+                continue
+            self._died.clear()
+            self._become("ready")
+            log.warning("engine %s is ready again after %.1f s", self.name, self._clock() - now)
+            return

@@ -1,0 +1,1 @@
+"""The front doors: one module per wire protocol, each a thin parse on the way to a workflow."""

@@ -1,0 +1,43 @@
+"""What routes ask for: the app's services, and the caller's Principal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from engine.supervisor import SupervisedEngine
+from gateway.auth import Keyring, Principal
+from gateway.catalog import Catalog
+from gateway.config import Config
+from gateway.drain import Drain
+from gateway.events import Clock
+from gateway.metrics import Metrics
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """Everything a route may need, wired once by `create_app`."""
+
+    config: Config
+    engines: Mapping[str, SupervisedEngine]
+    catalog: Catalog
+    keyring: Keyring
+    metrics: Metrics
+    drain: Drain
+    clock: Clock
+
+
+async def services(request: Request) -> Services:
+    """Return the app's services. A coroutine, because FastAPI sends plain functions through a thread pool."""
+    services: Services = request.app.state.services
+    return services
+
+
+async def authenticate(request: Request, services: Annotated[Services, Depends(services)]) -> Principal:
+    """Return the caller, and note the key's id for the access log. Raises InvalidApiKey."""
+    principal = services.keyring.authenticate(request)
+    request.state.key_id = principal.key_id
+    return principal

@@ -1,0 +1,27 @@
+"""GET /v1/models and GET /v1/models/{model}: OpenAI's model list, as far as the caller's key may see it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends
+
+from gateway.api.dependencies import Services, authenticate, services
+from gateway.auth import Principal
+
+router = APIRouter()
+
+Caller = Annotated[Principal, Depends(authenticate)]
+AppServices = Annotated[Services, Depends(services)]
+
+
+@router.get("/v1/models")
+async def list_models(principal: Caller, services: AppServices) -> dict[str, Any]:
+    """List the models that this key may use."""
+    return {"object": "list", "data": [model.describe() for model in services.catalog.visible_to(principal)]}
+
+
+@router.get("/v1/models/{model:path}")
+async def get_model(model: str, principal: Caller, services: AppServices) -> dict[str, Any]:
+    """Describe one model."""
+    return services.catalog.resolve(model, principal).describe()

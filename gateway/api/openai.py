@@ -1,0 +1,68 @@
+"""POST /v1/chat/completions: OpenAI's protocol on the one data path."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request
+from starlette.responses import Response
+
+from gateway.api.dependencies import Services, authenticate, services
+from gateway.api.schema import ChatCompletionRequest, parse_chat_request
+from gateway.auth import Principal
+from gateway.errors import RequestTimeout
+from gateway.meter import Meter
+from gateway.sse import ChatFrames, GenerationResponse, collect_chat, stream_chat
+from gateway.workflows.chat import chat
+
+router = APIRouter()
+
+_BODY = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/ChatCompletionRequest"}}}}
+_STREAM_QUERY = {"name": "stream", "in": "query", "schema": {"type": "boolean"}}
+
+
+@router.post(
+    "/v1/chat/completions",
+    response_class=Response,
+    openapi_extra={"requestBody": {"required": True, **_BODY}, "parameters": [_STREAM_QUERY]},
+)
+async def create_chat_completion(
+    request: Request,
+    principal: Annotated[Principal, Depends(authenticate)],
+    services: Annotated[Services, Depends(services)],
+) -> Response:
+    """Create a chat completion, streamed or whole."""
+    services.drain.admit()
+    body = await _read_chat_request(request, services.config.server.body_timeout_s)
+    model = services.catalog.resolve(body.model, principal)
+    meter = Meter(principal, model, services.metrics)
+    completion_id = f"chatcmpl-{uuid.uuid4().hex}"
+    generation = body.for_engine(completion_id, model.settings.defaults)
+    events = chat(generation, meter, services.clock)
+    created = int(services.clock())
+    with_events = request.headers.get("x-shannon-events", "").lower() != "off"
+    if body.stream:
+        frames = ChatFrames(
+            completion_id, created, model.id, meter.usage, include_usage=body.include_usage, events=with_events
+        )
+        chunks = stream_chat(events, frames)
+    else:
+        chunks = collect_chat(events, completion_id, created, model.id, meter.usage, with_events=with_events)
+    return GenerationResponse(
+        chunks,
+        stream=bool(body.stream),
+        drain=services.drain,
+        metrics=services.metrics,
+        keepalive_s=services.config.server.keepalive_s,
+    )
+
+
+async def _read_chat_request(request: Request, timeout_s: float) -> ChatCompletionRequest:
+    try:
+        async with asyncio.timeout(timeout_s):
+            body = await request.body()
+    except TimeoutError:
+        raise RequestTimeout(f"The request body did not arrive within {timeout_s:g} seconds.") from None
+    return parse_chat_request(body, request.query_params.get("stream"))

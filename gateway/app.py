@@ -1,0 +1,207 @@
+"""The one place that wires things together: settings in, ASGI application out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+
+from engine.base import Engine, EngineError
+from engine.supervisor import SupervisedEngine
+from gateway import __version__
+from gateway.api import health, models, openai
+from gateway.api.dependencies import Services
+from gateway.api.schema import ChatCompletionRequest
+from gateway.auth import Keyring
+from gateway.catalog import Catalog
+from gateway.config import Config, ConfigError, EngineSettings
+from gateway.drain import Drain
+from gateway.errors import BadRequest, GatewayError, MethodNotAllowed, NotFound
+from gateway.events import Clock
+from gateway.metrics import Metrics
+from gateway.middleware import RequestMiddleware, error_response
+
+EXPOSED_HEADERS = [
+    "X-Session-ID",
+    "X-Request-ID",
+    "Retry-After",
+    *(f"X-RateLimit-{kind}-{of}" for kind in ("Limit", "Remaining", "Reset") for of in ("Requests", "Tokens")),
+]
+
+
+def create_app(
+    config: Config,
+    engines: Mapping[str, SupervisedEngine],
+    keyring: Keyring,
+    clock: Clock = time.time,
+) -> FastAPI:
+    """Return the application. Its lifespan starts the engines in the background and closes them at the end."""
+    app = FastAPI(
+        title="Shannon Gateway",
+        version=__version__,
+        lifespan=_lifespan,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+    )
+    metrics = Metrics()
+    app.state.services = Services(
+        config=config,
+        engines=engines,
+        catalog=Catalog(config, engines),
+        keyring=keyring,
+        metrics=metrics,
+        drain=Drain(),
+        clock=clock,
+    )
+    for router in (openai.router, models.router, health.router):
+        app.include_router(router)
+    app.user_middleware = _middleware(config, metrics)
+    app.add_exception_handler(GatewayError, _on_gateway_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.openapi = _openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend the document
+    return app
+
+
+def build_engines(config: Config) -> dict[str, SupervisedEngine]:
+    """Return the configured engines, unstarted. Raises ConfigError that names the engine."""
+    engines = {}
+    for name, settings in config.engines.items():
+        try:
+            engines[name] = SupervisedEngine(
+                name,
+                _factory(settings),
+                engine_stall_s=settings.engine_stall_s,
+                max_engine_restarts=settings.max_engine_restarts,
+                restart_window_s=settings.restart_window_s,
+            )
+        except (EngineError, TypeError) as error:
+            raise ConfigError(f"engines.{name}: {error}") from error
+    return engines
+
+
+def build_keyring(config: Config, environment: Mapping[str, str] = os.environ) -> Keyring:
+    """Return the keys that the configuration and SHANNON_BOOTSTRAP_KEY name. Raises ConfigError."""
+    keyring = Keyring()
+    wanted = [(key.key_env, key.name, key.tenant, key.models) for key in config.keys]
+    if environment.get("SHANNON_BOOTSTRAP_KEY"):
+        wanted.append(("SHANNON_BOOTSTRAP_KEY", "bootstrap", "default", None))
+    for variable, name, tenant, models_allowed in wanted:
+        allowed = None if models_allowed is None else frozenset(models_allowed)
+        try:
+            keyring.add(environment.get(variable, ""), name=name, tenant=tenant, models=allowed)
+        except ValueError as error:
+            raise ConfigError(f"{variable}: {error}") from error
+    return keyring
+
+
+def _factory(settings: EngineSettings) -> Callable[[], Engine]:
+    """Return what builds an engine of this kind. Only an embedded one imports vllm."""
+    if settings.kind == "mock":
+        from engine.mock import MockEngine
+
+        return lambda: MockEngine(**settings.args)
+    from engine.embedded import EmbeddedEngine
+
+    return lambda: EmbeddedEngine(settings.model, settings.args)
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Start all engines at once, without waiting: /health answers meanwhile, /ready tells when they are up."""
+    services: Services = app.state.services
+    # A failed start is kept in the engine's `failed`, which the owner of the process watches.
+    starts = [asyncio.create_task(_start(engine)) for engine in services.engines.values()]
+    try:
+        yield
+    finally:
+        for start in starts:
+            start.cancel()
+        await asyncio.gather(*starts, return_exceptions=True)
+        await asyncio.gather(*(engine.close() for engine in services.engines.values()))
+
+
+async def _start(engine: SupervisedEngine) -> None:
+    with contextlib.suppress(EngineError):
+        await engine.start()
+
+
+def _middleware(config: Config, metrics: Metrics) -> list[Middleware]:
+    """Return the middleware, outermost first."""
+    server = config.server
+    return [
+        Middleware(
+            RequestMiddleware,
+            metrics=metrics,
+            max_body_bytes=server.max_body_bytes,
+            allowed_hosts=server.allowed_hosts,
+        ),
+        Middleware(
+            CORSMiddleware,
+            allow_origins=server.cors_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],  # the SDKs send a dozen x-stainless-* headers
+            expose_headers=EXPOSED_HEADERS,
+        ),
+    ]
+
+
+async def _on_gateway_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, GatewayError)
+    return error_response(error)
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    """Put Starlette's own 404 and 405 into OpenAI's shape."""
+    assert isinstance(error, HTTPException)
+    where = f"{request.method} {request.url.path}"
+    if error.status_code == 405:
+        response = error_response(MethodNotAllowed(f"Not allowed to {where}. Check the HTTP method."))
+        response.headers.update(error.headers or {})  # Allow
+        return response
+    if error.status_code == 404:
+        return error_response(NotFound(f"Unknown request URL: {where}. Check the URL for typos."))
+    return error_response(BadRequest(str(error.detail)))
+
+
+async def _on_validation_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    param = str(first["loc"][-1])
+    return error_response(BadRequest(f"Invalid value for '{param}': {first['msg']}.", param))
+
+
+def _openapi(app: FastAPI) -> Callable[[], dict[str, Any]]:
+    """Return app.openapi, extended by what FastAPI can't see: the body that the chat route parses itself, and keys."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is not None:
+            return app.openapi_schema
+        document = generate()
+        template = "#/components/schemas/{model}"
+        schema = ChatCompletionRequest.model_json_schema(ref_template=template)
+        components = document.setdefault("components", {})
+        schemas = components.setdefault("schemas", {})
+        schemas.update(schema.pop("$defs", {}))
+        schemas["ChatCompletionRequest"] = schema
+        components["securitySchemes"] = {
+            "bearer": {"type": "http", "scheme": "bearer"},
+            "apiKey": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+        }
+        document["security"] = [{"bearer": []}, {"apiKey": []}]
+        return document
+
+    return openapi

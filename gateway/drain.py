@@ -1,0 +1,60 @@
+"""Shutting down without cutting anyone off: no new generations, running ones may finish, the rest are told.
+
+Knows which exchanges run; knows nothing of sockets or signals.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from gateway.errors import GatewayError, Unavailable
+
+
+class Interruptible(Protocol):
+    """A running exchange that can be ended with an error for its client."""
+
+    def interrupt(self, reason: GatewayError) -> None: ...
+
+
+class Drain:
+    """The exchanges of one app, and whether new ones may start."""
+
+    def __init__(self) -> None:
+        self.draining = False
+        self._running: set[Interruptible] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def admit(self) -> None:
+        """Raise Unavailable once draining has begun."""
+        if self.draining:
+            raise Unavailable("The server is shutting down. Try again; another replica may answer.", retry_after_s=1.0)
+
+    @contextmanager
+    def track(self, exchange: Interruptible) -> Iterator[None]:
+        """Count `exchange` as running inside the block."""
+        self._running.add(exchange)
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._running.discard(exchange)
+            if not self._running:
+                self._idle.set()
+
+    async def run(self, timeout_s: float) -> int:
+        """Stop admission, wait up to `timeout_s`, interrupt what still runs. Returns how many were interrupted."""
+        self.draining = True
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            rest = list(self._running)
+            for exchange in rest:
+                exchange.interrupt(Unavailable("The server shut down before the response was complete."))
+            await self._idle.wait()
+            return len(rest)
+        return 0

@@ -1,0 +1,169 @@
+"""One exception tree for everything a client may be told, and its rendering in OpenAI's shape.
+
+    GatewayError
+    +- BadRequest (400)
+    |  +- RequestTooLarge (413)
+    +- InvalidApiKey (401)
+    +- ModelNotAllowed (403)
+    +- NotFound (404)
+    |  +- ModelNotFound
+    +- MethodNotAllowed (405)
+    +- RequestTimeout (408)
+    +- RateLimitExceeded (429)
+    +- InternalError (500)
+    +- Unavailable (503)
+       +- Overloaded
+
+Status, type, code, whether to retry and how loudly to log are class attributes: one place for each fact. An
+`EngineError` becomes one of these in `from_engine`. Nothing here is ever built from a traceback.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any, ClassVar
+
+import orjson
+from pydantic import ValidationError
+
+from engine.base import EngineError, EngineOverloaded, EngineUnavailable, InvalidRequest
+
+
+class GatewayError(Exception):
+    """Base. `param` names the request field at fault, if one is."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: str = "internal_error"
+    should_retry: ClassVar[bool] = False
+    """Sent as x-should-retry, which the OpenAI SDKs obey before their own rules."""
+    log_level: ClassVar[int] = logging.INFO
+    retry_after_s: float | None = None
+    """When a retry is likely to succeed; sent as Retry-After (whole seconds, rounded up) and retry-after-ms."""
+
+    def __init__(
+        self,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.param = param
+        if code is not None:
+            self.code = code
+        if retry_after_s is not None:
+            self.retry_after_s = retry_after_s
+
+    def headers(self) -> dict[str, str]:
+        """Return the response headers that go with this error."""
+        headers = {"x-should-retry": "true" if self.should_retry else "false"}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        if self.retry_after_s is not None:
+            headers["Retry-After"] = str(max(1, math.ceil(self.retry_after_s)))
+            headers["retry-after-ms"] = str(max(1, math.ceil(self.retry_after_s * 1000)))
+        return headers
+
+    def body(self) -> bytes:
+        """Return OpenAI's error object as JSON."""
+        fields = {"message": str(self), "type": self.type, "param": self.param, "code": self.code}
+        return orjson.dumps({"error": fields})
+
+
+class BadRequest(GatewayError):
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_request"
+
+
+class RequestTooLarge(BadRequest):
+    status = 413
+    code = "request_too_large"
+
+
+class InvalidApiKey(GatewayError):
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+
+class ModelNotAllowed(GatewayError):
+    status = 403
+    type = "permission_error"
+    code = "model_not_allowed"
+
+
+class NotFound(GatewayError):
+    status = 404
+    type = "invalid_request_error"
+    code = "not_found"
+
+
+class ModelNotFound(NotFound):
+    code = "model_not_found"
+
+
+class MethodNotAllowed(GatewayError):
+    status = 405
+    type = "invalid_request_error"
+    code = "method_not_allowed"
+
+
+class RequestTimeout(GatewayError):
+    status = 408
+    type = "invalid_request_error"
+    code = "request_timeout"
+    should_retry = True
+
+
+class RateLimitExceeded(GatewayError):
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+    should_retry = True
+
+
+class InternalError(GatewayError):
+    log_level = logging.ERROR
+
+
+class Unavailable(GatewayError):
+    """The engine is starting, restarting, dead, or the server is draining."""
+
+    status = 503
+    code = "engine_unavailable"
+    should_retry = True
+    log_level = logging.WARNING
+    retry_after_s = 5.0
+
+
+class Overloaded(Unavailable):
+    """The server has no room; the key is not to blame."""
+
+    code = "server_overloaded"
+    retry_after_s = 1.0
+
+
+def from_engine(error: EngineError) -> GatewayError:
+    """Return the client's view of an engine error."""
+    if isinstance(error, InvalidRequest):
+        return BadRequest(str(error), error.param, error.code)
+    if isinstance(error, EngineOverloaded):
+        return Overloaded("The server is overloaded. Try again shortly.")
+    if isinstance(error, EngineUnavailable):
+        return Unavailable(str(error))
+    return InternalError("The server had an error while processing your request.")
+
+
+def from_validation(error: ValidationError) -> BadRequest:
+    """Return a 400 that names the first field at fault, in the path notation of OpenAI's errors: messages[0].role."""
+    first: Any = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    param = ""
+    for part in first["loc"]:
+        param += f"[{part}]" if isinstance(part, int) else f".{part}" if param else str(part)
+    message = str(first["msg"]).removeprefix("Value error, ")
+    if not param:
+        return BadRequest(message)
+    return BadRequest(f"Invalid value for '{param}': {message[0].lower()}{message[1:]}.".replace("..", "."), param)

@@ -1,0 +1,103 @@
+"""uvicorn, with our way of stopping: SIGTERM drains first, and a failed engine ends the process.
+
+uvicorn alone closes its listening socket at once on SIGTERM. Here it goes on listening while running requests
+finish, so that new ones get a 503 they can retry elsewhere instead of a refused connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Callable, Iterator
+
+import uvicorn
+from fastapi import FastAPI
+
+from gateway.api.dependencies import Services
+
+log = logging.getLogger(__name__)
+
+# After the drain has ended every exchange, only idle connections are left to close.
+_CLOSE_CONNECTIONS_S = 5
+
+
+class Server(uvicorn.Server):
+    """Serves one app until SIGTERM, SIGINT or the failure of an engine."""
+
+    def __init__(self, app: FastAPI, *, host: str, port: int, on_ready: Callable[[str], None]) -> None:
+        """`on_ready` is called with the base URL once every engine answers."""
+        self._services: Services = app.state.services
+        self._on_ready = on_ready
+        self.exit_code = 0
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=host,
+                port=port,
+                loop="uvloop",
+                http="httptools",
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_keep_alive=self._services.config.server.idle_connection_s,
+                timeout_graceful_shutdown=_CLOSE_CONNECTIONS_S,
+            )
+        )
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Take the signals ourselves; uvicorn's handlers would stop listening and raise the signal again at the end."""
+        loop = asyncio.get_running_loop()
+        signals = (signal.SIGTERM, signal.SIGINT)
+        for number in signals:
+            loop.add_signal_handler(number, self._on_signal)
+        tasks = [loop.create_task(self._exit_on_failure(name)) for name in self._services.engines]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            for number in signals:
+                loop.remove_signal_handler(number)
+
+    @property
+    def url(self) -> str:
+        """The base URL, with the port that was really taken."""
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def _on_signal(self) -> None:
+        if self._services.drain.draining:
+            log.warning("second signal: closing without waiting")
+            self.force_exit = self.should_exit = True
+            return
+        self._draining = asyncio.get_running_loop().create_task(self._drain())
+
+    async def _drain(self) -> None:
+        timeout_s = self._services.config.server.drain_timeout_s
+        log.info("draining for up to %g s", timeout_s)
+        interrupted = await self._services.drain.run(timeout_s)
+        log.info("drained, %d interrupted", interrupted)
+        self.should_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._announcement = asyncio.create_task(self._announce())
+
+    async def _announce(self) -> None:
+        for engine in self._services.engines.values():
+            await engine.ready.wait()
+        self._on_ready(self.url)
+
+    async def _exit_on_failure(self, name: str) -> None:
+        engine = self._services.engines[name]
+        await engine.failed.wait()
+        log.critical("engine %s has failed for good: %s", name, engine.failure)
+        self.exit_code = 1
+        self.should_exit = True
