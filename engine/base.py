@@ -143,6 +143,10 @@ class Engine(Protocol):
     def max_model_len(self) -> int:
         """Context length in tokens: prompt plus completion."""
 
+    @property
+    def unfinished_requests(self) -> int:
+        """Generations that the engine holds now, waiting or running."""
+
     async def start(self) -> None:
         """Load what it needs. Raises EngineError when it can't; call once, before anything else."""
 

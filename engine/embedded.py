@@ -42,6 +42,7 @@ from engine.demo import WEIGHTS as DEMO_WEIGHTS
 if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.output_processor import RequestOutputCollector
 
 # Set before vllm is imported; what the operator has set stays.
 _ENVIRONMENT = {
@@ -52,13 +53,17 @@ _ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 _CPU_ENVIRONMENT = {
+    "VLLM_LOGGING_LEVEL": "ERROR",  # its warnings here are about the very settings made below
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB, whole numbers only
     # One core is left to the front end: with every core in OpenMP the two of them fight for it.
     "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) - 1)),
+    # The sampler compiles its logprobs kernel at the first request that asks for them: a stall of 10 s for everyone.
+    "TORCH_COMPILE_DISABLE": "1",
 }
 # bfloat16 dies with SIGILL in the AMX attention kernel of some virtual machines; float32 always works.
 # Block size 32 lets short prompts hit the prefix cache, which the CPU default of 128 does not.
 _CPU_ARGS: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "block_size": 32}
+_SHUTDOWN_S = 1.0  # a healthy core leaves at once
 
 _FINISH_REASONS: dict[str | None, FinishReason | None] = {
     None: None,
@@ -76,9 +81,8 @@ def _runtime_dir() -> str:
     return path
 
 
-def _set_environment(on_cpu: bool, offline: bool) -> None:
-    wanted = _ENVIRONMENT | (_CPU_ENVIRONMENT if on_cpu else {}) | ({"HF_HUB_OFFLINE": "1"} if offline else {})
-    for name, value in wanted.items():
+def _set_environment(wanted: dict[str, str], offline: bool) -> None:
+    for name, value in (wanted | ({"HF_HUB_OFFLINE": "1"} if offline else {})).items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("VLLM_RPC_BASE_PATH", _runtime_dir())
 
@@ -92,6 +96,16 @@ def _is_cpu_build() -> bool:
     return False
 
 
+def build_defaults() -> tuple[dict[str, str], dict[str, Any]]:
+    """Return the environment and the engine arguments that this module sets for the installed vLLM build.
+
+    For running vLLM's own server under the same conditions.
+    """
+    if not _is_cpu_build():
+        return dict(_ENVIRONMENT), {}
+    return _ENVIRONMENT | _CPU_ENVIRONMENT, dict(_CPU_ARGS)
+
+
 class EmbeddedEngine:
     """An `Engine` over vLLM's AsyncLLM, built when started and free of any restart logic."""
 
@@ -102,12 +116,14 @@ class EmbeddedEngine:
         Raises InvalidRequest naming the field that vLLM does not know.
         """
         self._model = str(DEMO_WEIGHTS) if model == "demo" else model
-        on_cpu = _is_cpu_build()
-        _set_environment(on_cpu, offline=Path(self._model).is_dir())
-        self._args = (_CPU_ARGS if on_cpu else {}) | (args or {})
+        environment, default_args = build_defaults()
+        _set_environment(environment, offline=Path(self._model).is_dir())
+        # The name on vLLM's metrics; by default it is the path.
+        self._args = {"served_model_name": [model]} | default_args | (args or {})
         _refuse_unknown_args(self._args)
         self._llm: AsyncLLM | None = None
         self._processes: list[Any] = []
+        self._collectors: set[RequestOutputCollector] = set()
 
     @property
     def max_model_len(self) -> int:
@@ -115,7 +131,6 @@ class EmbeddedEngine:
 
     @property
     def unfinished_requests(self) -> int:
-        """How many generations vLLM holds, waiting or running."""
         return self._llm.get_num_unfinished_requests() if self._llm else 0
 
     def _running(self) -> AsyncLLM:
@@ -186,6 +201,7 @@ class EmbeddedEngine:
         try:
             with _invalid_request():
                 collector = await llm.add_request(prepared.request_id, engine_input, sampling_params)
+            self._collectors.add(collector)
             while not finished:
                 output: Any = collector.get_nowait() or await collector.get()  # a RequestOutput: we never pool
                 finished = output.finished
@@ -202,6 +218,8 @@ class EmbeddedEngine:
             finished = True
             raise EngineDied("The engine failed during generation.") from error
         finally:
+            if collector is not None:
+                self._collectors.discard(collector)
             if not finished and not llm.errored:
                 # By the id we chose, not the collector's: a cancellation inside add_request leaves no collector.
                 await llm.abort(prepared.request_id)
@@ -228,13 +246,15 @@ class EmbeddedEngine:
             raise EngineUnavailable("The engine does not answer.") from error
 
     async def close(self) -> None:
-        """Kill the core first: a stopped process does not act on SIGTERM, and vLLM would wait for it."""
+        """End the generations, ask the core to stop, and kill it if it does not: a frozen one acts on no SIGTERM."""
         llm, self._llm = self._llm, None
+        for collector in self._collectors:  # vLLM tells them of a core that died, not of one that was shut down
+            collector.put(EngineDied("The engine failed during generation."))
+        if llm is not None:
+            await asyncio.to_thread(llm.shutdown, _SHUTDOWN_S)
         for process in self._processes:
             process.kill()
         self._processes = []
-        if llm is not None:
-            await asyncio.to_thread(llm.shutdown)
 
 
 def _refuse_unknown_args(args: dict[str, Any]) -> None:
@@ -267,7 +287,10 @@ def _invalid_request() -> Any:
         yield
     except VLLMClientError as error:
         # args[0] is the plain sentence; str() appends the parameter, which we send in a field of its own.
-        raise InvalidRequest(str(error.args[0]), getattr(error, "parameter", None)) from error
+        parameter = getattr(error, "parameter", None)
+        if parameter in ("input_tokens", "input_text"):  # the rendered prompt, which clients send as messages
+            raise InvalidRequest(str(error.args[0]), "messages", "context_length_exceeded") from error
+        raise InvalidRequest(str(error.args[0]), parameter) from error
     except EngineDeadError as error:
         raise EngineUnavailable("The engine is not running.") from error
     except (ValueError, TypeError) as error:  # pydantic's ValidationError is a ValueError

@@ -76,6 +76,10 @@ class SupervisedEngine:
         return self._ready().max_model_len
 
     @property
+    def unfinished_requests(self) -> int:
+        return self._engine.unfinished_requests
+
+    @property
     def current(self) -> Engine:
         """The engine behind this one now; a restart replaces it."""
         return self._engine

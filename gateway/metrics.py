@@ -50,6 +50,12 @@ class Metrics:
             ["engine"],
             registry=self._registry,
         )
+        self.engine_unfinished = Gauge(
+            "shannon_engine_unfinished_requests",
+            "Generations that the engine holds now, waiting or running.",
+            ["engine"],
+            registry=self._registry,
+        )
 
     def request(self, route: str, status: int, duration_s: float) -> None:
         """Count a finished request."""

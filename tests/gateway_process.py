@@ -1,0 +1,116 @@
+"""The product as a user runs it: `shannon serve` as a child process, on a free port."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from gateway.auth import new_key
+
+ROOT = Path(__file__).resolve().parents[1]
+START_TIMEOUT_S = 180
+
+
+@dataclass
+class GatewayProcess:
+    """A running `shannon serve`."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+    key: str
+    log: Path
+
+    @property
+    def authorization(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.key}"}
+
+    def ready(self) -> bool:
+        """Ask /ready once."""
+        with contextlib.suppress(httpx.TransportError):
+            return httpx.get(f"{self.url}/ready", timeout=5).status_code == 200
+        return False
+
+    def wait_until_ready(self, timeout_s: float = START_TIMEOUT_S) -> float:
+        """Wait for /ready. Returns how long it took, in seconds. Raises RuntimeError with the log's end."""
+        started = time.monotonic()
+        while time.monotonic() - started < timeout_s:
+            if self.ready():
+                return time.monotonic() - started
+            if self.process.poll() is not None:
+                break
+            time.sleep(0.05)
+        raise RuntimeError(f"not ready (exit code {self.process.poll()}):\n{self.log.read_text()[-4000:]}")
+
+    def engine_core(self) -> psutil.Process:
+        """Return vLLM's EngineCore process."""
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            if "EngineCore" in child.name() or "EngineCore" in " ".join(child.cmdline()):
+                return child
+        raise RuntimeError("there is no EngineCore process")
+
+    def metrics(self) -> dict[tuple[str, ...], float]:
+        """Return /metrics as {(name, label value, ...): value}."""
+        page = httpx.get(f"{self.url}/metrics", headers=self.authorization, timeout=10).text
+        samples = [sample for family in text_string_to_metric_families(page) for sample in family.samples]
+        return {(sample.name, *sample.labels.values()): sample.value for sample in samples}
+
+    def metric(self, name: str) -> float:
+        """Return the sum of the samples of one metric."""
+        return sum(value for key, value in self.metrics().items() if key[0] == name)
+
+    def chat(self, **fields: Any) -> httpx.Response:
+        """Post a chat completion and return the whole response."""
+        return httpx.post(f"{self.url}/v1/chat/completions", json=fields, headers=self.authorization, timeout=60)
+
+
+@contextlib.contextmanager
+def serve(folder: Path, tree: dict[str, Any], **environment: str) -> Iterator[GatewayProcess]:
+    """Run `shannon serve` on a configuration tree, listening but perhaps not ready yet; stop it at the end."""
+    path = folder / "gateway.yaml"
+    path.write_text(yaml.safe_dump({"include": str(ROOT / "configs/models.yaml"), **tree}))
+    log = folder / "gateway.log"
+    key = new_key()
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "gateway.cli", "serve", "--config", str(path), "--port", "0"],
+            cwd=ROOT,
+            env=os.environ | {"SHANNON_BOOTSTRAP_KEY": key} | environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        yield GatewayProcess(process, _listening_url(process, log), key, log)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(timeout=15)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _listening_url(process: subprocess.Popen[bytes], log: Path) -> str:
+    """Read the port that the server took from its log."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline and process.poll() is None:
+        for line in log.read_text().splitlines():
+            if "Uvicorn running on " in line:
+                return line.partition("Uvicorn running on ")[2].split()[0]
+        time.sleep(0.05)
+    raise RuntimeError(f"not listening (exit code {process.poll()}):\n{log.read_text()[-4000:]}")
