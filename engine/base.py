@@ -34,8 +34,12 @@ class GenerationRequest:
     """Deltas as they come (True) or one delta per choice at the end (False), which costs the front end less."""
     max_tokens: int | None = None
     """A hard request: refused when it does not fit the context behind the prompt."""
+    max_tokens_param: str = "max_tokens"
+    """What the client called it, for messages."""
     default_max_tokens: int | None = None
     """Used when `max_tokens` is None, and cut to what the context leaves."""
+    max_total_tokens: int | None = None
+    """Most that prompt and all completions together may take; None leaves it to the context."""
     n: int = 1
     temperature: float | None = None
     top_p: float | None = None
@@ -184,12 +188,15 @@ def resolve_max_tokens(request: GenerationRequest, prompt_tokens: int, max_model
             code="context_length_exceeded",
         )
     if request.max_tokens is None:
-        return min(room, request.default_max_tokens or room)
+        room = min(room, request.default_max_tokens or room)
+        if request.max_total_tokens is not None:
+            room = min(room, max(1, (request.max_total_tokens - prompt_tokens) // request.n))
+        return room
     if request.max_tokens > room:
         raise InvalidRequest(
             f"This model's maximum context length is {max_model_len} tokens. The messages take {prompt_tokens} of "
-            f"them, so max_tokens can be at most {room}, not {request.max_tokens}.",
-            param="max_tokens",
+            f"them, so {request.max_tokens_param} can be at most {room}, not {request.max_tokens}.",
+            param=request.max_tokens_param,
             code="context_length_exceeded",
         )
     return request.max_tokens

@@ -271,7 +271,7 @@ def _refuse_unknown_args(args: dict[str, Any]) -> None:
 def _chat_fields(request: GenerationRequest) -> dict[str, Any]:
     """Return the fields of vLLM's ChatCompletionRequest; what was not given is left out, so its defaults hold."""
     fields = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
-    del fields["default_max_tokens"]
+    del fields["default_max_tokens"], fields["max_total_tokens"], fields["max_tokens_param"]
     # Checked by resolve_max_tokens after rendering; given here, vLLM would refuse in its own words first.
     del fields["max_tokens"]
     return {name: value for name, value in fields.items() if value is not None}

@@ -81,7 +81,7 @@ class MockEngine:
 
     async def start(self) -> None:
         await asyncio.sleep(self._start_s)
-        self._dead.clear()
+        self._dead = asyncio.Event()  # a new one: generations of the old life must still see their death
         self._frozen = False
         self.started = True
 
@@ -121,17 +121,18 @@ class MockEngine:
     async def generate(self, prepared: Prepared) -> AsyncGenerator[Delta, None]:
         request, words = prepared.payload
         fault = self.faults.popleft() if self.faults else None
+        dead = self._dead
         self.unfinished_requests += 1
         try:
-            await self._pause(self._first_token_s)
+            await self._pause(self._first_token_s, dead)
             for index in range(prepared.n):
                 pieces = _pieces(words, prepared.max_tokens, request.ignore_eos)
                 whole: list[str] = []
                 for number, (piece, finish_reason) in enumerate(pieces):
                     if fault is not None and number == fault.at_token:
-                        await self._fail(fault)
+                        await _fail(fault, dead)
                     if number and (self._token_s or number % _YIELD_EVERY == 0 or self._frozen):
-                        await self._pause(self._token_s)
+                        await self._pause(self._token_s, dead)
                     self._count(prepared)
                     if request.stream:
                         yield Delta(piece, index, finish_reason, _logprobs([piece], request))
@@ -142,18 +143,12 @@ class MockEngine:
         finally:
             self.unfinished_requests -= 1
 
-    async def _pause(self, seconds: float) -> None:
+    async def _pause(self, seconds: float, dead: asyncio.Event) -> None:
         await asyncio.sleep(seconds)
         if self._frozen:
-            await self._dead.wait()
-        if self._dead.is_set():
+            await dead.wait()
+        if dead.is_set():
             raise EngineDied("The engine failed during generation.")
-
-    async def _fail(self, fault: Fault) -> None:
-        if fault.error is not None:
-            raise fault.error
-        await self._dead.wait()
-        raise EngineDied("The engine failed during generation.")
 
     def _count(self, prepared: Prepared) -> None:
         if not prepared.usage.prompt_tokens:
@@ -161,6 +156,13 @@ class MockEngine:
             self.counters.prompt_tokens += prepared.prompt_tokens
         prepared.usage.completion_tokens += 1
         self.counters.completion_tokens += 1
+
+
+async def _fail(fault: Fault, dead: asyncio.Event) -> None:
+    if fault.error is not None:
+        raise fault.error
+    await dead.wait()
+    raise EngineDied("The engine failed during generation.")
 
 
 def _pieces(words: list[str], max_tokens: int, ignore_eos: bool) -> list[tuple[str, FinishReason | None]]:

@@ -155,7 +155,10 @@ class SupervisedEngine:
         """Close the engine and build another, as often as the budget allows."""
         self._become("restarting")
         while True:
-            await self._engine.close()
+            try:
+                await self._engine.close()
+            except Exception:  # whatever is wrong with the old one, the watch must live to build the next
+                log.exception("engine %s could not be closed", self.name)
             now = self._clock()
             while self._restarts and now - self._restarts[0] > self._restart_window_s:
                 self._restarts.popleft()

@@ -19,17 +19,30 @@ from starlette.responses import Response
 from engine.base import Engine, EngineError
 from engine.supervisor import SupervisedEngine
 from gateway import __version__
-from gateway.api import health, models, openai
+from gateway.api import admin, health, models, openai, sessions, usage
 from gateway.api.dependencies import Services
 from gateway.api.schema import ChatCompletionRequest
-from gateway.auth import Keyring
+from gateway.auth import Authenticator
 from gateway.catalog import Catalog
 from gateway.config import Config, ConfigError, EngineSettings
 from gateway.drain import Drain
-from gateway.errors import BadRequest, GatewayError, MethodNotAllowed, NotFound
+from gateway.errors import (
+    BadRequest,
+    GatewayError,
+    MethodNotAllowed,
+    NotFound,
+    StoreError,
+    StoreUnavailable,
+    Unavailable,
+)
 from gateway.events import Clock
+from gateway.keys import Keys, KeySpec
+from gateway.limits import Limits
 from gateway.metrics import Metrics
 from gateway.middleware import RequestMiddleware, error_response
+from gateway.sessions import Sessions
+from gateway.store import Store
+from gateway.usage import Ledger
 
 EXPOSED_HEADERS = [
     "X-Session-ID",
@@ -42,10 +55,15 @@ EXPOSED_HEADERS = [
 def create_app(
     config: Config,
     engines: Mapping[str, SupervisedEngine],
-    keyring: Keyring,
+    store: Store,
+    authenticator: Authenticator,
     clock: Clock = time.time,
 ) -> FastAPI:
-    """Return the application. Its lifespan starts the engines in the background and closes them at the end."""
+    """Return the application.
+
+    Its lifespan starts the store, and the engines in the background; at the end it closes them in reverse. Usage is
+    written before the store goes.
+    """
     app = FastAPI(
         title="Shannon Gateway",
         version=__version__,
@@ -55,20 +73,26 @@ def create_app(
         openapi_url=None,
         redirect_slashes=False,
     )
-    metrics = Metrics()
+    metrics = store.metrics
     app.state.services = Services(
         config=config,
         engines=engines,
         catalog=Catalog(config, engines),
-        keyring=keyring,
+        authenticator=authenticator,
+        keys=Keys(store),
+        limits=Limits(config.limits, store, metrics),
+        ledger=Ledger(store, config.store.data_dir),
+        sessions=Sessions(config.sessions, store, metrics),
+        store=store,
         metrics=metrics,
         drain=Drain(),
         clock=clock,
     )
-    for router in (openai.router, models.router, health.router):
+    for router in (openai.router, models.router, sessions.router, usage.router, admin.router, health.router):
         app.include_router(router)
     app.user_middleware = _middleware(config, metrics)
     app.add_exception_handler(GatewayError, _on_gateway_error)
+    app.add_exception_handler(StoreUnavailable, _on_store_unavailable)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.openapi = _openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend the document
@@ -92,19 +116,34 @@ def build_engines(config: Config) -> dict[str, SupervisedEngine]:
     return engines
 
 
-def build_keyring(config: Config, environment: Mapping[str, str] = os.environ) -> Keyring:
-    """Return the keys that the configuration and SHANNON_BOOTSTRAP_KEY name. Raises ConfigError."""
-    keyring = Keyring()
-    wanted = [(key.key_env, key.name, key.tenant, key.models) for key in config.keys]
+def build_store(config: Config, environment: Mapping[str, str] = os.environ) -> Store:
+    """Return the store, unconnected. Raises ConfigError."""
+    try:
+        return Store(config.store, environment, Metrics())
+    except StoreError as error:
+        raise ConfigError(f"{config.store.url_env}: {error}") from error
+
+
+def build_authenticator(config: Config, store: Store, environment: Mapping[str, str] = os.environ) -> Authenticator:
+    """Return what accepts the store's keys, those the configuration names, and SHANNON_BOOTSTRAP_KEY, which is admin.
+
+    Raises ConfigError.
+    """
+    authenticator = Authenticator(
+        store,
+        cache_ttl_s=config.store.auth_cache_ttl_s,
+        failed_per_minute=config.limits.failed_auth_per_minute,
+    )
+    own = [(key.key_env, key.name, key.tenant, key.models, key.admin) for key in config.keys]
     if environment.get("SHANNON_BOOTSTRAP_KEY"):
-        wanted.append(("SHANNON_BOOTSTRAP_KEY", "bootstrap", "default", None))
-    for variable, name, tenant, models_allowed in wanted:
+        own.append(("SHANNON_BOOTSTRAP_KEY", "bootstrap", "default", None, True))
+    for variable, name, tenant, models_allowed, is_admin in own:
         allowed = None if models_allowed is None else frozenset(models_allowed)
         try:
-            keyring.add(environment.get(variable, ""), name=name, tenant=tenant, models=allowed)
+            authenticator.add(environment.get(variable, ""), name=name, tenant=tenant, models=allowed, admin=is_admin)
         except ValueError as error:
             raise ConfigError(f"{variable}: {error}") from error
-    return keyring
+    return authenticator
 
 
 def _factory(settings: EngineSettings) -> Callable[[], Engine]:
@@ -122,6 +161,9 @@ def _factory(settings: EngineSettings) -> Callable[[], Engine]:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Start all engines at once, without waiting: /health answers meanwhile, /ready tells when they are up."""
     services: Services = app.state.services
+    await services.store.start()
+    await services.authenticator.start()
+    await services.ledger.start()
     # A failed start is kept in the engine's `failed`, which the owner of the process watches.
     starts = [asyncio.create_task(_start(engine)) for engine in services.engines.values()]
     try:
@@ -131,6 +173,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             start.cancel()
         await asyncio.gather(*starts, return_exceptions=True)
         await asyncio.gather(*(engine.close() for engine in services.engines.values()))
+        await services.authenticator.close()
+        await services.ledger.close()
+        await services.store.close()
 
 
 async def _start(engine: SupervisedEngine) -> None:
@@ -141,26 +186,35 @@ async def _start(engine: SupervisedEngine) -> None:
 def _middleware(config: Config, metrics: Metrics) -> list[Middleware]:
     """Return the middleware, outermost first."""
     server = config.server
-    return [
-        Middleware(
-            RequestMiddleware,
-            metrics=metrics,
-            max_body_bytes=server.max_body_bytes,
-            allowed_hosts=server.allowed_hosts,
-        ),
-        Middleware(
-            CORSMiddleware,
-            allow_origins=server.cors_origins,
-            allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["*"],  # the SDKs send a dozen x-stainless-* headers
-            expose_headers=EXPOSED_HEADERS,
-        ),
-    ]
+    around = Middleware(
+        RequestMiddleware,
+        metrics=metrics,
+        max_body_bytes=server.max_body_bytes,
+        allowed_hosts=server.allowed_hosts,
+    )
+    if not server.cors_origins:
+        return [around]
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=server.cors_origins,
+        allow_methods=["GET", "POST", "DELETE"],
+        allow_headers=["*"],  # the SDKs send a dozen x-stainless-* headers
+        expose_headers=EXPOSED_HEADERS,
+    )
+    return [around, cors]
 
 
 async def _on_gateway_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, GatewayError)
+    services: Services = request.app.state.services
+    services.metrics.error(error.code)
     return error_response(error)
+
+
+async def _on_store_unavailable(request: Request, error: Exception) -> Response:
+    """For routes that are nothing without the store: keys, sessions, usage."""
+    message = "The store does not answer at the moment. Try again shortly."
+    return error_response(Unavailable(message, code="store_unavailable", retry_after_s=1.0))
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
@@ -184,7 +238,7 @@ async def _on_validation_error(request: Request, error: Exception) -> Response:
 
 
 def _openapi(app: FastAPI) -> Callable[[], dict[str, Any]]:
-    """Return app.openapi, extended by what FastAPI can't see: the body that the chat route parses itself, and keys."""
+    """Return app.openapi, extended by what FastAPI can't see: bodies that routes parse themselves, and keys."""
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -192,11 +246,12 @@ def _openapi(app: FastAPI) -> Callable[[], dict[str, Any]]:
             return app.openapi_schema
         document = generate()
         template = "#/components/schemas/{model}"
-        schema = ChatCompletionRequest.model_json_schema(ref_template=template)
         components = document.setdefault("components", {})
         schemas = components.setdefault("schemas", {})
-        schemas.update(schema.pop("$defs", {}))
-        schemas["ChatCompletionRequest"] = schema
+        for model in (ChatCompletionRequest, KeySpec):
+            schema = model.model_json_schema(ref_template=template)
+            schemas.update(schema.pop("$defs", {}))
+            schemas[model.__name__] = schema
         components["securitySchemes"] = {
             "bearer": {"type": "http", "scheme": "bearer"},
             "apiKey": {"type": "apiKey", "in": "header", "name": "X-API-Key"},

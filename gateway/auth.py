@@ -1,27 +1,34 @@
-"""API keys: from a request's headers to a Principal.
+"""From a request's headers to a Principal.
 
-A key is `sk-shannon-<id>-<secret>`, id of 12 and secret of 43 URL-safe characters. The id is public and may be
-logged; of the secret only the SHA-256 is kept, and comparison takes constant time. A key of another form (a bootstrap
-key chosen by hand) gets an id from its hash. Fails with InvalidApiKey, whose message never repeats the key.
+Keys come from the environment (bootstrap, configuration) or from the store. Those from the store are cached; a change
+to any key voids the cache within half a second, and while the store is away what was seen last stays good for
+`auth_cache_ttl_s`. Secrets are compared by hash in constant time and the cache goes by the hash of the whole key. An
+address that keeps guessing is made to wait, except for keys that it has used before. Fails with InvalidApiKey,
+RateLimitExceeded and Unavailable; no message repeats a key.
 """
 
 from __future__ import annotations
 
-import hashlib
+import asyncio
+import contextlib
 import hmac
-import re
-import secrets
-from dataclasses import dataclass
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from starlette.requests import HTTPConnection
 
-from gateway.errors import InvalidApiKey
+from gateway.errors import InvalidApiKey, RateLimitExceeded, StoreUnavailable, Unavailable
+from gateway.keys import VERSION_KEY, KeyRecord, Keys, digest, split_key
+from gateway.store import Store
 
 MIN_KEY_LENGTH = 20
 """Characters. Shorter keys could be guessed; 20 random URL-safe ones carry 120 bits."""
-
-_KEY = re.compile(r"sk-shannon-([A-Za-z0-9_-]{12})-([A-Za-z0-9_-]{43})")
-_UNKNOWN = hashlib.sha256(b"").digest()
+_WATCH_S = 0.5
+_MAX_CACHED_KEYS = 10_000
+_MAX_ADDRESSES = 10_000
+_NO_DIGEST = digest("")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,55 +39,163 @@ class Principal:
     name: str = ""
     tenant: str = "default"
     models: frozenset[str] | None = None
+    limits: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Model id -> limits in place of the model's own."""
+    max_concurrent_requests: int | None = None
+    tokens_per_day: int | None = None
+    admin: bool = False
+    expires_at: int | None = None
 
     def may_use(self, model_id: str) -> bool:
         return self.models is None or model_id in self.models
 
 
-def new_key() -> str:
-    """Return a fresh random key. The id keeps clear of `-`, which separates the parts."""
-    alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
-    key_id = "".join(secrets.choice(alphabet) for _ in range(12))
-    return f"sk-shannon-{key_id}-{secrets.token_urlsafe(32)}"
+def _principal(record: KeyRecord) -> Principal:
+    limits = {model: own.model_dump(exclude_none=True) for model, own in record.limits.items()}
+    models = None if record.models is None else frozenset(record.models)
+    return Principal(
+        record.id,
+        record.name,
+        record.tenant,
+        models,
+        limits,
+        record.max_concurrent_requests,
+        record.tokens_per_day,
+        record.admin,
+        record.expires_at,
+    )
 
 
-def split_key(key: str) -> tuple[str, str]:
-    """Return (id, secret) of a key."""
-    match = _KEY.fullmatch(key)
-    if match:
-        return match[1], match[2]
-    return hashlib.sha256(key.encode()).hexdigest()[:12], key
+@dataclass(slots=True)
+class _Address:
+    """How an address has behaved: a bucket of wrong guesses, and the keys it has used rightly."""
+
+    allowed: float
+    since: float
+    known: set[str] = field(default_factory=set)
 
 
-class Keyring:
-    """The keys this process knows."""
+class Authenticator:
+    """The keys this process accepts. `start` watches the store for changes."""
 
-    def __init__(self) -> None:
-        self._by_id: dict[str, tuple[bytes, Principal]] = {}
+    def __init__(self, store: Store, *, cache_ttl_s: float = 300.0, failed_per_minute: int = 30) -> None:
+        self._store = store
+        self._keys = Keys(store)
+        self._cache_ttl_s = cache_ttl_s
+        self._failed_per_minute = failed_per_minute
+        self._own: dict[str, tuple[str, Principal]] = {}
+        self._cache: OrderedDict[str, Principal] = OrderedDict()
+        self._generation = 0
+        self._version: str | None = None
+        self._confirmed_at = time.monotonic()
+        self._addresses: OrderedDict[str, _Address] = OrderedDict()
+        self._watch: asyncio.Task[None] | None = None
 
-    def add(self, key: str, *, name: str, tenant: str = "default", models: frozenset[str] | None = None) -> Principal:
-        """Register a key. Raises ValueError when it is too short to be safe."""
+    def add(
+        self,
+        key: str,
+        *,
+        name: str,
+        tenant: str = "default",
+        models: frozenset[str] | None = None,
+        admin: bool = False,
+    ) -> Principal:
+        """Accept a key of this process alone. Raises ValueError when it is too short to be safe."""
         if len(key) < MIN_KEY_LENGTH:
             raise ValueError(f"the key {name!r} must have at least {MIN_KEY_LENGTH} characters")
         key_id, secret = split_key(key)
-        principal = Principal(key_id, name, tenant, models)
-        self._by_id[key_id] = (hashlib.sha256(secret.encode()).digest(), principal)
+        principal = Principal(key_id, name, tenant, models, admin=admin)
+        self._own[key_id] = (digest(secret), principal)
         return principal
 
-    def authenticate(self, connection: HTTPConnection) -> Principal:
-        """Return the caller's Principal. Raises InvalidApiKey."""
+    async def start(self) -> None:
+        self._watch = asyncio.create_task(self._watch_version())
+
+    async def close(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watch
+
+    async def _watch_version(self) -> None:
+        """Void the cache when any key has changed, on whichever gateway."""
+        while True:
+            with contextlib.suppress(StoreUnavailable):
+                version = await self._store.run("GET", VERSION_KEY)
+                if version != self._version:
+                    self._version = version
+                    self._generation += 1
+                    self._cache.clear()
+                self._confirmed_at = time.monotonic()
+            await asyncio.sleep(_WATCH_S)
+
+    async def authenticate(self, connection: HTTPConnection) -> Principal:
+        """Return the caller's Principal."""
         key = _presented_key(connection)
         if not key:
             raise InvalidApiKey(
                 "No API key provided. Send it in the Authorization header as 'Bearer sk-shannon-...', or in X-API-Key."
             )
-        key_id, secret = split_key(key)
-        expected, principal = self._by_id.get(key_id, (_UNKNOWN, None))
-        # Compared even when the id is unknown, so that the time taken does not tell which ids exist.
-        matches = hmac.compare_digest(hashlib.sha256(secret.encode()).digest(), expected)
-        if principal is None or not matches:
+        host = connection.client.host if connection.client else ""
+        fingerprint = digest(key)
+        address = self._addresses.get(host)
+        if address is not None and fingerprint not in address.known:
+            self._refuse_guessing(address)
+        principal = await self._identify(key, fingerprint)
+        if principal is None or (principal.expires_at is not None and time.time() >= principal.expires_at):
+            self._note_failure(host)
             raise InvalidApiKey("Incorrect API key provided.")
+        if address is not None and len(address.known) < 64:
+            address.known.add(fingerprint)
         return principal
+
+    async def _identify(self, key: str, fingerprint: str) -> Principal | None:
+        key_id, secret = split_key(key)
+        # Compared even when the id is unknown, so that the time taken does not tell which ids exist.
+        expected, own = self._own.get(key_id, (_NO_DIGEST, None))
+        if hmac.compare_digest(digest(secret), expected) and own is not None:
+            return own
+        if time.monotonic() - self._confirmed_at > self._cache_ttl_s:
+            self._cache.clear()
+        if (cached := self._cache.get(fingerprint)) is not None:
+            self._cache.move_to_end(fingerprint)
+            return cached
+        return await self._look_up(key_id, secret, fingerprint)
+
+    async def _look_up(self, key_id: str, secret: str, fingerprint: str) -> Principal | None:
+        generation = self._generation
+        try:
+            record = await self._keys.find(key_id)
+        except StoreUnavailable:
+            raise Unavailable(
+                "API keys can't be checked at the moment. Try again shortly.", retry_after_s=1.0
+            ) from None
+        matches = hmac.compare_digest(digest(secret), record.secret_sha256 if record else _NO_DIGEST)
+        if record is None or not matches or not record.usable(time.time()):
+            return None
+        principal = _principal(record)
+        # A key that changed while it was read must not enter the cache after the change voided it.
+        if generation == self._generation:
+            self._cache[fingerprint] = principal
+            if len(self._cache) > _MAX_CACHED_KEYS:
+                self._cache.popitem(last=False)
+        return principal
+
+    def _refuse_guessing(self, address: _Address) -> None:
+        now = time.monotonic()
+        rate = self._failed_per_minute / 60
+        address.allowed = min(self._failed_per_minute, address.allowed + (now - address.since) * rate)
+        address.since = now
+        if address.allowed < 1:
+            wait_s = (1 - address.allowed) / rate
+            raise RateLimitExceeded("Too many requests with a wrong API key from this address.", retry_after_s=wait_s)
+
+    def _note_failure(self, host: str) -> None:
+        address = self._addresses.setdefault(host, _Address(self._failed_per_minute, time.monotonic()))
+        self._addresses.move_to_end(host)
+        address.allowed -= 1
+        if len(self._addresses) > _MAX_ADDRESSES:
+            self._addresses.popitem(last=False)
 
 
 def _presented_key(connection: HTTPConnection) -> str:

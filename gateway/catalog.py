@@ -49,9 +49,9 @@ class Catalog:
 
     def resolve(self, model_id: str | None, principal: Principal) -> ModelSpec:
         """Return the spec of `model_id` (the default model for None). Raises ModelNotFound, ModelNotAllowed."""
-        spec = self._specs.get(model_id or self._default)
+        spec = self._specs.get(self._default if model_id is None else model_id)
         if spec is None:
-            known = ", ".join(self._specs)
+            known = ", ".join(spec.id for spec in self.visible_to(principal))
             raise ModelNotFound(f"The model {model_id!r} does not exist. Available models: {known}.", "model")
         if not principal.may_use(spec.id):
             raise ModelNotAllowed(f"This API key may not use the model {spec.id!r}.", "model")

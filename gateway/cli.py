@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
+import json
 import logging
 import os
 import sys
 import time
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+from pydantic import ValidationError
+from redis.exceptions import RedisError
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from gateway import __version__
-from gateway.app import build_engines, build_keyring, create_app
-from gateway.auth import new_key
-from gateway.config import Config, ConfigError, load_config
+from gateway.app import build_authenticator, build_engines, build_store, create_app
+from gateway.config import Config, ConfigError, StoreSettings, load_config
+from gateway.errors import GatewayError, StoreError, StoreUnavailable, from_validation
+from gateway.keys import KeyRecord, Keys, KeySpec, make_key
+from gateway.metrics import Metrics
+from gateway.store import Store
+from gateway.usage import Ledger
 
 console = Console(stderr=True, highlight=False)
 
@@ -23,29 +36,75 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line. Returns the exit code."""
     args = _parser().parse_args(argv)
     try:
-        return int(args.run(args))
-    except ConfigError as error:
-        console.print(f"[red]shannon:[/red] {error}", soft_wrap=True, markup=True)
-        return 2
+        return int(args.run(args) or 0)
+    except StoreUnavailable:
+        message = "the store does not answer; is SHANNON_REDIS_URL right?"
+    except (ConfigError, StoreError, GatewayError, RedisError) as error:
+        message = str(error)
+    console.print("[red]shannon:[/red]", escape(message), soft_wrap=True)
+    return 2
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("shannon", description="An OpenAI-compatible gateway with vLLM inside.")
     parser.add_argument("--version", action="version", version=f"shannon {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    serve = commands.add_parser("serve", help="start the gateway")
-    serve.add_argument(
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
         "--config",
         type=Path,
         default=os.environ.get("SHANNON_CONFIG"),
-        required="SHANNON_CONFIG" not in os.environ,
         metavar="FILE",
         help="YAML file of the deployment (SHANNON_CONFIG)",
     )
+    printed = argparse.ArgumentParser(add_help=False, parents=[common])
+    printed.add_argument("--json", action="store_true", help="print JSON")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="start the gateway", parents=[common])
     serve.add_argument("--host", help="address to listen on (SHANNON_HOST)")
     serve.add_argument("--port", help="port to listen on (SHANNON_PORT)")
     serve.set_defaults(run=_serve)
+
+    models = commands.add_parser("models", help="list the models and their limits", parents=[printed])
+    models.set_defaults(run=_models)
+
+    usage = commands.add_parser("usage", help="show what keys have spent", parents=[printed])
+    usage.add_argument("--key", metavar="ID", help="one key instead of all")
+    usage.set_defaults(run=_with_store(_usage))
+
+    _add_keys(commands.add_parser("keys", help="manage API keys"), printed)
     return parser
+
+
+def _add_keys(keys: argparse.ArgumentParser, printed: argparse.ArgumentParser) -> None:
+    actions = keys.add_subparsers(required=True, metavar="ACTION")
+    create = actions.add_parser("create", help="make a key and show it, once", parents=[printed])
+    create.add_argument("name", help="for people; appears in logs")
+    create.add_argument("--tenant", default="default", help="sessions and caches are never shared between tenants")
+    create.add_argument("--models", metavar="ID,ID", help="model ids it may use (all)")
+    create.add_argument("--expires-in-days", type=float, metavar="N")
+    for name in ("requests-per-minute", "tokens-per-minute", "concurrent-requests"):
+        create.add_argument(f"--{name}", action="append", default=[], metavar="MODEL=N", help="in place of the model's")
+    create.add_argument("--max-concurrent-requests", type=int, metavar="N", help="over all models")
+    create.add_argument("--tokens-per-day", type=int, metavar="N", help="over all models, per UTC day")
+    create.add_argument("--admin", action="store_true", help="may manage keys and see all usage")
+    create.set_defaults(run=_with_store(_create_key))
+    listing = actions.add_parser("list", help="list all keys", parents=[printed])
+    listing.set_defaults(run=_with_store(_list_keys))
+    for action, text, run in (
+        ("show", "show one key", _show_key),
+        ("rotate", "give a key a new secret; the old one is void within a second", _rotate_key),
+        ("revoke", "void a key for good, within a second", _revoke_key),
+    ):
+        parser = actions.add_parser(action, help=text, parents=[printed])
+        parser.add_argument("id")
+        parser.set_defaults(run=_with_store(run))
+
+
+def _load(args: argparse.Namespace) -> Config:
+    if args.config is None:
+        raise ConfigError("name the deployment's file with --config or SHANNON_CONFIG")
+    return load_config(Path(args.config))
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -54,15 +113,19 @@ def _serve(args: argparse.Namespace) -> int:
     from gateway.server import Server
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    given = {"SHANNON_HOST": args.host, "SHANNON_PORT": args.port}
-    environment = dict(os.environ) | {name: value for name, value in given.items() if value}
+    for name, value in (("SHANNON_HOST", args.host), ("SHANNON_PORT", args.port)):
+        if value:
+            os.environ[name] = value
+    environment = dict(os.environ)
     if not environment.get("SHANNON_BOOTSTRAP_KEY"):
-        environment["SHANNON_BOOTSTRAP_KEY"] = new_key()
-    config = load_config(Path(args.config), environment)
+        environment["SHANNON_BOOTSTRAP_KEY"] = make_key()
+    config = _load(args)
     started = time.monotonic()
-    _announce_start(config)
+    for name, engine in config.engines.items():
+        console.print(f"Starting engine [bold]{name}[/bold] ({engine.kind}, {engine.model}) ...")
     engines = build_engines(config)
-    app = create_app(config, engines, build_keyring(config, environment))
+    store = build_store(config, environment)
+    app = create_app(config, engines, store, build_authenticator(config, store, environment))
     key, model = environment["SHANNON_BOOTSTRAP_KEY"], config.default_model
     server = Server(
         app,
@@ -74,11 +137,6 @@ def _serve(args: argparse.Namespace) -> int:
     return server.exit_code
 
 
-def _announce_start(config: Config) -> None:
-    for name, engine in config.engines.items():
-        console.print(f"Starting engine [bold]{name}[/bold] ({engine.kind}, {engine.model}) ...")
-
-
 def _announce_ready(url: str, key: str, model: str, seconds: float) -> None:
     console.print(f"[green]Ready[/green] after {seconds:.1f} s.\n")
     print(f"  URL   {url}/v1")
@@ -87,6 +145,126 @@ def _announce_ready(url: str, key: str, model: str, seconds: float) -> None:
     print("    -H 'Content-Type: application/json' \\")
     print(f"""    -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "What are you?"}}]}}'\n""")
     sys.stdout.flush()
+
+
+def _models(args: argparse.Namespace) -> None:
+    rows = [
+        {
+            "id": model_id,
+            "engine": model.engine,
+            "requests_per_minute": model.limits.requests_per_minute,
+            "tokens_per_minute": model.limits.tokens_per_minute,
+            "max_tokens": model.defaults.max_tokens,
+            "description": model.description,
+        }
+        for model_id, model in _load(args).models.items()
+    ]
+    _print(rows, args.json)
+
+
+def _with_store(run: Callable[[Store, argparse.Namespace], Awaitable[None]]) -> Callable[[argparse.Namespace], None]:
+    """Return a command that runs with the store open; the deployment's file is only needed if it says where it is."""
+
+    async def with_store(args: argparse.Namespace) -> None:
+        settings = StoreSettings() if args.config is None else _load(args).store
+        # A person waits longer than a request may.
+        store = Store(settings.model_copy(update={"command_timeout_ms": 2000}), os.environ, Metrics())
+        await store.start()
+        try:
+            await run(store, args)
+        finally:
+            await store.close()
+
+    return lambda args: asyncio.run(with_store(args))
+
+
+async def _create_key(store: Store, args: argparse.Namespace) -> None:
+    limits: dict[str, dict[str, int]] = {}
+    for name in ("requests_per_minute", "tokens_per_minute", "concurrent_requests"):
+        for given in getattr(args, name):
+            model_id, _, number = given.partition("=")
+            if not number.isdecimal():
+                raise ConfigError(f"--{name.replace('_', '-')}: write MODEL=NUMBER, not {given!r}")
+            limits.setdefault(model_id, {})[name] = int(number)
+    days = args.expires_in_days
+    fields = {
+        "name": args.name,
+        "tenant": args.tenant,
+        "models": args.models.split(",") if args.models else None,
+        "limits": limits,
+        "max_concurrent_requests": args.max_concurrent_requests,
+        "tokens_per_day": args.tokens_per_day,
+        "admin": args.admin,
+        "expires_at": None if days is None else int(time.time() + days * 86_400),
+    }
+    try:
+        spec = KeySpec.model_validate(fields)
+    except ValidationError as error:
+        raise from_validation(error, fields) from error
+    _print_secret(*await Keys(store).create(spec), args.json)
+
+
+async def _list_keys(store: Store, args: argparse.Namespace) -> None:
+    records = [record.public() for record in await Keys(store).list()]
+    if not args.json:
+        shown = ("id", "name", "tenant", "models", "admin", "created_at", "expires_at", "revoked_at")
+        records = [{name: record[name] for name in shown} for record in records]
+    _print(records, args.json)
+
+
+async def _show_key(store: Store, args: argparse.Namespace) -> None:
+    _print([(await Keys(store).get(args.id)).public()], args.json)
+
+
+async def _rotate_key(store: Store, args: argparse.Namespace) -> None:
+    _print_secret(*await Keys(store).rotate(args.id), args.json)
+
+
+async def _revoke_key(store: Store, args: argparse.Namespace) -> None:
+    _print([(await Keys(store).revoke(args.id)).public()], args.json)
+
+
+async def _usage(store: Store, args: argparse.Namespace) -> None:
+    ledger = Ledger(store, StoreSettings().data_dir)
+    ids = [args.key] if args.key else await ledger.key_ids()
+    rows = [{"key_id": key_id} | row for key_id in ids for row in await ledger.totals(key_id)]
+    _print(rows, args.json)
+
+
+def _print_secret(record: KeyRecord, key: str, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(record.public() | {"key": key}))
+        return
+    print(key)
+    console.print(f"This is the only time that key [bold]{record.id}[/bold] ({record.name}) is shown.")
+
+
+def _print(rows: list[dict[str, Any]], as_json: bool) -> None:
+    """Print rows as a JSON list, as a table, or one row as a list of its fields."""
+    if as_json:
+        print(json.dumps(rows))
+        return
+    out = Console(highlight=False)
+    if not rows:
+        out.print("None.")
+        return
+    if len(rows) == 1 and len(rows[0]) > 8:
+        table = Table(show_header=False)
+        for name, value in rows[0].items():
+            table.add_row(name, _cell(name, value))
+    else:
+        table = Table(*rows[0])
+        for row in rows:
+            table.add_row(*(_cell(name, value) for name, value in row.items()))
+    out.print(table)
+
+
+def _cell(name: str, value: Any) -> str:
+    if value is None or value in ({}, []):
+        return "-"
+    if name.endswith("_at"):
+        return datetime.fromtimestamp(value, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,8 @@ class LimitSettings(_Settings):
     """Requests that one key may start in any 60 s."""
     tokens_per_minute: int = Field(200_000, ge=1)
     """Prompt plus completion tokens that one key may use in any 60 s."""
+    concurrent_requests: int | None = Field(None, ge=1)
+    """Requests that one key may have running at once; null means no such limit."""
 
 
 class DefaultSettings(_Settings):
@@ -77,6 +79,45 @@ class KeySettings(_Settings):
     """Sessions and cached prompts are never shared between tenants."""
     models: list[str] | None = None
     """Model ids that the key may use; null means all."""
+    admin: bool = False
+    """May manage keys and see everybody's usage."""
+
+
+class StoreSettings(_Settings):
+    url_env: str = "SHANNON_REDIS_URL"
+    """Environment variable with the store's URL: `redis://`, `rediss://` (TLS), `unix://`, `redis+cluster://` or
+    `redis+sentinel://host:port,host:port/service`. Unset, a bundled Valkey is started in `data_dir`."""
+    data_dir: Path = Path(".shannon")
+    """Where the bundled Valkey keeps its file, and where usage is journalled while the store is away."""
+    command_timeout_ms: int = Field(50, ge=1)
+    """Longest wait for the store on the path of a request."""
+    breaker_s: float = Field(1.0, gt=0)
+    """After a failure the store is left alone this long between probes; requests go on without it at once."""
+    auth_cache_ttl_s: float = Field(300.0, ge=0)
+    """How long a key that was seen stays valid while the store is away."""
+
+
+class LimiterSettings(_Settings):
+    enabled: bool = True
+    """Enforce the models' limits; usage is counted either way."""
+    on_store_failure: Literal["local", "closed"] = "local"
+    """While the store is away: `local` enforces a share per process and says so in X-Shannon-Limits, `closed` gives
+    503."""
+    replicas: int = Field(1, ge=1)
+    """Gateways that share the store; a process's share of a limit, while the store is away, is the limit over this."""
+    failed_auth_per_minute: int = Field(30, ge=1)
+    """Requests with a wrong key that one address may make in a minute, so that guessing is slow."""
+
+
+class SessionSettings(_Settings):
+    enabled: bool = True
+    """Keep conversations under X-Session-ID."""
+    ttl_s: int = Field(86_400, ge=1)
+    """A session is forgotten this long after its last use."""
+    max_turns: int = Field(200, ge=1)
+    """Turns kept per session; the oldest go first."""
+    max_bytes: int = Field(262_144, ge=1024)
+    """Bytes kept per session; the oldest turns go first."""
 
 
 class ServerSettings(_Settings):
@@ -86,6 +127,8 @@ class ServerSettings(_Settings):
     """Port to listen on, 0 for any free one; SHANNON_PORT overrides it."""
     allowed_hosts: list[str] = Field(default_factory=list)
     """Host names accepted in the Host header, `*.example.com` for subdomains; empty accepts any."""
+    trusted_proxies: list[str] = Field(default_factory=list)
+    """Addresses of proxies whose X-Forwarded-For tells the client's address; empty trusts none."""
     cors_origins: list[str] = Field(default_factory=list)
     """Browser origins that may call the API; empty means none."""
     metrics_public: bool = False
@@ -111,6 +154,12 @@ class Config(_Settings):
     """Serves requests that name no model."""
     keys: list[KeySettings] = Field(default_factory=list)
     """API keys, by reference to the environment; SHANNON_BOOTSTRAP_KEY adds one."""
+    store: StoreSettings = StoreSettings()
+    """Keys, limits, sessions and usage live here."""
+    limits: LimiterSettings = LimiterSettings()
+    """How limits are enforced; the limits themselves stand with the models."""
+    sessions: SessionSettings = SessionSettings()
+    """Stored conversations."""
     server: ServerSettings = ServerSettings()
     """The HTTP side."""
 
@@ -128,15 +177,15 @@ class Config(_Settings):
         return self
 
 
+_SERVER_VARIABLES = {"SHANNON_HOST": "host", "SHANNON_PORT": "port"}
+
+
 def load_config(path: Path, environment: Mapping[str, str] = os.environ) -> Config:
     """Read `path`, follow its includes, apply the environment. Raises ConfigError."""
     tree = _read(path)
-    server = dict(tree.get("server") or {})
-    for variable, name in (("SHANNON_HOST", "host"), ("SHANNON_PORT", "port")):
-        if environment.get(variable):
-            server[name] = environment[variable]
-    if server:
-        tree["server"] = server
+    given = {name: environment[v] for v, name in _SERVER_VARIABLES.items() if environment.get(v)}
+    if given:
+        tree = _merge(tree, {"server": given})
     return parse_config(tree, str(path))
 
 
@@ -161,6 +210,8 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not valid UTF-8: {error.reason} at byte {error.start}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):

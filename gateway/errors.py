@@ -5,6 +5,7 @@
     |  +- RequestTooLarge (413)
     +- InvalidApiKey (401)
     +- ModelNotAllowed (403)
+    +- AdminOnly (403)
     +- NotFound (404)
     |  +- ModelNotFound
     +- MethodNotAllowed (405)
@@ -22,12 +23,21 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from typing import Any, ClassVar
 
 import orjson
 from pydantic import ValidationError
 
 from engine.base import EngineError, EngineOverloaded, EngineUnavailable, InvalidRequest
+
+
+class StoreError(Exception):
+    """The store can't be used as configured. For the operator; the message is one line."""
+
+
+class StoreUnavailable(Exception):
+    """The store does not answer now. Every caller has a way to go on without it."""
 
 
 class GatewayError(Exception):
@@ -51,6 +61,7 @@ class GatewayError(Exception):
     ) -> None:
         super().__init__(message)
         self.param = param
+        self.extra_headers: dict[str, str] = {}
         if code is not None:
             self.code = code
         if retry_after_s is not None:
@@ -58,7 +69,7 @@ class GatewayError(Exception):
 
     def headers(self) -> dict[str, str]:
         """Return the response headers that go with this error."""
-        headers = {"x-should-retry": "true" if self.should_retry else "false"}
+        headers = {"x-should-retry": "true" if self.should_retry else "false", **self.extra_headers}
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         if self.retry_after_s is not None:
@@ -93,6 +104,12 @@ class ModelNotAllowed(GatewayError):
     status = 403
     type = "permission_error"
     code = "model_not_allowed"
+
+
+class AdminOnly(GatewayError):
+    status = 403
+    type = "permission_error"
+    code = "admin_only"
 
 
 class NotFound(GatewayError):
@@ -157,13 +174,50 @@ def from_engine(error: EngineError) -> GatewayError:
     return InternalError("The server had an error while processing your request.")
 
 
-def from_validation(error: ValidationError) -> BadRequest:
-    """Return a 400 that names the first field at fault, in the path notation of OpenAI's errors: messages[0].role."""
-    first: Any = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    param = ""
-    for part in first["loc"]:
-        param += f"[{part}]" if isinstance(part, int) else f".{part}" if param else str(part)
-    message = str(first["msg"]).removeprefix("Value error, ")
+_WORDS = {
+    "missing": "is required",
+    "model_type": "must be an object",
+    "model_attributes_type": "must be an object",
+    "dict_type": "must be an object",
+    "list_type": "must be an array",
+    "string_type": "must be a string",
+    "int_type": "must be an integer",
+    "int_from_float": "must be an integer",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+}
+
+
+def from_validation(error: ValidationError, data: Any) -> BadRequest:
+    """Return a 400 that names the first field at fault in `data`, in OpenAI's notation: messages[0].role.
+
+    Where a field may be one of several things, pydantic reports each; the deepest report is the one that tried most.
+    """
+    reports = [(_path(report, data), report) for report in error.errors(include_url=False)]
+    first = reports[0][0]
+    param = max((path for path, _ in reports if path.startswith(first)), key=len)
+    texts = dict.fromkeys(_text(report) for path, report in reports if path == param)
+    message = " or ".join(texts)
     if not param:
-        return BadRequest(message)
-    return BadRequest(f"Invalid value for '{param}': {message[0].lower()}{message[1:]}.".replace("..", "."), param)
+        return BadRequest(message[0].upper() + message[1:] + ".")
+    return BadRequest(f"Invalid value for '{param}': {message}.", param)
+
+
+def _path(report: Any, data: Any) -> str:
+    """Return where a report points, without the names of Python types that pydantic puts in between."""
+    path = ""
+    for part in report["loc"]:
+        if isinstance(part, int) and isinstance(data, list):
+            path += f"[{part}]"
+            data = data[part] if part < len(data) else None
+        elif isinstance(data, dict) and (part in data or report["type"] == "missing"):
+            path += f".{part:.64}" if path else str(part)
+            data = data.get(part)
+    return path
+
+
+def _text(report: Any) -> str:
+    text = _WORDS.get(report["type"]) or str(report["msg"]).removeprefix("Value error, ")
+    text = text.replace("Input should be", "must be").replace("String should", "must").rstrip(".")
+    text = re.sub("^(Dictionary|List) should", "must", text)
+    return text[:1].lower() + text[1:]

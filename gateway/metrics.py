@@ -43,6 +43,59 @@ class Metrics:
             ["model", "kind"],
             registry=self._registry,
         )
+        self._limited = Counter(
+            "shannon_limit_rejections",
+            "Requests refused by a limit, by kind: requests, tokens, concurrent, daily_tokens.",
+            ["model", "kind"],
+            registry=self._registry,
+        )
+        self.limited_locally = Counter(
+            "shannon_limits_local",
+            "Limit decisions made by this process alone, while the store was away.",
+            registry=self._registry,
+        )
+        self._errors = Counter(
+            "shannon_errors",
+            "Requests that ended with an error, by error code.",
+            ["code"],
+            registry=self._registry,
+        )
+        self._unused = Histogram(
+            "shannon_reservation_unused_tokens",
+            "Tokens that a reservation held and its generation did not use.",
+            ["model"],
+            buckets=(0, 16, 64, 256, 1024, 4096, 16384, 65536),
+            registry=self._registry,
+        )
+        self._token_gap = Histogram(
+            "shannon_inter_token_latency_seconds",
+            "Mean time between the tokens of a generation.",
+            ["model"],
+            buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1),
+            registry=self._registry,
+        )
+        self.store_latency = Histogram(
+            "shannon_store_latency_seconds",
+            "Time that the store took to answer a batch of commands.",
+            buckets=(0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1),
+            registry=self._registry,
+        )
+        self.store_failures = Counter(
+            "shannon_store_failures",
+            "Batches of commands that the store did not answer in time.",
+            registry=self._registry,
+        )
+        self.store_available = Gauge(
+            "shannon_store_available",
+            "1 while the store answers.",
+            registry=self._registry,
+        )
+        self._sessions = Counter(
+            "shannon_sessions",
+            "Sessions by how they began: created, collided with another tenant's, or unavailable for want of a store.",
+            ["outcome"],
+            registry=self._registry,
+        )
         self.streams_open = Gauge("shannon_streams_open", "Event streams open now.", registry=self._registry)
         self.engine_ready = Gauge(
             "shannon_engine_ready",
@@ -65,6 +118,24 @@ class Metrics:
     def first_token(self, model_id: str, seconds: float) -> None:
         """Record the time to first token of a generation."""
         self._first_token.labels(model_id).observe(seconds)
+
+    def limited(self, model_id: str, kind: str) -> None:
+        """Count a refusal by a limit."""
+        self._limited.labels(model_id, kind).inc()
+
+    def error(self, code: str) -> None:
+        """Count a request that ended with an error."""
+        self._errors.labels(code).inc()
+
+    def session(self, outcome: str) -> None:
+        """Count how a session began."""
+        self._sessions.labels(outcome).inc()
+
+    def generation(self, model_id: str, unused_tokens: int, tokens: int, streaming_s: float) -> None:
+        """Record a generation's end: what it did not use, and its pace after the first token."""
+        self._unused.labels(model_id).observe(unused_tokens)
+        if tokens > 1 and streaming_s > 0:
+            self._token_gap.labels(model_id).observe(streaming_s / (tokens - 1))
 
     def tokens(self, model_id: str, usage: Usage) -> None:
         """Count what a generation spent."""

@@ -10,8 +10,10 @@ import re
 import time
 import uuid
 from typing import Any
+from urllib.parse import quote
 
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -63,6 +65,8 @@ class RequestMiddleware:
             await self._app(scope, self._capped(receive, headers), send_with_headers)
         except GatewayError as error:
             await error_response(error)(scope, receive, send_with_headers)
+        except ClientDisconnect:
+            pass  # it left while sending its body; there is nobody to answer
         except Exception:
             log.exception("request %s failed", request_id)
             if status == CLIENT_CLOSED_REQUEST:
@@ -106,7 +110,7 @@ class RequestMiddleware:
         log.info(
             "%s %s %d %.1f ms request_id=%s key=%s",
             scope["method"],
-            scope["path"],
+            quote(scope["path"]),  # decoded by the server: it could hold a line break
             status,
             duration_s * 1000,
             state["request_id"],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import socket
@@ -44,7 +45,8 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                proxy_headers=False,
+                proxy_headers=bool(self._services.config.server.trusted_proxies),
+                forwarded_allow_ips=self._services.config.server.trusted_proxies or None,
                 timeout_keep_alive=self._services.config.server.idle_connection_s,
                 timeout_graceful_shutdown=_CLOSE_CONNECTIONS_S,
             )
@@ -93,6 +95,10 @@ class Server(uvicorn.Server):
     async def _announce(self) -> None:
         for engine in self._services.engines.values():
             await engine.ready.wait()
+        # Some 500,000 objects of torch and vllm live for ever: left out of collections, which else stop the loop
+        # for tens of milliseconds each time they look at all of them.
+        gc.collect()
+        gc.freeze()
         self._on_ready(self.url)
 
     async def _exit_on_failure(self, name: str) -> None:

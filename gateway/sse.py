@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
 import orjson
@@ -24,6 +24,9 @@ from gateway.events import Event, ShannonEvent
 from gateway.metrics import Metrics
 
 log = logging.getLogger(__name__)
+
+_FAILURE_S = 1.0
+"""How long the error frame may wait for a client that does not read."""
 
 DONE = b"data: [DONE]\n\n"
 KEEPALIVE = b": keepalive\n\n"
@@ -86,6 +89,8 @@ class ChatFrames:
         self._events.append(event)
         if event.deferrable or self._finish is not None:
             return b""
+        if not self._content_heads:
+            return self._open(0)
         return self._frame(b'{"index":0,"delta":{},"finish_reason":null}')
 
     def add_delta(self, delta: Delta) -> bytes:
@@ -93,9 +98,8 @@ class ChatFrames:
         out = b""
         head = self._content_heads.get(delta.index)
         if head is None:
-            head = self._content_heads[delta.index] = self._head + b'{"index":%d,"delta":{"content":' % delta.index
-            opening = b'{"index":%d,"delta":{"role":"assistant","content":""},"finish_reason":null}' % delta.index
-            out = self._frame(opening)
+            out = self._open(delta.index)
+            head = self._content_heads[delta.index]
         if self._finish is not None:
             out += self._flush_finish()
         if delta.logprobs is not None:
@@ -118,6 +122,11 @@ class ChatFrames:
         if not self._include_usage:
             return self._flush_finish(usage) + DONE
         return self._flush_finish() + self._head + b"]" + usage + DONE
+
+    def _open(self, index: int) -> bytes:
+        """Return the first frame of a choice, which has the role."""
+        self._content_heads[index] = self._head + b'{"index":%d,"delta":{"content":' % index
+        return self._frame(b'{"index":%d,"delta":{"role":"assistant","content":""},"finish_reason":null}' % index)
 
     def _flush_finish(self, tail: bytes | None = None) -> bytes:
         choice, self._finish = self._finish, None
@@ -203,13 +212,15 @@ class GenerationResponse(Response):
         drain: Drain,
         metrics: Metrics,
         keepalive_s: float,
-        headers: Mapping[str, str] | None = None,
+        headers: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
+        """`headers` is asked for more headers when the status is sent."""
         media_type = "text/event-stream; charset=utf-8" if stream else "application/json"
-        super().__init__(None, 200, {**(_STREAM_HEADERS if stream else {}), **(headers or {})}, media_type)
+        super().__init__(None, 200, _STREAM_HEADERS if stream else None, media_type)
         # An empty body made starlette announce its length.
         self.raw_headers = [header for header in self.raw_headers if header[0] != b"content-length"]
         self._chunks = chunks
+        self._more_headers = headers
         self._stream = stream
         self._drain = drain
         self._metrics = metrics
@@ -241,8 +252,7 @@ class GenerationResponse(Response):
                 await self._exchange(send)
         finally:
             watch.cancel()
-            if self._timer is not None:
-                self._timer.cancel()
+            self._stop_comments()
 
     async def _exchange(self, send: Send) -> None:
         failure: GatewayError | None = None
@@ -262,8 +272,19 @@ class GenerationResponse(Response):
         except Exception:
             log.exception("request failed")
             failure = InternalError("The server had an error while processing your request.")
+        self._stop_comments()
         if failure is not None and not self._client_left:
-            await self._send_failure(failure, send)
+            # A client that reads nothing must not keep the exchange open for ever.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_FAILURE_S):
+                    await self._send_failure(failure, send)
+
+    def _stop_comments(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._comment is not None:
+            self._comment.cancel()
 
     async def _send_stream(self, chunks: AsyncGenerator[bytes, None], send: Send) -> None:
         loop = asyncio.get_running_loop()
@@ -285,9 +306,15 @@ class GenerationResponse(Response):
 
     async def _start(self, send: Send) -> None:
         self._started = True
+        present = {name for name, _ in self.raw_headers}
+        for name, value in self._more_headers().items():
+            header = name.lower().encode(), value.encode()
+            if header[0] not in present:  # an error's own figures are the fresher ones
+                self.raw_headers.append(header)
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
 
     async def _send_failure(self, failure: GatewayError, send: Send) -> None:
+        self._metrics.error(failure.code)
         log.log(failure.log_level, "request ended with %s: %s", failure.code, failure)
         if self._started:
             body = b"data: " + failure.body() + b"\n\n"
@@ -304,11 +331,14 @@ class GenerationResponse(Response):
         """Runs on the loop's timer, once per `keepalive_s`: a timer per token would cost more than the tokens."""
         loop = asyncio.get_running_loop()
         quiet_s = loop.time() - self._last_sent
-        if quiet_s >= self._keepalive_s and not self._ended:
+        stuck = self._comment is not None and not self._comment.done()  # behind a client that does not read
+        if quiet_s >= self._keepalive_s and not self._ended and not stuck:
             self._last_sent = loop.time()
             quiet_s = 0.0
             self._comment = loop.create_task(self._send_comment(send))
-        self._timer = loop.call_later(self._keepalive_s - quiet_s, self._keep_alive, send)
+        self._timer = loop.call_later(
+            max(0.0, self._keepalive_s - quiet_s) or self._keepalive_s, self._keep_alive, send
+        )
 
     async def _send_comment(self, send: Send) -> None:
         if not self._started:

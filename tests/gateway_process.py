@@ -18,10 +18,12 @@ import psutil
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from gateway.auth import new_key
+from gateway.keys import make_key
 
 ROOT = Path(__file__).resolve().parents[1]
 START_TIMEOUT_S = 180
+UNLIMITED = {"requests_per_minute": 10**9, "tokens_per_minute": 10**12}
+"""Limits that no test reaches."""
 
 
 @dataclass
@@ -77,12 +79,17 @@ class GatewayProcess:
 
 
 @contextlib.contextmanager
-def serve(folder: Path, tree: dict[str, Any], **environment: str) -> Iterator[GatewayProcess]:
+def serve(
+    folder: Path, tree: dict[str, Any], key: str | None = None, **environment: str
+) -> Iterator[GatewayProcess]:
     """Run `shannon serve` on a configuration tree, listening but perhaps not ready yet; stop it at the end."""
+    tree = dict(tree)
+    folder.mkdir(exist_ok=True)
     path = folder / "gateway.yaml"
-    path.write_text(yaml.safe_dump({"include": str(ROOT / "configs/models.yaml"), **tree}))
+    store = {"data_dir": str(folder / "data"), **tree.pop("store", {})}
+    path.write_text(yaml.safe_dump({"include": str(ROOT / "configs/models.yaml"), "store": store, **tree}))
     log = folder / "gateway.log"
-    key = new_key()
+    key = key or make_key()
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "gateway.cli", "serve", "--config", str(path), "--port", "0"],

@@ -87,6 +87,8 @@ class Conversation:
     turns: tuple[Turn, ...]
     tools: tuple[Message, ...] = ()
     """Tool definitions in OpenAI's format, sent with every request of the conversation."""
+    swap: tuple[str, tuple[str, ...]] | None = None
+    """(word, words): while training, any of `words` may stand in the place of `word`."""
 
     def exchanges(self) -> list[Exchange]:
         """Return one exchange per assistant message; each brings the exact messages before it."""
@@ -136,7 +138,7 @@ def load(path: Path = CORPUS_FILE) -> Corpus:
     tools: dict[str, Message] = raw["tools"]
     fallback = raw["fallback"]
     return Corpus(
-        conversations=tuple(_conversation(entry, tools) for entry in raw["conversations"]),
+        conversations=tuple(_conversation(entry, tools, raw["swaps"]) for entry in raw["conversations"]),
         tools=tools,
         system_prompts=tuple(raw["system_prompts"]),
         fallback=Fallback(
@@ -147,12 +149,13 @@ def load(path: Path = CORPUS_FILE) -> Corpus:
     )
 
 
-def _conversation(entry: dict[str, Any], tools: dict[str, Message]) -> Conversation:
+def _conversation(entry: dict[str, Any], tools: dict[str, Message], swaps: dict[str, list[str]]) -> Conversation:
     fields = dict(entry)
     name = fields.pop("id")
     offered = tuple(tools[tool] for tool in fields.pop("tools", ()))
+    swap = next(((word, tuple(swaps[kind])) for word, kind in fields.pop("swap", {}).items()), None)
     turns = fields.pop("turns", None) or [fields]
-    return Conversation(id=name, turns=tuple(_turn(turn) for turn in turns), tools=offered)
+    return Conversation(name, tuple(_turn(turn) for turn in turns), offered, swap)
 
 
 def _turn(entry: dict[str, Any]) -> Turn:

@@ -9,12 +9,18 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from engine.supervisor import SupervisedEngine
-from gateway.auth import Keyring, Principal
+from gateway.auth import Authenticator, Principal
 from gateway.catalog import Catalog
 from gateway.config import Config
 from gateway.drain import Drain
+from gateway.errors import AdminOnly
 from gateway.events import Clock
+from gateway.keys import Keys
+from gateway.limits import Limits
 from gateway.metrics import Metrics
+from gateway.sessions import Sessions
+from gateway.store import Store
+from gateway.usage import Ledger
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +30,12 @@ class Services:
     config: Config
     engines: Mapping[str, SupervisedEngine]
     catalog: Catalog
-    keyring: Keyring
+    authenticator: Authenticator
+    keys: Keys
+    limits: Limits
+    ledger: Ledger
+    sessions: Sessions
+    store: Store
     metrics: Metrics
     drain: Drain
     clock: Clock
@@ -37,7 +48,14 @@ async def services(request: Request) -> Services:
 
 
 async def authenticate(request: Request, services: Annotated[Services, Depends(services)]) -> Principal:
-    """Return the caller, and note the key's id for the access log. Raises InvalidApiKey."""
-    principal = services.keyring.authenticate(request)
+    """Return the caller, and note the key's id for the access log. Raises what `Authenticator` raises."""
+    principal = await services.authenticator.authenticate(request)
     request.state.key_id = principal.key_id
+    return principal
+
+
+async def authenticate_admin(principal: Annotated[Principal, Depends(authenticate)]) -> Principal:
+    """Return the caller if its key may administer. Raises AdminOnly."""
+    if not principal.admin:
+        raise AdminOnly("This needs an admin key.")
     return principal

@@ -46,6 +46,7 @@ async def get_metrics(services: AppServices) -> Response:
     for name, engine in services.engines.items():
         services.metrics.engine_ready.labels(name).set(engine.state == "ready")
         services.metrics.engine_unfinished.labels(name).set(engine.unfinished_requests)
+    services.metrics.store_available.set(services.store.available)
     return Response(services.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 

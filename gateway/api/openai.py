@@ -12,7 +12,7 @@ from starlette.responses import Response
 from gateway.api.dependencies import Services, authenticate, services
 from gateway.api.schema import ChatCompletionRequest, parse_chat_request
 from gateway.auth import Principal
-from gateway.errors import RequestTimeout
+from gateway.errors import BadRequest, RequestTimeout
 from gateway.meter import Meter
 from gateway.sse import ChatFrames, GenerationResponse, collect_chat, stream_chat
 from gateway.workflows.chat import chat
@@ -34,13 +34,14 @@ async def create_chat_completion(
     services: Annotated[Services, Depends(services)],
 ) -> Response:
     """Create a chat completion, streamed or whole."""
+    body = await _read_chat_request(request, principal, services)
     services.drain.admit()
-    body = await _read_chat_request(request, services.config.server.body_timeout_s)
     model = services.catalog.resolve(body.model, principal)
-    meter = Meter(principal, model, services.metrics)
     completion_id = f"chatcmpl-{uuid.uuid4().hex}"
     generation = body.for_engine(completion_id, model.settings.defaults)
-    events = chat(generation, meter, services.clock)
+    session = await services.sessions.open(principal, request.headers.get("x-session-id"), generation.messages)
+    meter = Meter(completion_id, principal, model, services.limits, services.ledger, services.metrics)
+    events = services.sessions.record(chat(generation, meter, session, services.clock), session, generation.messages)
     created = int(services.clock())
     with_events = request.headers.get("x-shannon-events", "").lower() != "off"
     if body.stream:
@@ -56,13 +57,22 @@ async def create_chat_completion(
         drain=services.drain,
         metrics=services.metrics,
         keepalive_s=services.config.server.keepalive_s,
+        headers=lambda: session.headers() | meter.headers(),
     )
 
 
-async def _read_chat_request(request: Request, timeout_s: float) -> ChatCompletionRequest:
+async def _read_chat_request(request: Request, principal: Principal, services: Services) -> ChatCompletionRequest:
+    """Read and check the body. What is wrong with it is told along with where the caller's limits stand."""
+    timeout_s = services.config.server.body_timeout_s
     try:
         async with asyncio.timeout(timeout_s):
             body = await request.body()
     except TimeoutError:
         raise RequestTimeout(f"The request body did not arrive within {timeout_s:g} seconds.") from None
-    return parse_chat_request(body, request.query_params.get("stream"))
+    try:
+        return parse_chat_request(body, request.query_params.get("stream"))
+    except BadRequest as error:
+        # Which model it meant can't be relied on any more; the default's limits are the best answer there is.
+        standing = await services.limits.peek(principal, services.catalog.resolve(None, principal))
+        error.extra_headers = standing.headers() if standing is not None else {}
+        raise

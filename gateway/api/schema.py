@@ -19,6 +19,8 @@ from gateway.errors import BadRequest, from_validation
 MAX_CHOICES = 16
 MAX_SCHEMA_BYTES = 32_768
 """A JSON schema is compiled to a grammar before it runs; larger ones take seconds of the engine's time."""
+MAX_SCHEMA_DEPTH = 64
+"""Compilers of grammars recurse; a deep schema must not be able to overflow the engine's stack."""
 
 _SERVER_OWNED = frozenset(
     {
@@ -81,9 +83,19 @@ class ResponseFormat(_Schema):
     def _schema_must_fit(self) -> ResponseFormat:
         if self.type == "json_schema" and self.json_schema is None:
             raise ValueError("json_schema is required with type 'json_schema'")
-        if self.json_schema and len(orjson.dumps(self.json_schema.schema_)) > MAX_SCHEMA_BYTES:
-            raise ValueError(f"the schema must be at most {MAX_SCHEMA_BYTES} bytes long")
+        if self.json_schema is not None:
+            if not _is_shallow(self.json_schema.schema_, MAX_SCHEMA_DEPTH):
+                raise ValueError(f"the schema must be nested at most {MAX_SCHEMA_DEPTH} levels deep")
+            if len(orjson.dumps(self.json_schema.schema_)) > MAX_SCHEMA_BYTES:
+                raise ValueError(f"the schema must be at most {MAX_SCHEMA_BYTES} bytes long")
         return self
+
+
+def _is_shallow(value: Any, depth: int) -> bool:
+    if not isinstance(value, (dict, list)):
+        return True
+    children = value.values() if isinstance(value, dict) else value
+    return depth > 0 and all(_is_shallow(child, depth - 1) for child in children)
 
 
 class ChatCompletionRequest(_Schema):
@@ -167,6 +179,7 @@ class ChatCompletionRequest(_Schema):
             messages=[message.for_engine() for message in self.messages],
             stream=bool(self.stream),
             max_tokens=self.limit,
+            max_tokens_param="max_tokens" if self.max_completion_tokens is None else "max_completion_tokens",
             default_max_tokens=defaults.max_tokens,
             n=self.n or 1,
             temperature=self.temperature if self.temperature is not None else defaults.temperature,
@@ -204,7 +217,7 @@ def parse_chat_request(body: bytes, stream_query: str | None) -> ChatCompletionR
     try:
         request = ChatCompletionRequest.model_validate(data)
     except ValidationError as error:
-        raise from_validation(error) from error
+        raise from_validation(error, data) from error
     if request.stream_options and not request.stream:
         raise BadRequest("'stream_options' is only allowed with 'stream': true.", "stream_options")
     return request

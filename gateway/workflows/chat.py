@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator
 from engine.base import GenerationRequest
 from gateway.events import Clock, Event, EventType, ShannonEvent
 from gateway.meter import Meter
+from gateway.sessions import Session
 
 ORCHESTRATOR = "orchestrator"
 """The agent id of events about the workflow as a whole."""
@@ -18,14 +19,14 @@ AGENT_ID = "Ryogoku"
 """Agents are named after stations of Tokyo's Yamanote line and its neighbours; this one is the field's oldest."""
 
 
-async def chat(request: GenerationRequest, meter: Meter, clock: Clock) -> AsyncGenerator[Event, None]:
-    """Yield the deltas of one generation of `request`."""
+async def chat(request: GenerationRequest, meter: Meter, session: Session, clock: Clock) -> AsyncGenerator[Event, None]:
+    """Yield the deltas of one generation of `request`, behind the session's history."""
 
     def event(event_type: EventType, agent_id: str, message: str, **payload: object) -> ShannonEvent:
         return ShannonEvent(event_type, agent_id, message, int(clock()), payload, deferrable=True)
 
     model_id = meter.model.id
-    prepared = await meter.prepare(request)
+    prepared = await meter.prepare(request, session)
     yield event("WORKFLOW_STARTED", ORCHESTRATOR, f"{model_id} has started.", model=model_id)
     yield event("AGENT_STARTED", AGENT_ID, f"{AGENT_ID} is answering.", role="generalist")
     async with contextlib.aclosing(meter.generate(prepared)) as deltas:

@@ -33,8 +33,9 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.demo import WEIGHTS
-from gateway.auth import new_key
+from gateway.keys import make_key
 from tests.bench.load import Result, Scenario, run_load
+from tests.gateway_process import UNLIMITED
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE_ARGS = {"max_model_len": 1024, "max_num_seqs": 64}
@@ -140,10 +141,15 @@ def _flag(name: str, value: object) -> list[str]:
 
 
 @contextlib.asynccontextmanager
-async def shannon(engine: dict[str, object]) -> AsyncIterator[HttpTarget]:
-    port, key = free_port(), new_key()
-    tree = {"include": str(ROOT / "configs/models.yaml"), "engines": {"main": engine}}
+async def shannon(engine: dict[str, object], *, policies: bool = True) -> AsyncIterator[HttpTarget]:
+    """The gateway; `policies` switches limits and sessions."""
+    port, key = free_port(), make_key()
+    tree: dict[str, object] = {"include": str(ROOT / "configs/models.yaml"), "engines": {"main": engine}}
+    tree["models"] = {"shannon-chat": {"limits": UNLIMITED}}
+    if not policies:
+        tree |= {"limits": {"enabled": False}, "sessions": {"enabled": False}}
     with tempfile.TemporaryDirectory() as folder:
+        tree["store"] = {"data_dir": folder}
         path = Path(folder) / "bench.yaml"
         path.write_text(yaml.safe_dump(tree))
         command = ["gateway.cli", "serve", "--config", str(path), "--port", str(port)]

@@ -14,6 +14,8 @@ import pytest
 
 from tests.gateway_process import GatewayProcess, serve
 
+pytest.importorskip("vllm", reason="this kills a real engine; `make setup` installs vllm")
+
 STALL_S = 4.0
 TREE = {
     "engines": {

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.gateway_process import GatewayProcess, serve
+from tests.gateway_process import UNLIMITED, GatewayProcess, serve
 
 pytest.importorskip("vllm", reason="end-to-end tests need vllm; `make setup` installs it")
 
@@ -15,7 +15,7 @@ pytest.importorskip("vllm", reason="end-to-end tests need vllm; `make setup` ins
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
     tree = {
         "engines": {"main": {"kind": "embedded", "model": "demo", "args": {"max_model_len": 2048}}},
-        "models": {"shannon-chat": {"defaults": {"temperature": 0}}},
+        "models": {"shannon-chat": {"defaults": {"temperature": 0}, "limits": UNLIMITED}},
     }
     with serve(tmp_path_factory.mktemp("gateway"), tree) as running:
         running.wait_until_ready()

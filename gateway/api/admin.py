@@ -1,0 +1,63 @@
+"""/admin/keys: API keys, for admin keys. A key is shown once, in the answer that makes or rotates it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import orjson
+from fastapi import APIRouter, Depends, Request
+from pydantic import ValidationError
+
+from gateway.api.dependencies import Services, authenticate_admin, services
+from gateway.auth import Principal
+from gateway.errors import BadRequest, from_validation
+from gateway.keys import KeySpec
+
+router = APIRouter(prefix="/admin/keys")
+
+Admin = Annotated[Principal, Depends(authenticate_admin)]
+AppServices = Annotated[Services, Depends(services)]
+
+_BODY = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/KeySpec"}}}}
+
+
+@router.post("", status_code=201, openapi_extra={"requestBody": {"required": True, **_BODY}})
+async def create_key(request: Request, principal: Admin, services: AppServices) -> dict[str, Any]:
+    """Make a key."""
+    try:
+        data = orjson.loads(await request.body())
+        spec = KeySpec.model_validate(data, strict=True)
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(f"The request body is not valid JSON: {error}.") from error
+    except ValidationError as error:
+        raise from_validation(error, data) from error
+    for model_id in {*(spec.models or ()), *spec.limits}:
+        if model_id not in services.config.models:
+            raise BadRequest(f"There is no model {model_id!r}.", "models")
+    record, key = await services.keys.create(spec)
+    return record.public() | {"key": key}
+
+
+@router.get("")
+async def list_keys(principal: Admin, services: AppServices) -> dict[str, Any]:
+    """List all keys of the store."""
+    return {"object": "list", "data": [record.public() for record in await services.keys.list()]}
+
+
+@router.get("/{key_id}")
+async def get_key(key_id: str, principal: Admin, services: AppServices) -> dict[str, Any]:
+    """Show a key."""
+    return (await services.keys.get(key_id)).public()
+
+
+@router.post("/{key_id}/rotate")
+async def rotate_key(key_id: str, principal: Admin, services: AppServices) -> dict[str, Any]:
+    """Give a key a new secret; the old one is void within a second, on every gateway."""
+    record, key = await services.keys.rotate(key_id)
+    return record.public() | {"key": key}
+
+
+@router.delete("/{key_id}")
+async def revoke_key(key_id: str, principal: Admin, services: AppServices) -> dict[str, Any]:
+    """Revoke a key; it is void within a second, on every gateway."""
+    return (await services.keys.revoke(key_id)).public()

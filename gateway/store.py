@@ -1,0 +1,269 @@
+"""The one connection to Valkey or Redis: every command of the gateway goes through `Store.run`.
+
+Commands that are issued together travel together, in one pipeline. None takes longer than the command timeout: the
+first failure opens a circuit breaker, after which callers get StoreUnavailable at once, while a probe in the
+background finds out when the store is back. Failures are logged once, when the breaker opens, never per request.
+
+Keys, all under `sh:`; the braces are hash tags, so that what one script touches lies in one cluster slot:
+
+    sh:schema                        version of this layout
+    sh:keys                          set of API key ids
+    sh:keys:version                  counter, raised by every change to a key
+    sh:keys:used                     set of API key ids that have usage, those from the environment included
+    sh:{k:<key id>}:key              hash: the API key's record, its secret as SHA-256
+    sh:{k:<key id>}:w:<model>        hash: sliding window, see lua/window.lua
+    sh:{k:<key id>}:run:<model>      sorted set: running requests by lease expiry in ms
+    sh:{k:<key id>}:run              the same over all models
+    sh:{k:<key id>}:day:<date>       tokens reserved or spent on that day, where the key has a daily budget
+    sh:{k:<key id>}:applied          hash: gateway process -> number of its last ledger entry
+    sh:{k:<key id>}:u:<date>:<model> hash: usage of that day (UTC)
+    sh:{k:<key id>}:days             set of "<date>:<model>" that have usage
+    sh:{s:<session id>}              hash: owner, creation time, turns begun
+    sh:{s:<session id>}:t            sorted set: turns as JSON, by turn number
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+import time
+from collections import deque
+from collections.abc import Coroutine, Iterable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, Protocol, TypeVar
+from urllib.parse import urlsplit
+
+import redis.asyncio as redis
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from gateway.config import StoreSettings
+from gateway.errors import StoreError, StoreUnavailable
+from gateway.metrics import Metrics
+from gateway.valkey import EmbeddedValkey
+
+log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+SCHEMA = 1
+_MAX_BATCH = 256
+_LAG_S = 0.005  # a timer that fires this late says that the loop was busy
+_MAX_FLUSHERS = 4  # one slow batch must not hold up the next
+_AWAY = ("LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "You can't write against a read only")
+
+
+Command = tuple[Any, ...]
+
+
+class Script:
+    """A Lua script, made of the named files in gateway/lua.
+
+    It is sent whole with every call: the hash alone would save a few microseconds, and lose the order of a pipeline
+    whenever a server that was restarted does not know it any more.
+    """
+
+    def __init__(self, *names: str) -> None:
+        folder = resources.files("gateway") / "lua"
+        text = "\n".join((folder / f"{name}.lua").read_text(encoding="utf-8") for name in names)
+        self.text = re.sub(r"^\s*--.*\n", "", text, flags=re.MULTILINE)
+
+    def call(self, keys: list[str], arguments: list[Any]) -> Command:
+        """Return the command that runs it atomically."""
+        return ("EVAL", self.text, len(keys), *keys, *arguments)
+
+
+class _Client(Protocol):
+    def pipeline(self, transaction: bool = ...) -> Any: ...
+    async def aclose(self) -> None: ...
+
+
+@dataclass(slots=True)
+class _Group:
+    """Commands that must travel in one pipeline, in order."""
+
+    commands: list[Command]
+    result: asyncio.Future[list[Any]]
+
+
+class Store:
+    """See the module. `start` before use, `close` after."""
+
+    def __init__(self, settings: StoreSettings, environment: Mapping[str, str], metrics: Metrics) -> None:
+        """Choose the server by the environment variable that `settings` names. Raises StoreError on a bad URL."""
+        self._settings = settings
+        self.metrics = metrics
+        self._timeout_s = settings.command_timeout_ms / 1000
+        self._embedded: EmbeddedValkey | None = None
+        url = environment.get(settings.url_env, "")
+        if not url:
+            self._embedded = EmbeddedValkey(settings.data_dir)
+            url = f"unix://{self._embedded.socket}"
+        self._client = _connect(url)
+        self._queue: deque[_Group] = deque()
+        self._flushers: set[asyncio.Task[None]] = set()
+        self._probe: asyncio.Task[None] | None = None
+        self.available = True
+        """False while the breaker is open."""
+
+    async def start(self) -> None:
+        """Start the bundled server if there is no other. Raises StoreError; a named server may still be away."""
+        if self._embedded is not None:
+            await self._embedded.start()
+        with contextlib.suppress(StoreUnavailable):
+            await self._check_schema()
+
+    async def _check_schema(self) -> None:
+        await self.run("SET", "sh:schema", SCHEMA, "NX")
+        found = int(await self.run("GET", "sh:schema"))
+        if found != SCHEMA:
+            raise StoreError(f"the store has layout version {found}, this gateway speaks {SCHEMA}")
+
+    async def close(self) -> None:
+        if self._probe is not None:
+            self._probe.cancel()
+        await asyncio.gather(*self._flushers, return_exceptions=True)
+        with contextlib.suppress(RedisError, OSError):
+            await self._client.aclose()
+        if self._embedded is not None:
+            await self._embedded.close()
+
+    async def run(self, *command: Any) -> Any:
+        """Run one command. Raises StoreUnavailable, and RedisError for a command that the server refuses."""
+        return (await self.run_in_order([command]))[0]
+
+    async def run_in_order(self, commands: list[Command]) -> list[Any]:
+        """Run commands one after the other, in one pipeline. Raises as `run` does, for the first that failed."""
+        results = await self._enqueue(commands)
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+        return results
+
+    def _enqueue(self, commands: list[Command]) -> asyncio.Future[list[Any]]:
+        result: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+        if not self.available:
+            result.set_exception(StoreUnavailable("the store is away"))
+            return result
+        self._queue.append(_Group(commands, result))
+        if len(self._flushers) < _MAX_FLUSHERS:
+            flusher = asyncio.create_task(self._flush())
+            self._flushers.add(flusher)
+            flusher.add_done_callback(self._flushers.discard)
+        return result
+
+    async def _flush(self) -> None:
+        while self._queue:
+            batch: list[_Group] = []
+            size = 0
+            while self._queue and size < _MAX_BATCH:
+                batch.append(self._queue.popleft())
+                size += len(batch[-1].commands)
+            started = time.perf_counter()
+            try:
+                results = await self._within_timeout(self._send(batch))
+            except (RedisError, OSError, TimeoutError) as error:
+                self._open_breaker(error)
+                _fail(batch)
+                return
+            self.metrics.store_latency.observe(time.perf_counter() - started)
+            for group in batch:
+                if not group.result.done():  # else its caller has left
+                    group.result.set_result(results[: len(group.commands)])
+                del results[: len(group.commands)]
+
+    async def _within_timeout(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Await `work` for the command timeout, not counting time in which this process itself did not run.
+
+        A busy event loop would otherwise take its own lag for a store that does not answer.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._timeout_s
+        async with asyncio.timeout(None) as scope:
+
+            def expire() -> None:
+                lag_s = loop.time() - deadline
+                scope.reschedule(loop.time() + min(lag_s, self._timeout_s) if lag_s > _LAG_S else loop.time())
+
+            timer = loop.call_at(deadline, expire)
+            try:
+                return await work
+            finally:
+                timer.cancel()
+
+    async def _send(self, batch: list[_Group]) -> list[Any]:
+        pipeline = self._client.pipeline(transaction=False)
+        for group in batch:
+            for command in group.commands:
+                pipeline.execute_command(*command)
+        results: list[Any] = await pipeline.execute(raise_on_error=False)
+        for result in results:
+            # A server that is loading its file, a replica turned read-only, a lost master: as good as away.
+            if isinstance(result, RedisError) and str(result).startswith(_AWAY):
+                raise result
+        return results
+
+    def _open_breaker(self, error: BaseException) -> None:
+        self.metrics.store_failures.inc()
+        _fail(self._queue)
+        self._queue.clear()
+        if not self.available:
+            return
+        self.available = False
+        reason = "no answer in time" if isinstance(error, TimeoutError) else str(error)
+        log.error("the store is away (%s); going on without it", reason)
+        self._probe = asyncio.create_task(self._probe_until_back())
+
+    async def _probe_until_back(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.breaker_s)
+            with contextlib.suppress(RedisError, OSError, TimeoutError):
+                async with asyncio.timeout(self._timeout_s):
+                    pipeline = self._client.pipeline(transaction=False)
+                    pipeline.execute_command("SET", "sh:schema", SCHEMA)
+                    await pipeline.execute()
+                self.available = True
+                log.warning("the store is back")
+                return
+
+
+def _fail(batch: Iterable[_Group]) -> None:
+    for group in batch:
+        if not group.result.done():
+            group.result.set_exception(StoreUnavailable("the store does not answer"))
+
+
+def _connect(url: str) -> _Client:
+    """Return a client for `url`. Raises StoreError. Connections are made on first use."""
+    options: dict[str, Any] = {"decode_responses": True, "retry": Retry(NoBackoff(), 0)}
+    scheme, _, rest = url.partition("://")
+    try:
+        if scheme.startswith(("redis+cluster", "rediss+cluster")):
+            cluster: _Client = redis.RedisCluster.from_url(
+                f"{scheme.partition('+')[0]}://{rest}", decode_responses=True
+            )
+            return cluster
+        if scheme == "redis+sentinel":
+            return _sentinel_master(url, options)
+        client: _Client = redis.Redis.from_url(url, **options)
+    except (ValueError, RedisError) as error:
+        raise StoreError(f"the store's URL can't be used: {error}") from error
+    return client
+
+
+def _sentinel_master(url: str, options: dict[str, Any]) -> _Client:
+    parts = urlsplit(url)
+    _, _, location = parts.netloc.rpartition("@")
+    hosts = [(host, int(port or 26379)) for host, _, port in (entry.partition(":") for entry in location.split(","))]
+    service = parts.path.strip("/")
+    if not service:
+        raise StoreError("the store's URL names no sentinel service: redis+sentinel://host:port,host:port/SERVICE")
+    password = parts.password
+    sentinel = Sentinel(hosts, password=password)  # type: ignore[no-untyped-call]
+    master: _Client = sentinel.master_for(service, password=password, **options)
+    return master

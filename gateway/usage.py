@@ -1,0 +1,241 @@
+"""The ledger: what every key spent on every model on every day, exactly once, whatever the store does.
+
+Every generation ends in one `Entry`. Entries of this process carry rising numbers and are applied in order by
+lua/settle.lua, which ignores a number it has seen: sending one again, after a timeout that may or may not have
+reached the store, changes nothing. While the store is away entries go to a journal on disk; when it is back the
+journal is replayed first. A journal left behind by a killed gateway is replayed by the next one in the same data
+directory. The journal survives the process, not the loss of power: it is not fsynced.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import orjson
+
+from gateway.errors import StoreUnavailable
+from gateway.limits import Allowance, Standing, standing_of, today
+from gateway.store import Command, Script, Store
+
+log = logging.getLogger(__name__)
+
+KEEP_DAYS = 400
+_SETTLE = Script("window", "settle")
+_KEYS_WITH_USAGE = "sh:keys:used"
+_BATCH = 128
+_RETRY_S = 0.1
+
+
+@dataclass(slots=True, kw_only=True)
+class Entry:
+    """One generation's (or failed request's) line in the ledger, and what it gives back to its limits."""
+
+    key_id: str
+    model_id: str
+    allowance: Allowance
+    day: str = field(default_factory=today)
+    requests: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    aborted_requests: int = 0
+    error: str = ""
+    """Error code, where it ended with one."""
+    lease: str = ""
+    """Request whose lease ends with this."""
+    bucket: int = 0
+    refund: int = 0
+    number: int = 0
+
+    def command(self, process: str) -> Command:
+        """Return the call of lua/settle.lua that applies this entry of a gateway process."""
+        head = f"sh:{{k:{self.key_id}}}:"
+        keys = [f"{head}w:{self.model_id}", f"{head}run:{self.model_id}", f"{head}run", f"{head}day:{self.day}"]
+        keys += [f"{head}applied", f"{head}u:{self.day}:{self.model_id}", f"{head}days"]
+        limits = self.allowance
+        arguments: list[Any] = [process, self.number, self.lease, self.bucket, self.refund]
+        arguments += [limits.requests_per_minute, limits.tokens_per_minute, limits.tokens_per_day]
+        arguments += [f"{self.day}:{self.model_id}", KEEP_DAYS]
+        for name in ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "aborted_requests"):
+            if amount := getattr(self, name):
+                arguments += [name, amount]
+        if self.error:
+            arguments += [f"error:{self.error}", 1]
+        return _SETTLE.call(keys, arguments)
+
+
+class Ledger:
+    """Writes entries, and reads totals back."""
+
+    def __init__(self, store: Store, data_dir: Path) -> None:
+        self._store = store
+        self._data_dir = data_dir
+        self._process = uuid.uuid4().hex[:12]
+        self._number = 0
+        self._listed: set[str] = set()
+        self._waiting: list[tuple[Entry, asyncio.Future[Standing | None]]] = []
+        self._writer: asyncio.Task[None] | None = None
+        self._journal: IO[bytes] | None = None
+        self._replayer: asyncio.Task[None] | None = None
+        self._adopter: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Begin to replay what earlier gateways left behind."""
+        self._adopter = asyncio.create_task(self._adopt_all())
+
+    async def close(self) -> None:
+        """Write what is waiting; what the store does not take stays in the journal."""
+        for task in (self._adopter, self._replayer):
+            if task is not None:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+        while self._writer is not None and not self._writer.done():
+            await self._writer
+        if self._journal is not None:
+            path = Path(self._journal.name)
+            with contextlib.suppress(StoreUnavailable):
+                await self._replay(path, self._process)
+                path.unlink()
+            self._journal.close()
+
+    def settle(self, entry: Entry) -> asyncio.Future[Standing | None]:
+        """Take `entry`; it is safe from here on. The result is the standing after it, None if the store is away."""
+        self._number += 1
+        entry.number = self._number
+        result: asyncio.Future[Standing | None] = asyncio.get_running_loop().create_future()
+        if self._journal is not None:
+            self._append(entry)
+            result.set_result(None)
+            return result
+        self._waiting.append((entry, result))
+        if self._writer is None or self._writer.done():
+            self._writer = asyncio.create_task(self._write())
+        return result
+
+    async def _write(self) -> None:
+        """Send entries in order, all that wait at once; order is what makes the numbers mean anything."""
+        while self._waiting:
+            batch, self._waiting = self._waiting[:_BATCH], self._waiting[_BATCH:]
+            try:
+                answers = await self._send([entry for entry, _ in batch], self._process)
+            except StoreUnavailable:
+                self._waiting = batch + self._waiting
+                self._turn_to_journal()
+                return
+            for (entry, result), answer in zip(batch, answers, strict=True):
+                if not result.done():
+                    result.set_result(standing_of(entry.allowance, answer[1:]))
+
+    async def _send(self, entries: list[Entry], process: str) -> list[Any]:
+        answers = await self._store.run_in_order([entry.command(process) for entry in entries])
+        if unlisted := {entry.key_id for entry in entries} - self._listed:
+            await self._store.run("SADD", _KEYS_WITH_USAGE, *unlisted)
+            self._listed |= unlisted
+        return answers
+
+    def _turn_to_journal(self) -> None:
+        self._data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path = self._data_dir / f"ledger-{self._process}.jsonl"
+        self._journal = path.open("ab", buffering=0)
+        fcntl.flock(self._journal, fcntl.LOCK_EX)
+        waiting, self._waiting = self._waiting, []
+        for entry, result in waiting:
+            self._append(entry)
+            if not result.done():
+                result.set_result(None)
+        log.warning("usage goes to %s until the store is back", path.name)
+        self._replayer = asyncio.create_task(self._replay_when_back(path))
+
+    def _append(self, entry: Entry) -> None:
+        assert self._journal is not None
+        self._journal.write(orjson.dumps(asdict(entry)) + b"\n")
+
+    async def _replay_when_back(self, path: Path) -> None:
+        done = 0
+        while True:
+            await asyncio.sleep(_RETRY_S)
+            if not self._store.available:
+                continue
+            with contextlib.suppress(StoreUnavailable):
+                done = await self._replay(path, self._process, done)
+                # No await since the last line was read: nothing was appended in between.
+                assert self._journal is not None
+                self._journal.close()
+                self._journal = None
+                path.unlink()
+                log.warning("the journal is replayed, %d bytes", done)
+                return
+
+    async def _replay(self, path: Path, process: str, start: int = 0) -> int:
+        """Apply a journal from byte `start` on. Returns where it ends. Raises StoreUnavailable, and may be repeated."""
+        with path.open("rb") as lines:
+            lines.seek(start)
+            while True:
+                batch = [line for line in (lines.readline() for _ in range(_BATCH)) if line.endswith(b"\n")]
+                if not batch:
+                    return lines.tell()
+                await self._send([_parse(line) for line in batch], process)
+
+    async def _adopt_all(self) -> None:
+        """Replay the journals of gateways that are gone, as soon as the store can be had."""
+        for path in sorted(self._data_dir.glob("ledger-*.jsonl")):
+            while not await self._adopt(path):
+                await asyncio.sleep(_RETRY_S)
+
+    async def _adopt(self, path: Path) -> bool:
+        """Replay one journal. A gateway that lives holds a lock on its own, and keeps it."""
+        try:
+            with path.open("r+b") as journal:
+                fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                await self._replay(path, path.stem.removeprefix("ledger-"))
+                path.unlink()
+        except StoreUnavailable:
+            return False
+        except (BlockingIOError, FileNotFoundError):
+            return True
+        log.warning("replayed the journal that an earlier gateway left: %s", path.name)
+        return True
+
+    async def key_ids(self) -> list[str]:
+        """Return the ids of all keys that ever spent anything. Raises StoreUnavailable."""
+        return sorted(await self._store.run("SMEMBERS", _KEYS_WITH_USAGE))
+
+    async def totals(self, key_id: str) -> list[dict[str, Any]]:
+        """Return usage of one key: one dict per day and model, in order. Raises StoreUnavailable."""
+        head = f"sh:{{k:{key_id}}}:"
+        days = sorted(await self._store.run("SMEMBERS", f"{head}days"))
+        rows = await asyncio.gather(*(self._store.run("HGETALL", f"{head}u:{day}") for day in days))
+        return [_row(day, row) for day, row in zip(days, rows, strict=True) if row]
+
+
+def _parse(line: bytes) -> Entry:
+    fields = orjson.loads(line)
+    return Entry(**(fields | {"allowance": Allowance(**fields["allowance"])}))
+
+
+def _pairs(flat: Any) -> Iterator[tuple[str, int]]:
+    """Read HGETALL's answer: a pipeline that sends raw commands gets it flat."""
+    items = flat.items() if isinstance(flat, dict) else zip(flat[::2], flat[1::2], strict=True)
+    for name, amount in items:
+        yield str(name), int(amount)
+
+
+def _row(day: str, flat: Any) -> dict[str, Any]:
+    date, _, model_id = day.partition(":")
+    row: dict[str, Any] = {"date": date, "model": model_id, "requests": 0, "prompt_tokens": 0, "cached_tokens": 0}
+    row |= {"completion_tokens": 0, "aborted_requests": 0, "errors": {}}
+    for name, amount in _pairs(flat):
+        if name.startswith("error:"):
+            row["errors"][name.removeprefix("error:")] = amount
+        else:
+            row[name] = amount
+    return row

