@@ -63,6 +63,9 @@ _CPU_ENVIRONMENT = {
 # bfloat16 dies with SIGILL in the AMX attention kernel of some virtual machines; float32 always works.
 # Block size 32 lets short prompts hit the prefix cache, which the CPU default of 128 does not.
 _CPU_ARGS: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "block_size": 32}
+# JSON between fields may hold any white space, and a small model can write nothing but that until its context ends.
+# Of the two backends that can forbid it, guidance takes more of JSON Schema and compiles lazily.
+_ARGS: dict[str, Any] = {"structured_outputs_config": {"backend": "guidance", "disable_any_whitespace": True}}
 _SHUTDOWN_S = 1.0  # a healthy core leaves at once
 
 _FINISH_REASONS: dict[str | None, FinishReason | None] = {
@@ -119,7 +122,7 @@ class EmbeddedEngine:
         environment, default_args = build_defaults()
         _set_environment(environment, offline=Path(self._model).is_dir())
         # The name on vLLM's metrics; by default it is the path.
-        self._args = {"served_model_name": [model]} | default_args | (args or {})
+        self._args = {"served_model_name": [model]} | _ARGS | default_args | (args or {})
         _refuse_unknown_args(self._args)
         self._llm: AsyncLLM | None = None
         self._processes: list[Any] = []
@@ -141,13 +144,20 @@ class EmbeddedEngine:
     async def start(self) -> None:
         """Build the AsyncLLM in a thread, so that the event loop goes on answering (10 s to minutes)."""
         before = set(multiprocessing.active_children())
+        build = asyncio.ensure_future(asyncio.to_thread(self._build))
         try:
-            self._llm = await asyncio.to_thread(self._build)
+            self._llm = await asyncio.shield(build)
+            await self._llm.is_sleeping()  # the first word from the core itself
+        except asyncio.CancelledError:
+            # The thread can't be cancelled; without its core it ends by itself.
+            for process in _children_since(before):
+                process.kill()
+            await asyncio.gather(build, return_exceptions=True)
+            raise
         except Exception as error:  # vLLM raises all sorts here; the operator needs its words, not its type
             raise EngineError(f"vLLM could not start {self._model}: {error}") from error
         finally:
-            self._processes = [p for p in multiprocessing.active_children() if p not in before]
-        await self._llm.is_sleeping()  # the first word from the core itself
+            self._processes = _children_since(before)
 
     def _build(self) -> AsyncLLM:
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -255,6 +265,10 @@ class EmbeddedEngine:
         for process in self._processes:
             process.kill()
         self._processes = []
+
+
+def _children_since(before: set[Any]) -> list[Any]:
+    return [process for process in multiprocessing.active_children() if process not in before]
 
 
 def _refuse_unknown_args(args: dict[str, Any]) -> None:

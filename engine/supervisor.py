@@ -93,9 +93,10 @@ class SupervisedEngine:
         """Start the engine and its watch. A failure here sets `failed` and is raised."""
         try:
             await self._engine.start()
-        except EngineError as error:
-            self._give_up(error)
-            raise
+        except Exception as error:  # of whatever type: unseen, it would leave an engine "starting" for ever
+            failure = error if isinstance(error, EngineError) else EngineError(f"{type(error).__name__}: {error}")
+            self._give_up(failure)
+            raise failure from error
         self._become("ready")
         self._watch = asyncio.create_task(self._watch_health(), name=f"watch engine {self.name}")
 
@@ -145,7 +146,7 @@ class SupervisedEngine:
                     await self._engine.check_health()
             except TimeoutError:
                 log.error("engine %s has not answered for %g s", self.name, self._engine_stall_s)
-            except EngineError as error:
+            except Exception as error:  # one that can't even be asked is dead
                 log.error("engine %s is dead: %s", self.name, error)
             else:
                 continue
@@ -171,7 +172,7 @@ class SupervisedEngine:
             try:
                 self._engine = self._build()
                 await self._engine.start()
-            except EngineError as error:
+            except Exception as error:
                 log.error("engine %s could not restart: %s", self.name, error)
                 continue
             self._died.clear()

@@ -140,7 +140,9 @@ def build_authenticator(config: Config, store: Store, environment: Mapping[str, 
     for variable, name, tenant, models_allowed, is_admin in own:
         allowed = None if models_allowed is None else frozenset(models_allowed)
         try:
-            authenticator.add(environment.get(variable, ""), name=name, tenant=tenant, models=allowed, admin=is_admin)
+            authenticator.add(
+                environment.get(variable, "").strip(), name=name, tenant=tenant, models=allowed, admin=is_admin
+            )
         except ValueError as error:
             raise ConfigError(f"{variable}: {error}") from error
     return authenticator
@@ -220,7 +222,7 @@ async def _on_store_unavailable(request: Request, error: Exception) -> Response:
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     """Put Starlette's own 404 and 405 into OpenAI's shape."""
     assert isinstance(error, HTTPException)
-    where = f"{request.method} {request.url.path}"
+    where = f"{request.method} {request.scope['path']}"
     if error.status_code == 405:
         response = error_response(MethodNotAllowed(f"Not allowed to {where}. Check the HTTP method."))
         response.headers.update(error.headers or {})  # Allow

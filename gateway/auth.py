@@ -28,6 +28,7 @@ MIN_KEY_LENGTH = 20
 _WATCH_S = 0.5
 _MAX_CACHED_KEYS = 10_000
 _MAX_ADDRESSES = 10_000
+_MAX_KNOWN = 64  # keys remembered per address
 _NO_DIGEST = digest("")
 
 
@@ -104,6 +105,8 @@ class Authenticator:
         if len(key) < MIN_KEY_LENGTH:
             raise ValueError(f"the key {name!r} must have at least {MIN_KEY_LENGTH} characters")
         key_id, secret = split_key(key)
+        if key_id in self._own:
+            raise ValueError(f"the keys {name!r} and {self._own[key_id][1].name!r} have the same id; make another")
         principal = Principal(key_id, name, tenant, models, admin=admin)
         self._own[key_id] = (digest(secret), principal)
         return principal
@@ -145,7 +148,9 @@ class Authenticator:
         if principal is None or (principal.expires_at is not None and time.time() >= principal.expires_at):
             self._note_failure(host)
             raise InvalidApiKey("Incorrect API key provided.")
-        if address is not None and len(address.known) < 64:
+        if address is None:
+            address = self._address(host)
+        if len(address.known) < _MAX_KNOWN:
             address.known.add(fingerprint)
         return principal
 
@@ -191,11 +196,15 @@ class Authenticator:
             raise RateLimitExceeded("Too many requests with a wrong API key from this address.", retry_after_s=wait_s)
 
     def _note_failure(self, host: str) -> None:
+        self._address(host).allowed -= 1
+
+    def _address(self, host: str) -> _Address:
+        """Return what is known of an address; the one not heard of for longest is forgotten for it."""
         address = self._addresses.setdefault(host, _Address(self._failed_per_minute, time.monotonic()))
         self._addresses.move_to_end(host)
-        address.allowed -= 1
         if len(self._addresses) > _MAX_ADDRESSES:
             self._addresses.popitem(last=False)
+        return address
 
 
 def _presented_key(connection: HTTPConnection) -> str:

@@ -57,6 +57,11 @@ class Catalog:
             raise ModelNotAllowed(f"This API key may not use the model {spec.id!r}.", "model")
         return spec
 
+    def default_for(self, principal: Principal) -> ModelSpec | None:
+        """Return the default model, or the first that the caller may use, or None."""
+        visible = self.visible_to(principal)
+        return next((spec for spec in visible if spec.id == self._default), visible[0] if visible else None)
+
     def visible_to(self, principal: Principal) -> list[ModelSpec]:
         """Return the models that the caller may use, in configured order."""
         return [spec for spec in self._specs.values() if principal.may_use(spec.id)]

@@ -73,7 +73,7 @@ class ModelSettings(_Settings):
 class KeySettings(_Settings):
     name: str
     """For people; appears in logs beside the key's id."""
-    key_env: str
+    key_env: str = Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
     """Environment variable that holds the key (`sk-shannon-...`)."""
     tenant: str = "default"
     """Sessions and cached prompts are never shared between tenants."""

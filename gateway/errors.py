@@ -40,6 +40,10 @@ class StoreUnavailable(Exception):
     """The store does not answer now. Every caller has a way to go on without it."""
 
 
+class StoreRefused(StoreUnavailable):
+    """The store answers, but refuses this command: a value of another type under our key, a right taken away."""
+
+
 class GatewayError(Exception):
     """Base. `param` names the request field at fault, if one is."""
 

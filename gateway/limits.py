@@ -2,8 +2,9 @@
 
 The promise: in any 60 s, over any number of gateways, never more requests or tokens than the limit. A reservation is
 the exact prompt plus the most the completion may take, so concurrent requests can't slip past. The arithmetic is in
-lua/window.lua and runs inside the store. While the store is away a share per process is enforced here, or nothing is
-let in, as configured. Fails with RateLimitExceeded, BadRequest (could never fit) and Unavailable.
+lua/window.lua and runs inside the store. While the store is away a share of the two per-minute limits is enforced
+per process (concurrent and daily ones are not), or nothing is let in, as configured. Fails with RateLimitExceeded,
+BadRequest (could never fit) and Unavailable.
 """
 
 from __future__ import annotations
@@ -120,9 +121,9 @@ def standing_of(allowance: Allowance, figures: list[Any]) -> Standing:
     return Standing(allowance, remaining_requests, remaining_tokens, reset_requests, reset_tokens)
 
 
-def keys_of(principal: Principal, model_id: str, day: str) -> list[str]:
+def keys_of(key_id: str, model_id: str, day: str) -> list[str]:
     """Return the store keys of one API key's limits on one model: window, running twice, day budget."""
-    head = f"sh:{{k:{principal.key_id}}}:"
+    head = f"sh:{{k:{key_id}}}:"
     return [f"{head}w:{model_id}", f"{head}run:{model_id}", f"{head}run", f"{head}day:{day}"]
 
 
@@ -161,6 +162,10 @@ class Limits:
         headers, BadRequest when the limit could never admit it, Unavailable when the store is away and that closes.
         """
         allowance = allowance_of(principal, model)
+        if not self.enabled:
+            now_s = int(time.time())
+            standing = Standing(allowance, allowance.requests_per_minute, allowance.tokens_per_minute, now_s, now_s)
+            return Reservation(standing, 0, tokens)
         most = min(allowance.tokens_per_minute, allowance.tokens_per_day or allowance.tokens_per_minute)
         if tokens > most:
             raise BadRequest(
@@ -169,10 +174,6 @@ class Limits:
                 "max_tokens",
                 "tokens_exceed_limit",
             )
-        if not self.enabled:
-            now_s = int(time.time())
-            standing = Standing(allowance, allowance.requests_per_minute, allowance.tokens_per_minute, now_s, now_s)
-            return Reservation(standing, 0, tokens)
         try:
             return await self._ask(principal, model, member, allowance, requests, tokens)
         except StoreUnavailable:
@@ -185,7 +186,9 @@ class Limits:
         try:
             return (await self._ask(principal, model, "", allowance_of(principal, model), 0, 0)).standing
         except StoreUnavailable:
-            return None
+            allowance = allowance_of(principal, model)
+            window = self._local.get((principal.key_id, model.id), _LocalWindow())
+            return self._local_standing(allowance, self._share(allowance), window)
 
     async def _ask(
         self, principal: Principal, model: ModelSpec, member: str, allowance: Allowance, requests: int, tokens: int
@@ -201,7 +204,7 @@ class Limits:
             allowance.tokens_per_day,
             LEASE_S * 1000,
         ]
-        keys = keys_of(principal, model.id, today())
+        keys = keys_of(principal.key_id, model.id, today())
         answer = await self._store.run(*_RESERVE.call(keys, arguments))
         standing = standing_of(allowance, answer[2:6])
         if answer[0]:
@@ -214,19 +217,26 @@ class Limits:
         if self._settings.on_store_failure == "closed":
             raise Unavailable("Limits can't be checked at the moment. Try again shortly.", retry_after_s=1.0)
         self._metrics.limited_locally.inc()
-        replicas = self._settings.replicas
-        share = Allowance(
-            max(1, allowance.requests_per_minute // replicas), max(tokens, allowance.tokens_per_minute // replicas)
-        )
+        share = self._share(allowance, tokens)
         now = time.time()
         window = self._local.setdefault((principal.key_id, model.id), _LocalWindow())
         refused, wait_s = window.take(requests, tokens, share, now)
-        reset = math.ceil(now) + WINDOW_S
-        remaining = share.requests_per_minute - window.spent(1), share.tokens_per_minute - window.spent(2)
-        standing = Standing(allowance, *remaining, reset, reset, local=True)
+        standing = self._local_standing(allowance, share, window)
         if refused:
             raise self._exceeded(refused, model, standing, wait_s)
         return Reservation(standing, 0, tokens)
+
+    def _share(self, allowance: Allowance, tokens: int = 0) -> Allowance:
+        """Return this process's part of a limit, with room for a request of `tokens` in any case."""
+        replicas = self._settings.replicas
+        requests_share = max(1, allowance.requests_per_minute // replicas)
+        return Allowance(requests_share, max(tokens, allowance.tokens_per_minute // replicas))
+
+    @staticmethod
+    def _local_standing(allowance: Allowance, share: Allowance, window: _LocalWindow) -> Standing:
+        reset = math.ceil(time.time()) + WINDOW_S
+        remaining = share.requests_per_minute - window.spent(1), share.tokens_per_minute - window.spent(2)
+        return Standing(allowance, *remaining, reset, reset, local=True)
 
     def _exceeded(self, kind: str, model: ModelSpec, standing: Standing, retry_after_s: float) -> RateLimitExceeded:
         self._metrics.limited(model.id, kind)
@@ -240,7 +250,12 @@ class Limits:
 
 def today() -> str:
     """Return the current day in UTC, as the ledger writes it."""
-    return datetime.datetime.now(datetime.UTC).date().isoformat()
+    return day_of(time.time())
+
+
+def day_of(unix_s: float) -> str:
+    """Return the day in UTC that a time falls on."""
+    return datetime.datetime.fromtimestamp(unix_s, datetime.UTC).date().isoformat()
 
 
 def _rfc3339(unix_s: int) -> str:

@@ -23,6 +23,7 @@ from gateway.metrics import Metrics
 log = logging.getLogger("shannon.access")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_PROBES = ("/health", "/ready")  # a kubelet asks for them by the pod's address
 CLIENT_CLOSED_REQUEST = 499
 """Logged and counted when the client left before any status was sent; nginx's number for it."""
 
@@ -61,7 +62,8 @@ class RequestMiddleware:
             await send(message)
 
         try:
-            self._check_host(headers.get("host", ""))
+            if scope["path"] not in _PROBES:
+                self._check_host(headers.get("host", ""))
             await self._app(scope, self._capped(receive, headers), send_with_headers)
         except GatewayError as error:
             await error_response(error)(scope, receive, send_with_headers)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import signal
 import socket
@@ -22,7 +21,7 @@ from gateway.api.dependencies import Services
 log = logging.getLogger(__name__)
 
 # After the drain has ended every exchange, only idle connections are left to close.
-_CLOSE_CONNECTIONS_S = 5
+_CLOSE_CONNECTIONS_S = 2
 
 
 class Server(uvicorn.Server):
@@ -95,10 +94,6 @@ class Server(uvicorn.Server):
     async def _announce(self) -> None:
         for engine in self._services.engines.values():
             await engine.ready.wait()
-        # Some 500,000 objects of torch and vllm live for ever: left out of collections, which else stop the loop
-        # for tens of milliseconds each time they look at all of them.
-        gc.collect()
-        gc.freeze()
         self._on_ready(self.url)
 
     async def _exit_on_failure(self, name: str) -> None:
@@ -106,4 +101,4 @@ class Server(uvicorn.Server):
         await engine.failed.wait()
         log.critical("engine %s has failed for good: %s", name, engine.failure)
         self.exit_code = 1
-        self.should_exit = True
+        await self._drain()  # other engines may still be streaming

@@ -57,14 +57,18 @@ class Session:
         return headers | ({"X-Shannon-Session": "unavailable"} if self.unavailable else {})
 
     def messages(self, request: list[Message], turns: int) -> list[Message]:
-        """Return the request's messages behind the last `turns` stored ones; its own system prompt wins."""
+        """Return the request's messages behind the last `turns` stored ones.
+
+        One system prompt leads, the request's own or else the last that was stored: chat templates commonly refuse
+        one in any other place.
+        """
         if not turns:
             return request
         leading = [message for message in request if message["role"] == "system"]
-        stored = [message for turn in self.history[-turns:] for message in turn]
-        if leading:
-            stored = [message for message in stored if message["role"] != "system"]
-        return leading + stored + [message for message in request if message["role"] != "system"]
+        for turn in reversed(self.history):
+            leading = leading or [message for message in turn if message["role"] == "system"]
+        both = [*self.history[-turns:], request]
+        return leading + [message for turn in both for message in turn if message["role"] != "system"]
 
 
 async def prepare_with_history(

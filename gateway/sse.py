@@ -272,6 +272,7 @@ class GenerationResponse(Response):
         except Exception:
             log.exception("request failed")
             failure = InternalError("The server had an error while processing your request.")
+        self._ended = True  # nothing can interrupt it any more
         self._stop_comments()
         if failure is not None and not self._client_left:
             # A client that reads nothing must not keep the exchange open for ever.

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import re
 import time
@@ -34,16 +35,24 @@ from collections.abc import Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Protocol, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import redis.asyncio as redis
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import (
+    BusyLoadingError,
+    ClusterDownError,
+    MasterDownError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+)
 
 from gateway.config import StoreSettings
-from gateway.errors import StoreError, StoreUnavailable
+from gateway.errors import StoreError, StoreRefused, StoreUnavailable
 from gateway.metrics import Metrics
 from gateway.valkey import EmbeddedValkey
 
@@ -55,7 +64,8 @@ SCHEMA = 1
 _MAX_BATCH = 256
 _LAG_S = 0.005  # a timer that fires this late says that the loop was busy
 _MAX_FLUSHERS = 4  # one slow batch must not hold up the next
-_AWAY = ("LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "You can't write against a read only")
+# A server that is loading its file, out of memory or disk, a replica turned read-only, a lost master: as good as away.
+_AWAY = (BusyLoadingError, ClusterDownError, MasterDownError, OutOfMemoryError, ReadOnlyError)
 
 
 Command = tuple[Any, ...]
@@ -64,18 +74,19 @@ Command = tuple[Any, ...]
 class Script:
     """A Lua script, made of the named files in gateway/lua.
 
-    It is sent whole with every call: the hash alone would save a few microseconds, and lose the order of a pipeline
-    whenever a server that was restarted does not know it any more.
+    It is sent whole the first time in every pipeline and by its hash after that: sent by its hash alone, the first
+    calls after a server's restart would fail, and the order of the pipeline with them.
     """
 
     def __init__(self, *names: str) -> None:
         folder = resources.files("gateway") / "lua"
         text = "\n".join((folder / f"{name}.lua").read_text(encoding="utf-8") for name in names)
         self.text = re.sub(r"^\s*--.*\n", "", text, flags=re.MULTILINE)
+        self.sha = hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
 
     def call(self, keys: list[str], arguments: list[Any]) -> Command:
         """Return the command that runs it atomically."""
-        return ("EVAL", self.text, len(keys), *keys, *arguments)
+        return (self, len(keys), *keys, *arguments)
 
 
 class _Client(Protocol):
@@ -105,6 +116,7 @@ class Store:
             self._embedded = EmbeddedValkey(settings.data_dir)
             url = f"unix://{self._embedded.socket}"
         self._client = _connect(url)
+        self._clustered = isinstance(self._client, redis.RedisCluster)
         self._queue: deque[_Group] = deque()
         self._flushers: set[asyncio.Task[None]] = set()
         self._probe: asyncio.Task[None] | None = None
@@ -134,15 +146,15 @@ class Store:
             await self._embedded.close()
 
     async def run(self, *command: Any) -> Any:
-        """Run one command. Raises StoreUnavailable, and RedisError for a command that the server refuses."""
+        """Run one command. Raises StoreUnavailable."""
         return (await self.run_in_order([command]))[0]
 
     async def run_in_order(self, commands: list[Command]) -> list[Any]:
-        """Run commands one after the other, in one pipeline. Raises as `run` does, for the first that failed."""
+        """Run commands one after the other, in one pipeline. Raises StoreUnavailable."""
         results = await self._enqueue(commands)
         for result in results:
-            if isinstance(result, Exception):
-                raise result
+            if isinstance(result, RedisError):
+                raise StoreRefused(str(result))
         return results
 
     def _enqueue(self, commands: list[Command]) -> asyncio.Future[list[Any]]:
@@ -198,13 +210,20 @@ class Store:
 
     async def _send(self, batch: list[_Group]) -> list[Any]:
         pipeline = self._client.pipeline(transaction=False)
+        sent: set[Script] = set()
         for group in batch:
-            for command in group.commands:
-                pipeline.execute_command(*command)
+            for name, *rest in group.commands:
+                if not isinstance(name, Script):
+                    pipeline.execute_command(name, *rest)
+                elif name in sent:
+                    pipeline.execute_command("EVALSHA", name.sha, *rest)
+                else:
+                    pipeline.execute_command("EVAL", name.text, *rest)
+                    if not self._clustered:  # there a pipeline goes to several servers
+                        sent.add(name)
         results: list[Any] = await pipeline.execute(raise_on_error=False)
         for result in results:
-            # A server that is loading its file, a replica turned read-only, a lost master: as good as away.
-            if isinstance(result, RedisError) and str(result).startswith(_AWAY):
+            if isinstance(result, _AWAY) or (isinstance(result, ResponseError) and str(result).startswith("MISCONF")):
                 raise result
         return results
 
@@ -224,12 +243,19 @@ class Store:
             await asyncio.sleep(self._settings.breaker_s)
             with contextlib.suppress(RedisError, OSError, TimeoutError):
                 async with asyncio.timeout(self._timeout_s):
-                    pipeline = self._client.pipeline(transaction=False)
-                    pipeline.execute_command("SET", "sh:schema", SCHEMA)
-                    await pipeline.execute()
+                    # A write, so that a server which can't is not taken for one that is back.
+                    probe = _Group([("SET", "sh:schema", SCHEMA, "NX"), ("GET", "sh:schema")], self._nobody())
+                    _, found = await self._send([probe])
+                if str(found) != str(SCHEMA):
+                    log.error("the store is back with layout version %s, not %s; not using it", found, SCHEMA)
+                    continue
                 self.available = True
                 log.warning("the store is back")
                 return
+
+    @staticmethod
+    def _nobody() -> asyncio.Future[list[Any]]:
+        return asyncio.get_running_loop().create_future()
 
 
 def _fail(batch: Iterable[_Group]) -> None:
@@ -263,7 +289,7 @@ def _sentinel_master(url: str, options: dict[str, Any]) -> _Client:
     service = parts.path.strip("/")
     if not service:
         raise StoreError("the store's URL names no sentinel service: redis+sentinel://host:port,host:port/SERVICE")
-    password = parts.password
+    password = unquote(parts.password) if parts.password else None
     sentinel = Sentinel(hosts, password=password)  # type: ignore[no-untyped-call]
     master: _Client = sentinel.master_for(service, password=password, **options)
     return master

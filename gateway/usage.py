@@ -21,8 +21,8 @@ from typing import IO, Any
 
 import orjson
 
-from gateway.errors import StoreUnavailable
-from gateway.limits import Allowance, Standing, standing_of, today
+from gateway.errors import StoreRefused, StoreUnavailable
+from gateway.limits import Allowance, Standing, day_of, keys_of, standing_of, today
 from gateway.store import Command, Script, Store
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,9 @@ class Entry:
     def command(self, process: str) -> Command:
         """Return the call of lua/settle.lua that applies this entry of a gateway process."""
         head = f"sh:{{k:{self.key_id}}}:"
-        keys = [f"{head}w:{self.model_id}", f"{head}run:{self.model_id}", f"{head}run", f"{head}day:{self.day}"]
+        # What is given back goes to the day it was taken from, which may have ended since.
+        reserved_on = day_of(self.bucket) if self.bucket else self.day
+        keys = keys_of(self.key_id, self.model_id, reserved_on)
         keys += [f"{head}applied", f"{head}u:{self.day}:{self.model_id}", f"{head}days"]
         limits = self.allowance
         arguments: list[Any] = [process, self.number, self.lease, self.bucket, self.refund]
@@ -93,19 +95,23 @@ class Ledger:
 
     async def close(self) -> None:
         """Write what is waiting; what the store does not take stays in the journal."""
+        while self._writer is not None and not self._writer.done():
+            await self._writer
         for task in (self._adopter, self._replayer):
             if task is not None:
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await task
-        while self._writer is not None and not self._writer.done():
-            await self._writer
         if self._journal is not None:
-            path = Path(self._journal.name)
+            path = self._journal_path
             with contextlib.suppress(StoreUnavailable):
                 await self._replay(path, self._process)
                 path.unlink()
             self._journal.close()
+
+    @property
+    def _journal_path(self) -> Path:
+        return self._data_dir / f"ledger-{self._process}.jsonl"
 
     def settle(self, entry: Entry) -> asyncio.Future[Standing | None]:
         """Take `entry`; it is safe from here on. The result is the standing after it, None if the store is away."""
@@ -136,17 +142,30 @@ class Ledger:
                     result.set_result(standing_of(entry.allowance, answer[1:]))
 
     async def _send(self, entries: list[Entry], process: str) -> list[Any]:
-        answers = await self._store.run_in_order([entry.command(process) for entry in entries])
+        try:
+            answers = await self._store.run_in_order([entry.command(process) for entry in entries])
+        except StoreRefused as error:
+            return await self._send_one_by_one(entries, process, error)
         if unlisted := {entry.key_id for entry in entries} - self._listed:
             await self._store.run("SADD", _KEYS_WITH_USAGE, *unlisted)
             self._listed |= unlisted
         return answers
 
+    async def _send_one_by_one(self, entries: list[Entry], process: str, error: StoreRefused) -> list[Any]:
+        """Find the entry that the store refuses, and set it aside in the log: it must not hold up all that follow."""
+        if len(entries) > 1:
+            return [answer for entry in entries for answer in await self._send([entry], process)]
+        log.error("usage that the store refuses (%s): %s", error, orjson.dumps(asdict(entries[0])).decode())
+        limits = entries[0].allowance
+        return [[0, limits.requests_per_minute, limits.tokens_per_minute, 0, 0]]
+
     def _turn_to_journal(self) -> None:
         self._data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        path = self._data_dir / f"ledger-{self._process}.jsonl"
-        self._journal = path.open("ab", buffering=0)
+        path = self._journal_path
+        unlocked = path.with_suffix(".new")
+        self._journal = unlocked.open("ab", buffering=0)
         fcntl.flock(self._journal, fcntl.LOCK_EX)
+        unlocked.rename(path)  # seen by others only now that it is locked
         waiting, self._waiting = self._waiting, []
         for entry, result in waiting:
             self._append(entry)
@@ -201,6 +220,9 @@ class Ledger:
         except StoreUnavailable:
             return False
         except (BlockingIOError, FileNotFoundError):
+            return True
+        except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+            log.error("the journal %s can't be read and stays where it is: %r", path.name, error)
             return True
         log.warning("replayed the journal that an earlier gateway left: %s", path.name)
         return True

@@ -79,9 +79,7 @@ class GatewayProcess:
 
 
 @contextlib.contextmanager
-def serve(
-    folder: Path, tree: dict[str, Any], key: str | None = None, **environment: str
-) -> Iterator[GatewayProcess]:
+def serve(folder: Path, tree: dict[str, Any], key: str | None = None, **environment: str) -> Iterator[GatewayProcess]:
     """Run `shannon serve` on a configuration tree, listening but perhaps not ready yet; stop it at the end."""
     tree = dict(tree)
     folder.mkdir(exist_ok=True)

@@ -31,9 +31,10 @@ async def create_key(request: Request, principal: Admin, services: AppServices) 
         raise BadRequest(f"The request body is not valid JSON: {error}.") from error
     except ValidationError as error:
         raise from_validation(error, data) from error
-    for model_id in {*(spec.models or ()), *spec.limits}:
-        if model_id not in services.config.models:
-            raise BadRequest(f"There is no model {model_id!r}.", "models")
+    for field, model_ids in (("models", spec.models or ()), ("limits", spec.limits)):
+        for model_id in model_ids:
+            if model_id not in services.config.models:
+                raise BadRequest(f"Invalid value for '{field}': there is no model {model_id!r}.", field)
     record, key = await services.keys.create(spec)
     return record.public() | {"key": key}
 

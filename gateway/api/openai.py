@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import uuid
+from collections.abc import AsyncIterator
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
@@ -12,6 +14,7 @@ from starlette.responses import Response
 from gateway.api.dependencies import Services, authenticate, services
 from gateway.api.schema import ChatCompletionRequest, parse_chat_request
 from gateway.auth import Principal
+from gateway.catalog import ModelSpec
 from gateway.errors import BadRequest, RequestTimeout
 from gateway.meter import Meter
 from gateway.sse import ChatFrames, GenerationResponse, collect_chat, stream_chat
@@ -39,7 +42,9 @@ async def create_chat_completion(
     model = services.catalog.resolve(body.model, principal)
     completion_id = f"chatcmpl-{uuid.uuid4().hex}"
     generation = body.for_engine(completion_id, model.settings.defaults)
-    session = await services.sessions.open(principal, request.headers.get("x-session-id"), generation.messages)
+    given_id = request.headers.get("x-session-id")
+    async with _telling_standing(services, principal, model):
+        session = await services.sessions.open(principal, given_id, generation.messages)
     meter = Meter(completion_id, principal, model, services.limits, services.ledger, services.metrics)
     events = services.sessions.record(chat(generation, meter, session, services.clock), session, generation.messages)
     created = int(services.clock())
@@ -62,17 +67,25 @@ async def create_chat_completion(
 
 
 async def _read_chat_request(request: Request, principal: Principal, services: Services) -> ChatCompletionRequest:
-    """Read and check the body. What is wrong with it is told along with where the caller's limits stand."""
+    """Read and check the body."""
     timeout_s = services.config.server.body_timeout_s
     try:
         async with asyncio.timeout(timeout_s):
             body = await request.body()
     except TimeoutError:
         raise RequestTimeout(f"The request body did not arrive within {timeout_s:g} seconds.") from None
-    try:
+    # Which model a bad body means can't be relied on; the default's limits are the best answer there is.
+    async with _telling_standing(services, principal, services.catalog.default_for(principal)):
         return parse_chat_request(body, request.query_params.get("stream"))
+
+
+@contextlib.asynccontextmanager
+async def _telling_standing(services: Services, principal: Principal, model: ModelSpec | None) -> AsyncIterator[None]:
+    """Send with a BadRequest where the caller's limits stand: every metered request is told, refused ones as well."""
+    try:
+        yield
     except BadRequest as error:
-        # Which model it meant can't be relied on any more; the default's limits are the best answer there is.
-        standing = await services.limits.peek(principal, services.catalog.resolve(None, principal))
-        error.extra_headers = standing.headers() if standing is not None else {}
+        standing = None if model is None else await services.limits.peek(principal, model)
+        if standing is not None:
+            error.extra_headers = standing.headers()
         raise

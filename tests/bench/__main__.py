@@ -1,11 +1,13 @@
 """`python -m tests.bench`: the same load on three servers, interleaved, and the ratios between them.
 
-- bare: vLLM's own OpenAI server (`python -m vllm.entrypoints.openai.api_server`)
+- bare: vLLM's own OpenAI server (`python -m vllm.entrypoints.openai.api_server`), in the processes it makes by itself
+- tuned: the same in the environment that this gateway sets, one process fewer
 - shannon: this gateway
+- unmetered: this gateway with limits and sessions off
 - ceiling: AsyncLLM alone in a loop, no HTTP
 
-All three run the demo model with the same engine arguments and environment. Each round runs every scenario on every
-server; a figure is the median over rounds. A second part drives the gateway with the mock engine and counts frames
+All run the demo model with the same engine arguments. Each round runs every scenario on every server; a figure is the
+median over rounds. A second part drives the gateway with the mock engine and counts frames
 per CPU second of the server process. Times are never asserted; the ratios are for people to read.
 """
 
@@ -48,6 +50,7 @@ SCENARIOS = [
 FRAMES = Scenario("stream 512 tokens from the mock engine, 16 at a time", True, 512, 16, 320)
 REQUESTS = Scenario("plain 1 token from the mock engine, 32 at a time", False, 1, 32, 4000)
 START_TIMEOUT_S = 120
+_NEEDED = ("VLLM_CPU_KVCACHE_SPACE", "VLLM_LOGGING_LEVEL", "VLLM_NO_USAGE_STATS")
 
 
 class Target(Protocol):
@@ -122,10 +125,12 @@ async def wait_until_served(url: str, process: asyncio.subprocess.Process) -> No
 
 
 @contextlib.asynccontextmanager
-async def bare() -> AsyncIterator[HttpTarget]:
+async def bare(*, tuned: bool) -> AsyncIterator[HttpTarget]:
     from engine.embedded import build_defaults
 
     environment, args = build_defaults()
+    if not tuned:
+        environment = {name: value for name, value in environment.items() if name in _NEEDED}
     port = free_port()
     flags = [flag for name, value in (args | ENGINE_ARGS).items() for flag in _flag(name, value)]
     command = ["vllm.entrypoints.openai.api_server", "--model", str(WEIGHTS), "--served-model-name", "demo"]
@@ -173,15 +178,17 @@ async def compare(rounds: int, console: Console) -> dict[str, dict[str, dict[str
         targets: dict[str, Target] = {}
         embedded: dict[str, object] = {"kind": "embedded", "model": "demo", "args": ENGINE_ARGS}
         servers: dict[str, AbstractAsyncContextManager[Target]] = {
-            "bare": bare(),
+            "bare": bare(tuned=False),
+            "tuned": bare(tuned=True),
             "shannon": shannon(embedded),
+            "unmetered": shannon(embedded, policies=False),
             "ceiling": ceiling(),
         }
         for name, opened in servers.items():
             console.print(f"starting {name} ...")
             targets[name] = await stack.enter_async_context(opened)
         for target in targets.values():
-            await target.run(dataclasses.replace(SCENARIOS[3], requests=32))  # warm up
+            await target.run(dataclasses.replace(SCENARIOS[-1], requests=32))  # warm up
         for number in range(rounds):
             console.print(f"round {number + 1} of {rounds}")
             for scenario in SCENARIOS:
@@ -203,29 +210,39 @@ async def front_end(rounds: int) -> dict[str, float]:
     """Return frames and requests per CPU second of a gateway whose engine costs next to nothing."""
     frames: list[float] = []
     requests: list[float] = []
-    async with shannon({"kind": "mock"}) as target:
-        process = psutil.Process(target.pid)
+    unmetered: list[float] = []
+    async with shannon({"kind": "mock"}) as metered, shannon({"kind": "mock"}, policies=False) as plain:
         for _ in range(rounds):
-            for scenario, figures in ((FRAMES, frames), (REQUESTS, requests)):
+            for target, scenario, figures in (
+                (metered, FRAMES, frames),
+                (metered, REQUESTS, requests),
+                (plain, REQUESTS, unmetered),
+            ):
+                process = psutil.Process(target.pid)
                 before = process.cpu_times()
                 result = await target.run(scenario)
                 after = process.cpu_times()
                 spent_s = after.user + after.system - before.user - before.system
                 figures.append((result.frames or result.requests) / spent_s)
-    return {"frames_per_core_s": statistics.median(frames), "requests_per_core_s": statistics.median(requests)}
+    return {
+        "frames_per_core_s": statistics.median(frames),
+        "requests_per_core_s": statistics.median(requests),
+        "unmetered_requests_per_core_s": statistics.median(unmetered),
+    }
 
 
 def show(comparison: dict[str, dict[str, dict[str, float]]], front: dict[str, float], console: Console) -> None:
-    table = Table("load", "bare req/s", "shannon req/s", "ceiling req/s", "x bare", "x ceiling", "first byte x bare")
+    others = ("bare", "tuned", "unmetered", "ceiling")
+    table = Table("load", "shannon req/s", *(f"x {other}" for other in others), "first byte x bare")
     for name, by_target in comparison.items():
-        rates = {target: figures["requests_per_s"] for target, figures in by_target.items()}
-        first = by_target["shannon"]["first_byte_s"] / by_target["bare"]["first_byte_s"]
-        ours = rates["shannon"]
-        row = [f"{rates[target]:.1f}" for target in ("bare", "shannon", "ceiling")]
-        table.add_row(name, *row, f"{ours / rates['bare']:.2f}", f"{ours / rates['ceiling']:.2f}", f"{first:.2f}")
+        ours = by_target["shannon"]
+        ratios = [f"{ours['requests_per_s'] / by_target[other]['requests_per_s']:.2f}" for other in others]
+        first = ours["first_byte_s"] / by_target["bare"]["first_byte_s"]
+        table.add_row(name, f"{ours['requests_per_s']:.1f}", *ratios, f"{first:.2f}")
     console.print(table)
     console.print(f"With the mock engine, per core: {front['frames_per_core_s']:,.0f} frames/s", end=", ")
-    console.print(f"{front['requests_per_core_s']:,.0f} requests/s")
+    console.print(f"{front['requests_per_core_s']:,.0f} requests/s", end=" ")
+    console.print(f"({front['unmetered_requests_per_core_s']:,.0f} with limits and sessions off)")
 
 
 async def main() -> None:

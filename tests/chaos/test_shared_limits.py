@@ -12,8 +12,8 @@ import httpx
 import pytest
 
 from gateway.keys import make_key
-from tests.store_server import StoreServer, run_store
 from tests.gateway_process import GatewayProcess, serve
+from tests.store_server import StoreServer, run_store
 
 HELLO = [{"role": "user", "content": "hello there"}]
 

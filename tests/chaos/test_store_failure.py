@@ -13,8 +13,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.store_server import StoreServer, run_store
 from tests.gateway_process import UNLIMITED, GatewayProcess, serve
+from tests.store_server import StoreServer, run_store
 
 COMMAND_TIMEOUT_S = 0.05
 BODY = {"messages": [{"role": "user", "content": "hello there"}], "max_tokens": 4}

@@ -1,0 +1,144 @@
+"""Every route outside a short public list demands a key, and no key is ever logged."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from starlette.routing import BaseRoute, Mount, Route
+
+from tests.conftest import HELLO, KEY, KEY_ID, SECRET, Gateway, Start
+
+pytestmark = pytest.mark.anyio
+
+PUBLIC = {"/health", "/ready"}
+
+
+def routes(of: list[BaseRoute], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (method, path) of every route, with path parameters filled in."""
+    for route in of:
+        if isinstance(route, Mount):
+            yield from routes(route.routes, prefix + route.path)
+            continue
+        assert isinstance(route, Route), f"{route!r}: how is it protected?"
+        path = prefix + re.sub(r"\{[^}]+\}", "shannon-chat", route.path)
+        for method in route.methods or ():
+            yield method, path
+
+
+async def test_walk_finds_the_routes(gateway: Gateway) -> None:
+    assert {
+        ("POST", "/v1/chat/completions"),
+        ("GET", "/v1/models"),
+        ("GET", "/v1/models/shannon-chat"),
+        ("GET", "/metrics"),
+        ("GET", "/health"),
+    } <= set(routes(gateway.app.routes))
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"Authorization": "Bearer sk-shannon-wrong"},
+        {"Authorization": KEY},
+        {"Authorization": f"Basic {KEY}"},
+        {"Authorization": f"Bearer sk-shannon-{KEY_ID}-{'A' * 43}"},
+        {"X-API-Key": "wrong"},
+        {"Cookie": f"key={KEY}"},
+    ],
+    ids=["none", "wrong", "no-scheme", "basic", "right-id", "wrong-x-api-key", "cookie"],
+)
+async def test_every_route_but_the_public_ones_demands_a_key(gateway: Gateway, headers: dict[str, str]) -> None:
+    del gateway.client.headers["Authorization"]
+    statuses = {
+        (method, path): (await gateway.client.request(method, path, headers=headers)).status_code
+        for method, path in routes(gateway.app.routes)
+    }
+
+    open_to_all = {path for (_, path), status in statuses.items() if status != 401}
+    assert open_to_all == PUBLIC
+    assert gateway.mock.requests == []
+
+
+async def test_every_route_answers_to_a_key(gateway: Gateway) -> None:
+    for method, path in routes(gateway.app.routes):
+        response = await gateway.client.request(method, path, json={"messages": HELLO} if method == "POST" else None)
+
+        # Some find nothing under the made-up path or name in the body, but all have let the key in.
+        assert response.status_code in (200, 400, 404), (method, path)
+
+
+async def test_metrics_are_public_by_switch(start: Start) -> None:
+    gateway = await start(server={"metrics_public": True})
+    del gateway.client.headers["Authorization"]
+
+    assert (await gateway.client.get("/metrics")).status_code == 200
+    assert (await gateway.client.get("/v1/models")).status_code == 401
+
+
+async def test_key_is_checked_before_the_body_is_read(gateway: Gateway) -> None:
+    del gateway.client.headers["Authorization"]
+
+    async def untouched() -> Any:
+        pytest.fail("the body was read")
+        yield b""
+
+    response = await gateway.client.post("/v1/chat/completions", content=untouched())
+
+    assert response.status_code == 401
+
+
+async def test_key_in_the_query_is_not_a_key(gateway: Gateway) -> None:
+    del gateway.client.headers["Authorization"]
+
+    assert (await gateway.client.get(f"/v1/models?api_key={KEY}&key={KEY}")).status_code == 401
+
+
+@pytest.mark.parametrize(
+    "headers", [{"Authorization": f"Bearer {KEY}"}, {"X-API-Key": KEY}], ids=["bearer", "x-api-key"]
+)
+async def test_either_header_opens_the_api(gateway: Gateway, headers: dict[str, str]) -> None:
+    del gateway.client.headers["Authorization"]
+
+    assert (await gateway.client.get("/v1/models", headers=headers)).status_code == 200
+
+
+async def test_configured_key_is_let_in_within_its_models(start: Start) -> None:
+    key = "a-key-chosen-by-hand-1"
+    gateway = await start(
+        config={"keys": [{"name": "ci", "key_env": "CI_KEY", "models": ["shannon-complex"]}]},
+        environment={"CI_KEY": key},
+    )
+    gateway.client.headers["Authorization"] = f"Bearer {key}"
+
+    assert (await gateway.chat(model="shannon-complex")).status_code == 200
+    assert (await gateway.chat(model="shannon-chat")).status_code == 403
+    assert (await gateway.chat()).status_code == 403
+
+
+async def test_keys_are_never_logged(serve: Start, caplog: pytest.LogCaptureFixture) -> None:
+    # The test's own client would log the headers that it sends.
+    for name in ("httpx", "httpcore"):
+        caplog.set_level(logging.WARNING, name)
+    caplog.set_level(logging.DEBUG)
+    gateway = await serve()
+    wrong = f"sk-shannon-{KEY_ID}-{'W' * 43}"
+
+    await gateway.chat()
+    await gateway.chat(stream=True)
+    await gateway.chat(temperature=9)
+    responses: list[httpx.Response] = []
+    for headers in ({"Authorization": f"Bearer {wrong}"}, {"X-API-Key": wrong}, {"Authorization": f"Basic {wrong}"}):
+        gateway.client.headers.pop("Authorization", None)
+        responses.append(await gateway.client.get(f"/v1/models?key={wrong}", headers=headers))
+
+    assert {response.status_code for response in responses} == {401}
+    assert all("WWWW" not in response.text for response in responses)
+    assert f"key={KEY_ID}" in caplog.text, "the id is logged"
+    assert SECRET not in caplog.text
+    assert "WWWW" not in caplog.text

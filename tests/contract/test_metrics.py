@@ -1,0 +1,108 @@
+"""/metrics: counters that agree with the engine's own, under labels that no client can choose."""
+
+from __future__ import annotations
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from engine.base import EngineOverloaded, Usage
+from engine.mock import Fault, MockEngine
+from tests.conftest import Gateway, Start, until
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_page_is_prometheus_text(gateway: Gateway) -> None:
+    response = await gateway.client.get("/metrics")
+
+    assert response.headers["content-type"].startswith("text/plain; version=")
+    families = {family.name: family for family in text_string_to_metric_families(response.text)}
+    ours = {name for name in families if name.startswith("shannon_")}
+    assert {
+        *("shannon_requests", "shannon_request_duration_seconds", "shannon_time_to_first_token_seconds"),
+        *("shannon_tokens", "shannon_streams_open", "shannon_engine_ready"),
+    } <= ours
+    assert all(families[name].documentation for name in ours)
+
+
+async def test_tokens_are_counted_by_model_and_kind(gateway: Gateway) -> None:
+    await gateway.chat()
+    await gateway.chat(model="shannon-complex", stream=True, n=2)
+
+    assert await gateway.samples("shannon_tokens_total") == {
+        ("prompt", "shannon-chat"): 3,
+        ("cached", "shannon-chat"): 0,
+        ("completion", "shannon-chat"): 4,
+        ("prompt", "shannon-complex"): 3,
+        ("cached", "shannon-complex"): 0,
+        ("completion", "shannon-complex"): 8,
+    }
+    assert await gateway.metered() == gateway.spent() == Usage(6, 12)
+
+
+async def test_requests_are_counted_by_route_and_status(gateway: Gateway) -> None:
+    await gateway.chat()
+    await gateway.chat(temperature=9)
+    await gateway.client.get("/v1/models/shannon-chat")
+    await gateway.client.get("/v1/models/gpt-5")
+    await gateway.client.get("/v1/nowhere/at/all")
+
+    assert await gateway.samples("shannon_requests_total") == {
+        ("/v1/chat/completions", "200"): 1,
+        ("/v1/chat/completions", "400"): 1,
+        ("/v1/models/{model:path}", "200"): 1,
+        ("/v1/models/{model:path}", "404"): 1,
+        ("unmatched", "404"): 1,
+    }
+
+
+async def test_labels_never_hold_what_a_client_typed(gateway: Gateway) -> None:
+    typed = "ClientTyped"
+    await gateway.chat(model=typed)
+    await gateway.chat(user=typed)
+    await gateway.client.get(f"/v1/models/{typed}")
+    await gateway.client.get(f"/{typed}")
+    await gateway.client.request(typed.upper(), "/v1/models")
+    await gateway.client.post(f"/v1/chat/completions?stream={typed}", headers={"X-Request-ID": typed})
+
+    assert typed.lower() not in (await gateway.client.get("/metrics")).text.lower()
+
+
+async def test_first_token_is_timed_per_generation(gateway: Gateway) -> None:
+    await gateway.chat()
+    await gateway.chat(stream=True)
+    gateway.mock.faults.append(Fault(error=EngineOverloaded("full")))
+    await gateway.chat()
+    counts = await gateway.samples("shannon_time_to_first_token_seconds_count")
+
+    assert counts == {("shannon-chat",): 2}
+
+
+async def test_request_duration_covers_the_whole_stream(serve: Start) -> None:
+    gateway = await serve(mock=lambda: MockEngine(token_s=0.005))
+    async with gateway.stream(ignore_eos=True, max_tokens=20) as response:
+        await response.aread()
+    await until(lambda: gateway.requests_in_progress() == 0)
+
+    total = await gateway.samples("shannon_request_duration_seconds_sum")
+    assert total[("/v1/chat/completions",)] >= 0.08
+
+
+async def test_open_streams_are_counted(serve: Start) -> None:
+    gateway = await serve()
+    gateway.mock.faults.extend([Fault(at_token=1), Fault(at_token=1)])
+    async with gateway.stream() as first, gateway.stream() as second:
+        await anext(first.aiter_raw())
+        await anext(second.aiter_raw())
+        assert await gateway.samples("shannon_streams_open") == {(): 2}
+    await until(lambda: gateway.requests_in_progress() == 0)
+
+    assert await gateway.samples("shannon_streams_open") == {(): 0}
+
+
+async def test_engine_gauge_follows_its_state(gateway: Gateway) -> None:
+    assert await gateway.samples("shannon_engine_ready") == {("main",): 1}
+
+    await gateway.engine.close()
+
+    assert await gateway.samples("shannon_engine_ready") == {("main",): 0}

@@ -1,0 +1,301 @@
+"""The ledger: every entry is applied exactly once, whether the store answers, is away, or comes back later."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+from collections.abc import AsyncGenerator, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+import redis
+
+from gateway.config import StoreSettings
+from gateway.limits import Allowance
+from gateway.metrics import Metrics
+from gateway.store import Store
+from gateway.usage import Entry, Ledger
+from tests.conftest import until
+from tests.store_server import StoreServer, run_store
+
+pytestmark = pytest.mark.anyio
+
+KEY_ID = "TestKey00001"
+DAY = "2026-02-03"
+APPLIED = f"sh:{{k:{KEY_ID}}}:applied"
+
+
+def entry(**fields: Any) -> Entry:
+    defaults: dict[str, Any] = {
+        "key_id": KEY_ID,
+        "model_id": "shannon-chat",
+        "allowance": Allowance(60, 1000),
+        "day": DAY,
+        "requests": 1,
+        "prompt_tokens": 10,
+    }
+    return Entry(**(defaults | fields))
+
+
+def line(number: int, **fields: Any) -> bytes:
+    """Return an entry as the journal has it."""
+    return orjson.dumps(asdict(entry(number=number, **fields))) + b"\n"
+
+
+@contextlib.asynccontextmanager
+async def opened(url: str, folder: Path) -> AsyncGenerator[tuple[Store, Ledger]]:
+    settings = StoreSettings(command_timeout_ms=2000, breaker_s=0.02)
+    store = Store(settings, {"SHANNON_REDIS_URL": url}, Metrics())
+    await store.start()
+    ledger = Ledger(store, folder)
+    try:
+        yield store, ledger
+    finally:
+        await ledger.close()
+        await store.close()
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Iterator[StoreServer]:
+    """A server of the test's own, to stop and start."""
+    with run_store("valkey", tmp_path / "s") as server:
+        yield server
+
+
+def journals(folder: Path) -> list[Path]:
+    return sorted(folder.glob("ledger-*.jsonl"))
+
+
+async def test_totals_are_by_day_and_model(store_url: str, tmp_path: Path) -> None:
+    async with opened(store_url, tmp_path) as (_, ledger):
+        for fields in (
+            {"completion_tokens": 5, "cached_tokens": 8},
+            {"completion_tokens": 7, "aborted_requests": 1},
+            {"error": "engine_unavailable"},
+            {"error": "rate_limit_exceeded", "prompt_tokens": 0},
+            {"error": "rate_limit_exceeded", "prompt_tokens": 0, "requests": 0},
+            {"model_id": "shannon-complex"},
+            {"day": "2026-01-31"},
+            {"key_id": "OtherKey0001"},
+        ):
+            await ledger.settle(entry(**fields))
+        empty = {"prompt_tokens": 10, "cached_tokens": 0, "completion_tokens": 0, "aborted_requests": 0}
+
+        assert await ledger.totals(KEY_ID) == [
+            {"date": "2026-01-31", "model": "shannon-chat", "requests": 1, "errors": {}} | empty,
+            {
+                "date": DAY,
+                "model": "shannon-chat",
+                "requests": 4,
+                "prompt_tokens": 30,
+                "cached_tokens": 8,
+                "completion_tokens": 12,
+                "aborted_requests": 1,
+                "errors": {"engine_unavailable": 1, "rate_limit_exceeded": 2},
+            },
+            {"date": DAY, "model": "shannon-complex", "requests": 1, "errors": {}} | empty,
+        ]
+        assert await ledger.key_ids() == ["OtherKey0001", KEY_ID]
+        assert await ledger.totals("UnknownKey01") == []
+
+
+async def test_entry_that_is_sent_twice_counts_once(store_url: str, tmp_path: Path) -> None:
+    async with opened(store_url, tmp_path) as (store, ledger):
+        command = entry(number=1).command("process-a")
+        answers = [(await store.run(*command))[0] for _ in range(2)]
+        assert answers == [1, 0]
+        assert (await ledger.totals(KEY_ID))[0]["requests"] == 1
+
+        assert (await store.run(*entry(number=1).command("process-b")))[0] == 1, "another gateway's number 1"
+        assert (await store.run(*entry(number=3).command("process-a")))[0] == 1
+        assert (await store.run(*entry(number=2).command("process-a")))[0] == 0, "numbers only rise"
+
+
+async def test_entry_that_is_sent_twice_gives_back_once(
+    store_url: str, store_server: StoreServer, tmp_path: Path
+) -> None:
+    window = f"sh:{{k:{KEY_ID}}}:w:shannon-chat"
+    async with opened(store_url, tmp_path) as (store, _):
+        with store_server.client() as raw:
+            answer: Any = raw.time()
+            raw.hset(window, f"t{answer[0]}", 100)
+            for _ in range(2):
+                await store.run(*entry(number=1, bucket=int(answer[0]), refund=60).command("process-a"))
+
+            assert raw.hget(window, f"t{answer[0]}") == "40"
+
+
+async def test_entries_of_one_process_carry_rising_numbers(
+    store_url: str, store_server: StoreServer, tmp_path: Path
+) -> None:
+    async with opened(store_url, tmp_path) as (_, ledger):
+        await asyncio.gather(*(ledger.settle(entry()) for _ in range(300)))
+        assert (await ledger.totals(KEY_ID))[0]["requests"] == 300
+    with store_server.client() as raw:
+        assert raw.hvals(APPLIED) == ["300"]
+
+
+async def test_settle_returns_the_standing(store_url: str, tmp_path: Path) -> None:
+    async with opened(store_url, tmp_path) as (_, ledger):
+        standing = await ledger.settle(entry())
+
+        assert standing is not None
+        assert (standing.remaining_requests, standing.remaining_tokens) == (60, 1000)
+
+
+async def test_entries_go_to_a_journal_while_the_store_is_away_and_count_once_when_it_is_back(
+    own: StoreServer, tmp_path: Path
+) -> None:
+    folder = tmp_path / "data"
+    async with opened(own.url, folder) as (_, ledger):
+        await ledger.settle(entry())
+        own.stop()
+        standings = [await ledger.settle(entry()) for _ in range(200)]
+        assert standings == [None] * 200
+        assert len(journals(folder)) == 1
+        assert journals(folder)[0].read_bytes().count(b"\n") == 200
+
+        own.start()
+        await until(lambda: not journals(folder))
+        assert (await ledger.totals(KEY_ID))[0]["requests"] == 201
+        assert await ledger.settle(entry()) is not None
+        assert (await ledger.totals(KEY_ID))[0]["requests"] == 202
+
+
+async def test_entry_that_was_applied_though_its_answer_was_lost_counts_once(own: StoreServer, tmp_path: Path) -> None:
+    """The worst case of a timeout: the journal replays what the store has already."""
+    async with opened(own.url, tmp_path) as (store, ledger):
+        command = entry(number=1).command(ledger._process)
+        await store.run(*command)
+        own.stop()
+        await ledger.settle(entry())  # its number is 1 as well
+        own.start()
+        await until(lambda: not journals(tmp_path))
+
+        assert (await ledger.totals(KEY_ID))[0]["requests"] == 1
+
+
+async def test_entries_that_come_during_the_replay_are_not_lost(own: StoreServer, tmp_path: Path) -> None:
+    async with opened(own.url, tmp_path) as (_, ledger):
+        own.stop()
+        for _ in range(500):
+            await ledger.settle(entry())
+        own.start()
+        sent = 500
+        while journals(tmp_path):
+            await ledger.settle(entry())
+            sent += 1
+            await asyncio.sleep(0.001)
+        await asyncio.gather(*(ledger.settle(entry()) for _ in range(10)))
+
+        assert (await ledger.totals(KEY_ID))[0]["requests"] == sent + 10
+
+
+async def test_journal_of_a_ledger_that_closed_without_its_store_is_adopted_by_the_next(
+    own: StoreServer, tmp_path: Path
+) -> None:
+    async with opened(own.url, tmp_path) as (_, ledger):
+        await ledger.settle(entry())
+        own.stop()
+        for _ in range(3):
+            await ledger.settle(entry())
+    assert len(journals(tmp_path)) == 1
+
+    async with opened(own.url, tmp_path) as (_, ledger):  # the store is still away
+        await ledger.start()
+        own.start()
+        await until(lambda: not journals(tmp_path))
+        assert (await ledger.totals(KEY_ID))[0]["requests"] == 4
+
+
+async def test_closing_ledger_writes_what_waits(store_url: str, tmp_path: Path) -> None:
+    async with opened(store_url, tmp_path) as (_, ledger):
+        for _ in range(5):
+            ledger.settle(entry())
+    async with opened(store_url, tmp_path) as (_, ledger):
+        assert (await ledger.totals(KEY_ID))[0]["requests"] == 5
+
+
+async def test_ledger_that_closes_as_its_store_goes_leaves_a_journal(own: StoreServer, tmp_path: Path) -> None:
+    async with opened(own.url, tmp_path) as (_, ledger):
+        own.stop()
+        ledger.settle(entry())
+        await ledger.close()
+        replayers = [task for task in asyncio.all_tasks() if "_replay_when_back" in repr(task)]
+
+        assert journals(tmp_path)[0].read_bytes().count(b"\n") == 1
+        assert replayers == [], "nothing goes on after close"
+
+
+async def test_journal_of_a_dead_process_is_replayed_once(store_url: str, tmp_path: Path) -> None:
+    path = tmp_path / "ledger-deadprocess.jsonl"
+    path.write_bytes(b"".join(line(number) for number in range(1, 301)))
+    async with opened(store_url, tmp_path) as (store, ledger):
+        for number in range(1, 11):  # the dead process got this far by itself
+            await store.run(*entry(number=number).command("deadprocess"))
+        await ledger.start()
+        await until(lambda: not path.exists())
+
+        assert (await ledger.totals(KEY_ID))[0]["requests"] == 300
+
+
+async def test_torn_last_line_of_a_journal_is_ignored(store_url: str, tmp_path: Path) -> None:
+    path = tmp_path / "ledger-deadprocess.jsonl"
+    path.write_bytes(line(1) + line(2)[:40])
+    async with opened(store_url, tmp_path) as (_, ledger):
+        await ledger.start()
+        await until(lambda: not path.exists())
+
+        assert (await ledger.totals(KEY_ID))[0]["requests"] == 1
+
+
+async def test_journal_that_a_living_process_holds_is_left_alone(store_url: str, tmp_path: Path) -> None:
+    held, dead = tmp_path / "ledger-alive.jsonl", tmp_path / "ledger-dead.jsonl"
+    for path in (held, dead):
+        path.write_bytes(line(1))
+    with held.open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        async with opened(store_url, tmp_path) as (_, ledger):
+            await ledger.start()
+            await until(lambda: not dead.exists())
+
+            assert held.exists()
+            assert (await ledger.totals(KEY_ID))[0]["requests"] == 1
+
+
+async def test_unreadable_journal_does_not_keep_others_from_being_replayed(store_url: str, tmp_path: Path) -> None:
+    (tmp_path / "ledger-a.jsonl").write_bytes(b"{}\n")
+    good = tmp_path / "ledger-b.jsonl"
+    good.write_bytes(line(1))
+    async with opened(store_url, tmp_path) as (_, ledger):
+        await ledger.start()
+        with contextlib.suppress(TimeoutError):
+            await until(lambda: not good.exists(), within_s=1.0)
+
+        assert not good.exists()
+
+
+async def test_store_that_is_out_of_memory_loses_no_usage(own: StoreServer, tmp_path: Path) -> None:
+    raw: redis.Redis = own.client()
+    async with opened(own.url, tmp_path) as (_, ledger):
+        raw.config_set("maxmemory", "1")
+        async with asyncio.timeout(2):
+            await ledger.settle(entry())
+        raw.config_set("maxmemory", "0")
+        await until(lambda: not journals(tmp_path))
+
+        assert (await ledger.totals(KEY_ID))[0]["requests"] == 1
+    raw.close()
+
+
+async def test_journal_is_for_its_owner_only(own: StoreServer, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    async with opened(own.url, folder) as (_, ledger):
+        own.stop()
+        await ledger.settle(entry())
+
+        assert folder.stat().st_mode & 0o077 == 0
