@@ -9,8 +9,8 @@ is away conversations go on without history, and say so. Fails with BadRequest a
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-import logging
 import re
 import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -27,8 +27,6 @@ from gateway.errors import BadRequest, NotFound, StoreUnavailable
 from gateway.events import Event
 from gateway.metrics import Metrics
 from gateway.store import Script, Store
-
-log = logging.getLogger(__name__)
 
 Message = dict[str, Any]
 
@@ -51,6 +49,8 @@ class Session:
     replaces: bool = False
     """The request brings its own history, which takes the place of what is stored."""
     history: list[list[Message]] = field(default_factory=list)
+    opening: asyncio.Task[None] | None = None
+    """The question to the store, while it is under way."""
 
     def headers(self) -> dict[str, str]:
         headers = {"X-Session-ID": self.id} if self.announce else {}
@@ -128,30 +128,33 @@ class Sessions:
             _check_id(given)
         if not self._settings.enabled:
             return Session()
-        session_id = given or derive_id(principal.tenant, messages)
         replaces = any(message["role"] == "assistant" for message in messages)
-        wants_history = given is not None and not replaces
+        session = Session(given or derive_id(principal.tenant, messages), principal.tenant, replaces=replaces)
+        if given is None:
+            # Nothing of it is needed before the first token, so it need not wait for the store.
+            session.opening = asyncio.create_task(self._open(session, wants_history=False))
+        else:
+            await self._open(session, wants_history=not replaces)
+        return session
+
+    async def _open(self, session: Session, *, wants_history: bool) -> None:
         try:
-            outcome, number, turns = await self._claim(session_id, principal.tenant, wants_history)
+            outcome, number, turns = await self._claim(session.id, session.tenant, wants_history)
             collided = outcome == "taken"
             while outcome == "taken":
-                session_id = f"oai-{secrets.token_hex(4)}"
-                outcome, number, turns = await self._claim(session_id, principal.tenant, False)
+                session.id = f"oai-{secrets.token_hex(4)}"
+                outcome, number, turns = await self._claim(session.id, session.tenant, False)
                 if outcome == "owned":
                     outcome = "taken"  # ours, but another conversation
         except StoreUnavailable:
             self._metrics.session("unavailable")
-            return Session(unavailable=True)
-        if collided or outcome == "new":
+            session.unavailable = True
+            return
+        session.number = int(number)
+        session.announce = collided or outcome == "new"
+        session.history = [orjson.loads(turn)[1] for turn in turns]
+        if session.announce:
             self._metrics.session("collided" if collided else "created")
-        return Session(
-            id=session_id,
-            tenant=principal.tenant,
-            number=int(number),
-            announce=collided or outcome == "new",
-            replaces=replaces,
-            history=[orjson.loads(turn)[1] for turn in turns],
-        )
 
     async def _claim(self, session_id: str, tenant: str, wants_history: bool) -> tuple[str, int, list[str]]:
         arguments = [tenant, self._settings.ttl_s, int(wants_history)]
@@ -165,6 +168,9 @@ class Sessions:
         answer: list[str] = []
         async with aclosing(events):
             async for event in events:
+                if session.opening is not None:
+                    await session.opening
+                    session.opening = None
                 if isinstance(event, Delta) and event.index == 0:
                     answer.append(event.text)
                 yield event
