@@ -92,6 +92,8 @@ class Prepared:
     """Most tokens that one choice may generate."""
     n: int = 1
     usage: Usage = field(default_factory=Usage)
+    queue_s: float = 0.0
+    """Seconds that it waited in the engine's queue; known once the prompt is processed."""
     payload: Any = None
 
 

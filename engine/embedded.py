@@ -245,6 +245,8 @@ class EmbeddedEngine:
         if not usage.prompt_tokens and usage.completion_tokens:
             usage.prompt_tokens = prepared.prompt_tokens
             usage.cached_tokens = output.num_cached_tokens or 0
+            if output.metrics is not None:
+                prepared.queue_s = max(0.0, output.metrics.scheduled_ts - output.metrics.queued_ts)
 
     async def check_health(self) -> None:
         """Ask the core whether it sleeps: `AsyncLLM.check_health` reads a flag that a frozen core leaves green."""

@@ -125,7 +125,13 @@ class Meter:
         unused = reservation.tokens - usage.prompt_tokens - usage.completion_tokens
         self.usage.add(usage)
         self._metrics.tokens(self.model.id, usage)
-        self._metrics.generation(self.model.id, unused, usage.completion_tokens, streaming_s)
+        self._metrics.generation(
+            self.model.id,
+            queue_s=prepared.queue_s,
+            unused_tokens=unused,
+            tokens=usage.completion_tokens,
+            streaming_s=streaming_s,
+        )
         entry = self._entry(failure)
         entry.prompt_tokens = usage.prompt_tokens
         entry.cached_tokens = usage.cached_tokens

@@ -60,6 +60,13 @@ class Metrics:
             ["code"],
             registry=self._registry,
         )
+        self._queue = Histogram(
+            "shannon_queue_time_seconds",
+            "Time that a generation waited in the engine's queue.",
+            ["model"],
+            buckets=_LATENCY_S,
+            registry=self._registry,
+        )
         self._unused = Histogram(
             "shannon_reservation_unused_tokens",
             "Tokens that a reservation held and its generation did not use.",
@@ -131,8 +138,9 @@ class Metrics:
         """Count how a session began."""
         self._sessions.labels(outcome).inc()
 
-    def generation(self, model_id: str, unused_tokens: int, tokens: int, streaming_s: float) -> None:
-        """Record a generation's end: what it did not use, and its pace after the first token."""
+    def generation(self, model_id: str, *, queue_s: float, unused_tokens: int, tokens: int, streaming_s: float) -> None:
+        """Record a generation's end: its wait, what it did not use, and its pace after the first token."""
+        self._queue.labels(model_id).observe(queue_s)
         self._unused.labels(model_id).observe(unused_tokens)
         if tokens > 1 and streaming_s > 0:
             self._token_gap.labels(model_id).observe(streaming_s / (tokens - 1))

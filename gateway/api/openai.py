@@ -17,7 +17,8 @@ from gateway.auth import Principal
 from gateway.catalog import ModelSpec
 from gateway.errors import BadRequest, RequestTimeout
 from gateway.meter import Meter
-from gateway.sse import ChatFrames, GenerationResponse, collect_chat, stream_chat
+from gateway.response import GenerationResponse
+from gateway.sse import ChatFrames, collect_chat, stream_chat
 from gateway.workflows.chat import chat
 
 router = APIRouter()

@@ -17,7 +17,7 @@ from engine.base import EngineDied
 from gateway.drain import Drain
 from gateway.errors import Unavailable
 from gateway.metrics import Metrics
-from gateway.sse import KEEPALIVE, GenerationResponse
+from gateway.response import KEEPALIVE, GenerationResponse
 from tests.conftest import until
 
 pytestmark = pytest.mark.anyio

@@ -1,0 +1,198 @@
+"""The response that carries a generation: an event stream, or one JSON body.
+
+`GenerationResponse` owns the generator that it sends: whatever ends the exchange (the last frame, an error, a client
+that left, a drain) closes it inside the request, which is what aborts the engine and settles the usage.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, Callable, Mapping
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from engine.base import EngineError
+from gateway.drain import Drain
+from gateway.errors import GatewayError, InternalError, from_engine
+from gateway.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+_FAILURE_S = 1.0
+"""How long the error frame may wait for a client that does not read."""
+
+KEEPALIVE = b": keepalive\n\n"
+_STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+class GenerationResponse(Response):
+    """Sends a generator of bytes: an event stream, or one JSON body when `stream` is False.
+
+    The status waits for the first bytes, so that an early failure has its real one; but not for ever: a stream that is
+    silent for `keepalive_s` starts with a comment. A failure after the status is one error frame, then the end.
+    """
+
+    def __init__(
+        self,
+        chunks: AsyncGenerator[bytes, None],
+        *,
+        stream: bool,
+        drain: Drain,
+        metrics: Metrics,
+        keepalive_s: float,
+        headers: Callable[[], Mapping[str, str]] = dict,
+    ) -> None:
+        """`headers` is asked for more headers when the status is sent."""
+        media_type = "text/event-stream; charset=utf-8" if stream else "application/json"
+        super().__init__(None, 200, _STREAM_HEADERS if stream else None, media_type)
+        # An empty body made starlette announce its length.
+        self.raw_headers = [header for header in self.raw_headers if header[0] != b"content-length"]
+        self._chunks = chunks
+        self._more_headers = headers
+        self._stream = stream
+        self._drain = drain
+        self._metrics = metrics
+        self._keepalive_s = keepalive_s
+        self._started = False
+        self._ended = False
+        self._reason: GatewayError | None = None
+        self._client_left = False
+        self._task: asyncio.Task[Any] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._last_sent = 0.0
+        self._comment: asyncio.Task[None] | None = None
+
+    def interrupt(self, reason: GatewayError) -> None:
+        """End the exchange with `reason` for the client."""
+        self._reason = reason
+        self._cancel()
+
+    def _cancel(self) -> None:
+        if self._task is not None and not self._ended:
+            self._ended = True
+            self._task.cancel()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._task = asyncio.current_task()
+        watch = asyncio.create_task(self._watch(receive))
+        try:
+            with self._drain.track(self), self._counted():
+                await self._exchange(send)
+        finally:
+            watch.cancel()
+            self._stop_comments()
+
+    async def _exchange(self, send: Send) -> None:
+        failure: GatewayError | None = None
+        try:
+            async with contextlib.aclosing(self._chunks) as chunks:
+                await (self._send_stream(chunks, send) if self._stream else self._send_body(chunks, send))
+        except asyncio.CancelledError:
+            if not self._client_left and self._reason is None:
+                raise  # somebody else's cancellation
+            assert self._task is not None
+            self._task.uncancel()
+            failure = self._reason
+        except GatewayError as error:
+            failure = error
+        except EngineError as error:
+            failure = from_engine(error)
+        except Exception:
+            log.exception("request failed")
+            failure = InternalError("The server had an error while processing your request.")
+        self._ended = True  # nothing can interrupt it any more
+        self._stop_comments()
+        if failure is not None and not self._client_left:
+            # A client that reads nothing must not keep the exchange open for ever.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_FAILURE_S):
+                    await self._send_failure(failure, send)
+
+    def _stop_comments(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._comment is not None:
+            self._comment.cancel()
+
+    async def _send_stream(self, chunks: AsyncGenerator[bytes, None], send: Send) -> None:
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(self._keepalive_s, self._keep_alive, send)
+        async for chunk in chunks:
+            self._last_sent = loop.time()
+            if not self._started:
+                await self._start(send)
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        self._ended = True
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send_body(self, chunks: AsyncGenerator[bytes, None], send: Send) -> None:
+        body = b"".join([chunk async for chunk in chunks])
+        self.raw_headers.append((b"content-length", b"%d" % len(body)))
+        self._ended = True
+        await self._start(send)
+        await send({"type": "http.response.body", "body": body, "more_body": False})
+
+    async def _start(self, send: Send) -> None:
+        self._started = True
+        present = {name for name, _ in self.raw_headers}
+        for name, value in self._more_headers().items():
+            header = name.lower().encode(), value.encode()
+            if header[0] not in present:  # an error's own figures are the fresher ones
+                self.raw_headers.append(header)
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+
+    async def _send_failure(self, failure: GatewayError, send: Send) -> None:
+        self._metrics.error(failure.code)
+        log.log(failure.log_level, "request ended with %s: %s", failure.code, failure)
+        if self._started:
+            body = b"data: " + failure.body() + b"\n\n"
+        else:
+            body = failure.body()
+            self.status_code = failure.status
+            kept = [header for header in self.raw_headers if header[0] not in (b"content-type", b"content-length")]
+            own = Response(body, headers=failure.headers(), media_type="application/json").raw_headers
+            self.raw_headers = kept + own
+            await self._start(send)
+        await send({"type": "http.response.body", "body": body, "more_body": False})
+
+    def _keep_alive(self, send: Send) -> None:
+        """Runs on the loop's timer, once per `keepalive_s`: a timer per token would cost more than the tokens."""
+        loop = asyncio.get_running_loop()
+        quiet_s = loop.time() - self._last_sent
+        stuck = self._comment is not None and not self._comment.done()  # behind a client that does not read
+        if quiet_s >= self._keepalive_s and not self._ended and not stuck:
+            self._last_sent = loop.time()
+            quiet_s = 0.0
+            self._comment = loop.create_task(self._send_comment(send))
+        self._timer = loop.call_later(
+            max(0.0, self._keepalive_s - quiet_s) or self._keepalive_s, self._keep_alive, send
+        )
+
+    async def _send_comment(self, send: Send) -> None:
+        if not self._started:
+            await self._start(send)
+        await send({"type": "http.response.body", "body": KEEPALIVE, "more_body": True})
+
+    async def _watch(self, receive: Receive) -> None:
+        """Cancel the exchange when the client has left."""
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        if not self._ended:
+            self._client_left = True
+            self._cancel()
+
+    @contextlib.contextmanager
+    def _counted(self) -> Any:
+        if not self._stream:
+            yield
+            return
+        self._metrics.streams_open.inc()
+        try:
+            yield
+        finally:
+            self._metrics.streams_open.dec()

