@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import fcntl
 import os
 import shutil
-import signal
 import subprocess
 from pathlib import Path
 
+from engine.process import die_with_parent
 from gateway.errors import StoreError
 
 _START_TIMEOUT_S = 10.0
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _SOCKET_PATH_MAX = 107  # bytes that a unix socket address holds on Linux
 
 
@@ -56,7 +54,7 @@ class EmbeddedValkey:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C must not stop it before the last usage is written
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
         )
 
     async def _answers(self) -> bool:
@@ -90,12 +88,6 @@ class EmbeddedValkey:
         except subprocess.TimeoutExpired:
             process.kill()
             await asyncio.to_thread(process.wait)
-
-
-def _die_with_parent() -> None:
-    """Ask Linux for a SIGTERM when the gateway is gone, however it went; elsewhere a killed one leaves a server."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _find_server() -> str:

@@ -169,6 +169,9 @@ async def ceiling() -> AsyncIterator[Ceiling]:
         assert process.stdout
         await process.stdout.readline()
         yield Ceiling(process)
+        assert process.stdin
+        process.stdin.close()  # at its end it closes the engine; terminated, it would leave the core behind
+        await process.wait()
 
 
 async def compare(rounds: int, console: Console) -> dict[str, dict[str, dict[str, float]]]:

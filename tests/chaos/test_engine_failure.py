@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from tests.gateway_process import GatewayProcess, serve
@@ -114,3 +115,14 @@ def test_killed_and_frozen_engines_come_back_until_the_budget_is_spent(
         gateway.engine_core().kill()
         assert gateway.process.wait(timeout=30) != 0, "a supervisor must see the failure in the exit code"
         assert "failed 3 times" in gateway.log.read_text()
+
+
+@pytest.mark.slow
+def test_engine_core_and_store_do_not_outlive_a_killed_gateway(tmp_path: Path) -> None:
+    with serve(tmp_path, TREE) as gateway:
+        gateway.wait_until_ready()
+        children = psutil.Process(gateway.process.pid).children(recursive=True)
+        assert len(children) >= 2, "the engine core and the bundled Valkey"
+        gateway.process.kill()
+        _, alive = psutil.wait_procs([child for child in children if "resource_tracker" not in str(child)], timeout=5)
+        assert not alive
