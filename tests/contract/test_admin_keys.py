@@ -169,10 +169,10 @@ async def test_expired_key_is_refused(gateway: Gateway) -> None:
 
 
 async def test_key_expires_while_it_is_cached(gateway: Gateway) -> None:
-    made = await create(gateway, expires_at=int(time.time()) + 1)
+    made = await create(gateway, expires_at=int(time.time()) + 2)
     assert (await chat_with(gateway, made["key"])).status_code == 200
 
-    assert await refused_after_s(gateway, made["key"]) < 1.5
+    assert await refused_after_s(gateway, made["key"]) < 2.5
 
 
 async def test_key_may_use_its_own_models_only(gateway: Gateway) -> None:
