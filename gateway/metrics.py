@@ -5,6 +5,8 @@ Labels are bounded: configured model ids, route templates, status codes; never w
 
 from __future__ import annotations
 
+from functools import cache
+
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from engine.base import Usage
@@ -117,10 +119,19 @@ class Metrics:
             registry=self._registry,
         )
 
+        # Finding a labelled child costs more than counting on it, so the ones of every request are found once.
+        self._of_route = cache(
+            lambda route, status: (self._requests.labels(route, status), self._duration.labels(route))
+        )
+        self._of_model = cache(
+            lambda model_id: tuple(metric.labels(model_id) for metric in (self._queue, self._unused, self._token_gap))
+        )
+
     def request(self, route: str, status: int, duration_s: float) -> None:
         """Count a finished request."""
-        self._requests.labels(route, str(status)).inc()
-        self._duration.labels(route).observe(duration_s)
+        requests, duration = self._of_route(route, status)
+        requests.inc()
+        duration.observe(duration_s)
 
     def first_token(self, model_id: str, seconds: float) -> None:
         """Record the time to first token of a generation."""
@@ -140,10 +151,11 @@ class Metrics:
 
     def generation(self, model_id: str, *, queue_s: float, unused_tokens: int, tokens: int, streaming_s: float) -> None:
         """Record a generation's end: its wait, what it did not use, and its pace after the first token."""
-        self._queue.labels(model_id).observe(queue_s)
-        self._unused.labels(model_id).observe(unused_tokens)
+        queue, unused, token_gap = self._of_model(model_id)
+        queue.observe(queue_s)
+        unused.observe(unused_tokens)
         if tokens > 1 and streaming_s > 0:
-            self._token_gap.labels(model_id).observe(streaming_s / (tokens - 1))
+            token_gap.observe(streaming_s / (tokens - 1))
 
     def tokens(self, model_id: str, usage: Usage) -> None:
         """Count what a generation spent."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import uuid
+import secrets
 from collections.abc import AsyncIterator
 from typing import Annotated
 
@@ -41,7 +41,7 @@ async def create_chat_completion(
     body = await _read_chat_request(request, principal, services)
     services.drain.admit()
     model = services.catalog.resolve(body.model, principal)
-    completion_id = f"chatcmpl-{uuid.uuid4().hex}"
+    completion_id = f"chatcmpl-{secrets.token_hex(16)}"
     generation = body.for_engine(completion_id, model.settings.defaults)
     given_id = request.headers.get("x-session-id")
     async with _telling_standing(services, principal, model):
