@@ -47,6 +47,11 @@ class Allowance:
     concurrent_requests_of_key: int = 0
     tokens_per_day: int = 0
 
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the largest generation that could ever be admitted."""
+        return min(self.tokens_per_minute, self.tokens_per_day or self.tokens_per_minute)
+
 
 @dataclass(slots=True)
 class Standing:
@@ -166,7 +171,7 @@ class Limits:
             now_s = int(time.time())
             standing = Standing(allowance, allowance.requests_per_minute, allowance.tokens_per_minute, now_s, now_s)
             return Reservation(standing, 0, tokens)
-        most = min(allowance.tokens_per_minute, allowance.tokens_per_day or allowance.tokens_per_minute)
+        most = allowance.most_tokens
         if tokens > most:
             raise BadRequest(
                 f"This request needs {tokens} tokens (prompt and max_tokens together), but the API key's limit for "

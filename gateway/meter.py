@@ -41,6 +41,7 @@ class Meter:
         self.standing: Standing | None = None
         """Where the caller stands with its limits, as far as this request has seen."""
         self._request_id = request_id
+        self._allowance = allowance_of(principal, model)
         self._limits = limits
         self._ledger = ledger
         self._metrics = metrics
@@ -58,9 +59,8 @@ class Meter:
 
         A completion that names no maximum is bounded by what the limit could ever admit.
         """
-        allowance = allowance_of(self.principal, self.model)
-        most = min(allowance.tokens_per_minute, allowance.tokens_per_day or allowance.tokens_per_minute)
-        request = dataclasses.replace(request, max_total_tokens=most if self._limits.enabled else None)
+        most = self._allowance.most_tokens if self._limits.enabled else None
+        request = dataclasses.replace(request, max_total_tokens=most)
         engine = self.model.engine
         try:
             if session is None or not session.history:
@@ -150,8 +150,7 @@ class Meter:
         await self._write(self._entry(failure))
 
     def _entry(self, failure: GatewayError | None) -> Entry:
-        allowance = allowance_of(self.principal, self.model)
-        entry = Entry(key_id=self.principal.key_id, model_id=self.model.id, allowance=allowance)
+        entry = Entry(key_id=self.principal.key_id, model_id=self.model.id, allowance=self._allowance)
         entry.requests = 0 if self._noted else 1
         self._noted = True
         if failure is not None:

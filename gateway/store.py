@@ -70,6 +70,9 @@ _AWAY = (BusyLoadingError, ClusterDownError, MasterDownError, OutOfMemoryError, 
 
 Command = tuple[Any, ...]
 
+# It begins with a write, so that a server which can't is not taken for one that is back.
+_SCHEMA_CHECK: list[Command] = [("SET", "sh:schema", SCHEMA, "NX"), ("GET", "sh:schema")]
+
 
 class Script:
     """A Lua script, made of the named files in gateway/lua.
@@ -131,9 +134,8 @@ class Store:
             await self._check_schema()
 
     async def _check_schema(self) -> None:
-        await self.run("SET", "sh:schema", SCHEMA, "NX")
-        found = int(await self.run("GET", "sh:schema"))
-        if found != SCHEMA:
+        _, found = await self.run_in_order(_SCHEMA_CHECK)
+        if int(found) != SCHEMA:
             raise StoreError(f"the store has layout version {found}, this gateway speaks {SCHEMA}")
 
     async def close(self) -> None:
@@ -178,7 +180,8 @@ class Store:
                 size += len(batch[-1].commands)
             started = time.perf_counter()
             try:
-                results = await self._within_timeout(self._send(batch))
+                commands = [command for group in batch for command in group.commands]
+                results = await self._within_timeout(self._send(commands))
             except (RedisError, OSError, TimeoutError) as error:
                 self._open_breaker(error)
                 _fail(batch)
@@ -208,19 +211,18 @@ class Store:
             finally:
                 timer.cancel()
 
-    async def _send(self, batch: list[_Group]) -> list[Any]:
+    async def _send(self, commands: list[Command]) -> list[Any]:
         pipeline = self._client.pipeline(transaction=False)
         sent: set[Script] = set()
-        for group in batch:
-            for name, *rest in group.commands:
-                if not isinstance(name, Script):
-                    pipeline.execute_command(name, *rest)
-                elif name in sent:
-                    pipeline.execute_command("EVALSHA", name.sha, *rest)
-                else:
-                    pipeline.execute_command("EVAL", name.text, *rest)
-                    if not self._clustered:  # there a pipeline goes to several servers
-                        sent.add(name)
+        for name, *rest in commands:
+            if not isinstance(name, Script):
+                pipeline.execute_command(name, *rest)
+            elif name in sent:
+                pipeline.execute_command("EVALSHA", name.sha, *rest)
+            else:
+                pipeline.execute_command("EVAL", name.text, *rest)
+                if not self._clustered:  # there a pipeline goes to several servers
+                    sent.add(name)
         results: list[Any] = await pipeline.execute(raise_on_error=False)
         for result in results:
             if isinstance(result, _AWAY) or (isinstance(result, ResponseError) and str(result).startswith("MISCONF")):
@@ -243,19 +245,13 @@ class Store:
             await asyncio.sleep(self._settings.breaker_s)
             with contextlib.suppress(RedisError, OSError, TimeoutError):
                 async with asyncio.timeout(self._timeout_s):
-                    # A write, so that a server which can't is not taken for one that is back.
-                    probe = _Group([("SET", "sh:schema", SCHEMA, "NX"), ("GET", "sh:schema")], self._nobody())
-                    _, found = await self._send([probe])
+                    _, found = await self._send(_SCHEMA_CHECK)
                 if str(found) != str(SCHEMA):
                     log.error("the store is back with layout version %s, not %s; not using it", found, SCHEMA)
                     continue
                 self.available = True
                 log.warning("the store is back")
                 return
-
-    @staticmethod
-    def _nobody() -> asyncio.Future[list[Any]]:
-        return asyncio.get_running_loop().create_future()
 
 
 def _fail(batch: Iterable[_Group]) -> None:
