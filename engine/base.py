@@ -13,23 +13,40 @@ Names are vLLM's. An engine turns a `GenerationRequest` into a `Prepared` (the e
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """One generation: messages plus sampling parameters, under vLLM's names.
+    """One generation: messages (or a bare prompt) plus sampling parameters, under vLLM's names.
 
     `None` means "not given": the engine falls back to the checkpoint's generation config, then to OpenAI's default.
-    `request_id` is made by the server, unique per generation; clients never choose it.
+    `request_id`, `cache_salt`, `flow` and `priority` are made by the server; clients never choose them.
     """
 
     request_id: str
-    messages: list[dict[str, Any]]
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    """In OpenAI's form. Images are `image_url` parts whose URLs are data URLs: engines fetch nothing."""
+    prompt: str | list[int] | None = None
+    """Text or token ids in place of `messages`; no chat template is applied."""
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+    structured_outputs: dict[str, Any] | None = None
+    """One of vLLM's `json`, `regex`, `choice`, `grammar`."""
+    cache_salt: str | None = None
+    """Prompts share cached prefixes only under equal salts."""
+    flow: str = ""
+    """Whom the request is for: requests of different flows are served fairly, those of one flow in order."""
+    priority: int = 0
+    """Class of service, lower first, as in vLLM."""
+    affinity: str = ""
+    """Opaque: where an engine has replicas and keeps conversations to one, equal values go to the same one."""
     stream: bool = False
     """Deltas as they come (True) or one delta per choice at the end (False), which costs the front end less."""
     max_tokens: int | None = None
@@ -58,6 +75,11 @@ class GenerationRequest:
     logit_bias: dict[str, float] | None = None
     response_format: dict[str, Any] | None = None
 
+    @property
+    def prompt_param(self) -> str:
+        """What the client called its prompt, for messages."""
+        return "messages" if self.prompt is None else "prompt"
+
 
 @dataclass(slots=True)
 class Usage:
@@ -71,12 +93,43 @@ class Usage:
     completion_tokens: int = 0
     cached_tokens: int = 0
     """Part of `prompt_tokens` that the prefix cache served."""
+    reasoning_tokens: int = 0
+    """Part of `completion_tokens` that was thought, not said."""
+    estimated: bool = False
+    """Some of it was not counted but estimated, because an upstream does not tell."""
 
     def add(self, other: Usage) -> None:
         """Add `other` to this sum."""
         self.prompt_tokens += other.prompt_tokens
         self.completion_tokens += other.completion_tokens
         self.cached_tokens += other.cached_tokens
+        self.reasoning_tokens += other.reasoning_tokens
+        self.estimated |= other.estimated
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingRequest:
+    """Texts (or token id lists) to turn into vectors, one each."""
+
+    request_id: str
+    inputs: list[str | list[int]]
+    dimensions: int | None = None
+    """Length of the vectors; only models trained for it (Matryoshka) can choose."""
+    cache_salt: str | None = None
+    flow: str = ""
+    priority: int = 0
+
+
+class QueuePosition(Protocol):
+    """Where a request stands in the queue in front of the engine; worked out when asked."""
+
+    @property
+    def position(self) -> int:
+        """1 is next."""
+
+    @property
+    def wait_s(self) -> float:
+        """How long it is likely to wait from now on."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -92,8 +145,13 @@ class Prepared:
     """Most tokens that one choice may generate."""
     n: int = 1
     usage: Usage = field(default_factory=Usage)
+    flow: str = ""
+    priority: int = 0
+    affinity: str = ""
     queue_s: float = 0.0
     """Seconds that it waited in the engine's queue; known once the prompt is processed."""
+    waiting: QueuePosition | None = None
+    """Kept up to date while it waits for admission, None otherwise."""
     payload: Any = None
 
 
@@ -107,6 +165,16 @@ class TokenLogprob:
     top: tuple[TokenLogprob, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """A piece of a tool call. The first piece of call number `index` has `id` and `name`, later ones `arguments`."""
+
+    index: int
+    id: str | None = None
+    name: str | None = None
+    arguments: str = ""
+
+
 @dataclass(slots=True)
 class Delta:
     """What one choice gained since its last delta. The last one of a choice carries `finish_reason`."""
@@ -115,6 +183,11 @@ class Delta:
     index: int = 0
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprob] | None = None
+    reasoning: str = ""
+    """What a reasoning model thought; `text` is what it said."""
+    tool_calls: Sequence[ToolCallDelta] = ()
+    stop_reason: str | None = None
+    """The stop string that ended it, which is not part of the text; vLLM's word."""
 
 
 class EngineError(Exception):
@@ -131,7 +204,12 @@ class InvalidRequest(EngineError):
 
 
 class EngineOverloaded(EngineError):
-    """No room in the engine's queue."""
+    """No room in the engine's queue. `reason` is one word out of a few; `retry_after_s` None where nobody knows."""
+
+    def __init__(self, message: str, retry_after_s: float | None = None, reason: str = "engine") -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+        self.reason = reason
 
 
 class EngineUnavailable(EngineError):
@@ -148,6 +226,14 @@ class Engine(Protocol):
     @property
     def max_model_len(self) -> int:
         """Context length in tokens: prompt plus completion."""
+
+    @property
+    def max_num_seqs(self) -> int | None:
+        """Most sequences that it runs at once; None where nobody knows."""
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether messages may hold images."""
 
     @property
     def unfinished_requests(self) -> int:
@@ -167,11 +253,33 @@ class Engine(Protocol):
         EngineDied at any.
         """
 
+    async def prepare_embedding(self, request: EmbeddingRequest) -> Prepared:
+        """Count the inputs. Raises InvalidRequest, also where the model makes no embeddings, and EngineUnavailable."""
+
+    async def embed(self, prepared: Prepared) -> list[list[float]]:
+        """Return one vector per input. Cancelling aborts. Raises what `generate` raises."""
+
+    async def tokenize(self, request: GenerationRequest) -> list[int]:
+        """Return the prompt's token ids, however many. Raises what `prepare` raises."""
+
+    async def detokenize(self, token_ids: list[int]) -> str:
+        """Return the text of token ids. Raises InvalidRequest on ids that the vocabulary does not have."""
+
     async def check_health(self) -> None:
         """Ask the engine itself, not a flag. Raises EngineUnavailable; may hang if the engine does."""
 
     async def close(self) -> None:
         """Stop and free everything. Running generations raise EngineDied. Idempotent."""
+
+
+def no_embeddings(model: str) -> InvalidRequest:
+    """Return the error of a model that generates, asked for embeddings."""
+    return InvalidRequest(f"The model {model!r} does not make embeddings.", "model", "model_not_supported")
+
+
+def no_generation(model: str) -> InvalidRequest:
+    """Return the error of a model that embeds, asked to generate."""
+    return InvalidRequest(f"The model {model!r} makes embeddings only.", "model", "model_not_supported")
 
 
 def resolve_max_tokens(request: GenerationRequest, prompt_tokens: int, max_model_len: int) -> int:
@@ -182,11 +290,12 @@ def resolve_max_tokens(request: GenerationRequest, prompt_tokens: int, max_model
     number counts on it.
     """
     room = max_model_len - prompt_tokens
+    what = f"{request.prompt_param} is" if request.prompt is not None else f"{request.prompt_param} are"
     if room < 1:
         raise InvalidRequest(
-            f"This model's maximum context length is {max_model_len} tokens, but the messages are {prompt_tokens} "
-            "tokens long. Shorten the messages.",
-            param="messages",
+            f"This model's maximum context length is {max_model_len} tokens, but the {what} {prompt_tokens} "
+            f"tokens long. Shorten the {request.prompt_param}.",
+            param=request.prompt_param,
             code="context_length_exceeded",
         )
     if request.max_tokens is None:
@@ -196,8 +305,8 @@ def resolve_max_tokens(request: GenerationRequest, prompt_tokens: int, max_model
         return room
     if request.max_tokens > room:
         raise InvalidRequest(
-            f"This model's maximum context length is {max_model_len} tokens. The messages take {prompt_tokens} of "
-            f"them, so {request.max_tokens_param} can be at most {room}, not {request.max_tokens}.",
+            f"This model's maximum context length is {max_model_len} tokens. Your {request.prompt_param} took "
+            f"{prompt_tokens} of them, so {request.max_tokens_param} can be at most {room}, not {request.max_tokens}.",
             param=request.max_tokens_param,
             code="context_length_exceeded",
         )

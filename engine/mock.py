@@ -1,31 +1,38 @@
 """A deterministic engine without a model: for tests, front-end benchmarks and trying configurations.
 
 One word is one token. The reply to a request is a pure function of it, speed is a number, and faults are scripted
-per generation. It keeps the same books as vLLM (prompt tokens count once the prompt is processed, tokens as they are
-made), so that accounting can be checked against it. Leaves out sampling: temperature and the like change nothing.
+per generation. Embeddings are words hashed into buckets. It keeps the same books as vLLM (prompt tokens count once
+the prompt is processed, tokens as they are made), so that accounting can be checked against it. Leaves
+out sampling: temperature and the like change nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import itertools
+import math
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, replace
 
 from engine.base import (
     Delta,
+    EmbeddingRequest,
     EngineDied,
     EngineError,
     EngineUnavailable,
     FinishReason,
     GenerationRequest,
+    InvalidRequest,
     Prepared,
     TokenLogprob,
+    ToolCallDelta,
     Usage,
     resolve_max_tokens,
 )
 
+_DIMENSIONS = 64
 _YIELD_EVERY = 16  # tokens between two turns of the event loop when the speed is unlimited
 
 
@@ -46,8 +53,9 @@ def _text(message: dict[str, object]) -> str:
 
 
 def echo(request: GenerationRequest) -> str:
-    """Reply with what the last message says."""
-    return f"You said: {_text(request.messages[-1])}"
+    """Reply with what the last message says, or the prompt."""
+    said = _text(request.messages[-1]) if request.messages else " ".join(_prompt_words(request))
+    return f"You said: {said}"
 
 
 class MockEngine:
@@ -56,15 +64,23 @@ class MockEngine:
     def __init__(
         self,
         *,
-        reply: str | Callable[[GenerationRequest], str] = echo,
+        reply: str | Callable[[GenerationRequest], str | list[Delta]] = echo,
         max_model_len: int = 1024,
+        max_num_seqs: int | None = None,
+        takes_images: bool = False,
         first_token_s: float = 0.0,
         token_s: float = 0.0,
         start_s: float = 0.0,
     ) -> None:
-        """`reply` is the answer or a function of the request; the `_s` arguments are seconds to wait."""
+        """`reply` is the answer or a function of the request; the `_s` arguments are seconds to wait.
+
+        A reply of deltas, one token each, scripts reasoning and tool calls; its last one carries the finish reason.
+        """
         self._reply = reply
         self.max_model_len = max_model_len
+        self.max_num_seqs = max_num_seqs
+        self.takes_images = takes_images
+        self._vocabulary: list[str] = []  # words in the order they were first tokenized; the index is the token id
         self._first_token_s = first_token_s
         self._token_s = token_s
         self._start_s = start_s
@@ -107,9 +123,10 @@ class MockEngine:
         if not self.started:
             raise EngineUnavailable("The engine is not running.")
         self.requests.append(request)
-        prompt_tokens = sum(len(_text(message).split()) + 1 for message in request.messages)
+        prompt_tokens = len(_prompt_words(request))
         max_tokens = resolve_max_tokens(request, prompt_tokens, self.max_model_len)
-        words = (self._reply if isinstance(self._reply, str) else self._reply(request)).split()
+        reply = self._reply if isinstance(self._reply, str) else self._reply(request)
+        words = reply.split() if isinstance(reply, str) else reply
         return Prepared(
             request_id=request.request_id,
             prompt_tokens=prompt_tokens,
@@ -117,6 +134,38 @@ class MockEngine:
             n=request.n,
             payload=(request, words),
         )
+
+    async def prepare_embedding(self, request: EmbeddingRequest) -> Prepared:
+        if not self.started:
+            raise EngineUnavailable("The engine is not running.")
+        texts = [text if isinstance(text, str) else await self.detokenize(text) for text in request.inputs]
+        tokens = sum(len(text.split()) for text in texts)
+        payload = (texts, request.dimensions or _DIMENSIONS)
+        return Prepared(request_id=request.request_id, prompt_tokens=tokens, max_tokens=0, payload=payload)
+
+    async def embed(self, prepared: Prepared) -> list[list[float]]:
+        texts, dimensions = prepared.payload
+        self.unfinished_requests += 1
+        try:
+            await self._pause(self._first_token_s, self._dead)
+        finally:
+            self.unfinished_requests -= 1
+        prepared.usage.prompt_tokens = prepared.prompt_tokens
+        self.counters.prompt_tokens += prepared.prompt_tokens
+        return [_vector(text, dimensions) for text in texts]
+
+    async def tokenize(self, request: GenerationRequest) -> list[int]:
+        if not self.started:
+            raise EngineUnavailable("The engine is not running.")
+        words = _prompt_words(request)
+        self._vocabulary += [word for word in dict.fromkeys(words) if word not in self._vocabulary]
+        return [self._vocabulary.index(word) for word in words]
+
+    async def detokenize(self, token_ids: list[int]) -> str:
+        try:
+            return " ".join(self._vocabulary[token_id] for token_id in token_ids)
+        except IndexError:
+            raise InvalidRequest("A token id is not in the vocabulary.", "tokens") from None
 
     async def generate(self, prepared: Prepared) -> AsyncGenerator[Delta, None]:
         request, words = prepared.payload
@@ -126,20 +175,20 @@ class MockEngine:
         try:
             await self._pause(self._first_token_s, dead)
             for index in range(prepared.n):
-                pieces = _pieces(words, prepared.max_tokens, request.ignore_eos)
-                whole: list[str] = []
-                for number, (piece, finish_reason) in enumerate(pieces):
+                whole: list[Delta] = []
+                for number, delta in enumerate(_deltas(words, prepared.max_tokens, request)):
                     if fault is not None and number == fault.at_token:
                         await _fail(fault, dead)
                     if number and (self._token_s or number % _YIELD_EVERY == 0 or self._frozen):
                         await self._pause(self._token_s, dead)
                     self._count(prepared)
+                    delta = replace(delta, index=index)
                     if request.stream:
-                        yield Delta(piece, index, finish_reason, _logprobs([piece], request))
+                        yield delta
                         continue
-                    whole.append(piece)
-                    if finish_reason:
-                        yield Delta("".join(whole), index, finish_reason, _logprobs(whole, request))
+                    whole.append(delta)
+                    if delta.finish_reason:
+                        yield _merged(whole)
         finally:
             self.unfinished_requests -= 1
 
@@ -158,6 +207,22 @@ class MockEngine:
         self.counters.completion_tokens += 1
 
 
+def _prompt_words(request: GenerationRequest) -> list[str]:
+    """Return the prompt as tokens: each message's role, then its words."""
+    if request.prompt is None:
+        return [word for m in request.messages for word in (f"<{m['role']}>", *_text(m).split())]
+    return request.prompt.split() if isinstance(request.prompt, str) else [f"<{id_}>" for id_ in request.prompt]
+
+
+def _vector(text: str, dimensions: int) -> list[float]:
+    """Return a unit vector: words hashed into buckets, so that texts with common words are near each other."""
+    vector = [0.0] * dimensions
+    for word in text.lower().split() or [""]:
+        vector[int.from_bytes(hashlib.sha256(word.encode()).digest()[:4], "big") % dimensions] += 1.0
+    norm = math.sqrt(sum(value * value for value in vector))
+    return [value / norm for value in vector]
+
+
 async def _fail(fault: Fault, dead: asyncio.Event) -> None:
     if fault.error is not None:
         raise fault.error
@@ -165,15 +230,32 @@ async def _fail(fault: Fault, dead: asyncio.Event) -> None:
     raise EngineDied("The engine failed during generation.")
 
 
-def _pieces(words: list[str], max_tokens: int, ignore_eos: bool) -> list[tuple[str, FinishReason | None]]:
-    """Return (text, finish_reason) per token; all but the first word carry the space in front of them."""
-    chosen = list(itertools.islice(itertools.cycle(words) if ignore_eos else words, max_tokens)) or [""]
-    last: FinishReason = "length" if ignore_eos or len(words) > max_tokens else "stop"
-    texts = [chosen[0], *(f" {word}" for word in chosen[1:])]
-    return [(text, last if number == len(texts) else None) for number, text in enumerate(texts, 1)]
+def _deltas(reply: Sequence[str | Delta], max_tokens: int, request: GenerationRequest) -> list[Delta]:
+    """Return one delta per token, cut at `max_tokens`; all words but the first carry the space in front of them."""
+    chosen = list(itertools.islice(itertools.cycle(reply) if request.ignore_eos and reply else reply, max_tokens))
+    deltas = [
+        one if isinstance(one, Delta) else Delta(f" {one}" if number else one) for number, one in enumerate(chosen)
+    ] or [Delta("")]
+    if request.logprobs:
+        deltas = [replace(one, logprobs=[TokenLogprob(one.text, 0.0, list(one.text.encode()))]) for one in deltas]
+    last: FinishReason = "length" if request.ignore_eos or len(reply) > max_tokens else "stop"
+    deltas[-1] = replace(deltas[-1], finish_reason=deltas[-1].finish_reason or last)
+    return deltas
 
 
-def _logprobs(pieces: list[str], request: GenerationRequest) -> list[TokenLogprob] | None:
-    if not request.logprobs:
-        return None
-    return [TokenLogprob(piece, 0.0, list(piece.encode())) for piece in pieces]
+def _merged(deltas: list[Delta]) -> Delta:
+    """Return the deltas of one choice as one, tool calls whole."""
+    calls: dict[int, ToolCallDelta] = {}
+    for call in (call for delta in deltas for call in delta.tool_calls):
+        known = calls.get(call.index, ToolCallDelta(call.index))
+        calls[call.index] = ToolCallDelta(
+            call.index, known.id or call.id, known.name or call.name, known.arguments + call.arguments
+        )
+    logprobs = [entry for delta in deltas for entry in delta.logprobs or ()]
+    return replace(
+        deltas[-1],
+        text="".join(delta.text for delta in deltas),
+        reasoning="".join(delta.reasoning for delta in deltas),
+        tool_calls=tuple(calls.values()),
+        logprobs=logprobs if deltas[-1].logprobs is not None else None,
+    )

@@ -4,7 +4,8 @@
 no answer within `engine_stall_s` counts as dead, which is how a frozen core is found. A dead engine is closed, which
 ends its running generations with EngineDied, and a new one is built in the same process. More than
 `max_engine_restarts` within `restart_window_s`, or a first start that fails, is final: `failed` is set, and whoever
-owns the process should end it so that a supervisor outside takes over.
+owns the process should end it so that a supervisor outside takes over. A lazy engine stays idle until the first
+request, which waits for it to load; a load that fails counts as a restart.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Literal
 
 from engine.base import (
     Delta,
+    EmbeddingRequest,
     Engine,
     EngineDied,
     EngineError,
@@ -29,9 +31,11 @@ from engine.base import (
 
 log = logging.getLogger(__name__)
 
-State = Literal["starting", "ready", "restarting", "failed", "closed"]
+State = Literal["idle", "loading", "starting", "ready", "restarting", "failed", "closed"]
 
 _SENTENCES: dict[State, str] = {
+    "idle": "The engine has not been loaded yet.",
+    "loading": "The engine is being loaded. Try again shortly.",
     "starting": "The engine is still starting. Try again shortly.",
     "restarting": "The engine is restarting after a failure. Try again shortly.",
     "failed": "The engine has failed.",
@@ -47,6 +51,7 @@ class SupervisedEngine:
         name: str,
         build: Callable[[], Engine],
         *,
+        lazy: bool = False,
         engine_stall_s: float = 20.0,
         max_engine_restarts: int = 3,
         restart_window_s: float = 600.0,
@@ -56,11 +61,13 @@ class SupervisedEngine:
         self.name = name
         self.state: State = "starting"
         self.ready = asyncio.Event()
-        """Set while `state` is "ready"."""
+        """Set while requests are served: `state` is "ready", or "idle" or "loading", where a request waits for it."""
         self.failed = asyncio.Event()
         self.failure: EngineError | None = None
         """Why `failed` is set."""
         self._build = build
+        self._lazy = lazy
+        self._loading: asyncio.Task[None] | None = None
         self._engine = build()
         self._engine_stall_s = engine_stall_s
         self._max_engine_restarts = max_engine_restarts
@@ -74,6 +81,14 @@ class SupervisedEngine:
     @property
     def max_model_len(self) -> int:
         return self._ready().max_model_len
+
+    @property
+    def max_num_seqs(self) -> int | None:
+        return self._ready().max_num_seqs
+
+    @property
+    def takes_images(self) -> bool:
+        return self._ready().takes_images
 
     @property
     def unfinished_requests(self) -> int:
@@ -90,18 +105,72 @@ class SupervisedEngine:
         return self._engine
 
     async def start(self) -> None:
-        """Start the engine and its watch. A failure here sets `failed` and is raised."""
+        """Start the engine and its watch, or nothing yet if it is lazy. A failure here sets `failed` and is raised."""
+        if self._lazy:
+            self._become("idle")
+            return
         try:
             await self._engine.start()
         except Exception as error:  # of whatever type: unseen, it would leave an engine "starting" for ever
             failure = error if isinstance(error, EngineError) else EngineError(f"{type(error).__name__}: {error}")
             self._give_up(failure)
             raise failure from error
+        self._watch_from_now()
+
+    async def load(self) -> None:
+        """Wait until a lazy engine is loaded; any other must be ready. Raises EngineUnavailable."""
+        if self.state == "idle":
+            self._become("loading")
+            self._loading = asyncio.create_task(self._load(), name=f"load engine {self.name}")
+        if self._loading is not None:
+            # Whoever asked first may leave; the others, and the next, still want it.
+            await asyncio.wait([self._loading])
+            if self.state == "idle":
+                raise EngineUnavailable("The engine could not be loaded. Try again shortly.")
+        self._ready()
+
+    async def _load(self) -> None:
+        log.info("loading engine %s", self.name)
+        try:
+            await self._engine.start()
+        except Exception as error:
+            log.error("engine %s could not be loaded: %s", self.name, error)
+            with contextlib.suppress(Exception):
+                await self._engine.close()
+            if self._spend_restart(error):
+                self._engine = self._build()
+                self._become("idle")
+        else:
+            self._watch_from_now()
+        finally:
+            self._loading = None
+
+    def _watch_from_now(self) -> None:
         self._become("ready")
         self._watch = asyncio.create_task(self._watch_health(), name=f"watch engine {self.name}")
 
     async def prepare(self, request: GenerationRequest) -> Prepared:
+        await self.load()
         return await self._ready().prepare(request)
+
+    async def prepare_embedding(self, request: EmbeddingRequest) -> Prepared:
+        await self.load()
+        return await self._ready().prepare_embedding(request)
+
+    async def tokenize(self, request: GenerationRequest) -> list[int]:
+        await self.load()
+        return await self._ready().tokenize(request)
+
+    async def detokenize(self, token_ids: list[int]) -> str:
+        await self.load()
+        return await self._ready().detokenize(token_ids)
+
+    async def embed(self, prepared: Prepared) -> list[list[float]]:
+        try:
+            return await self._ready().embed(prepared)
+        except EngineDied:
+            self._died.set()
+            raise
 
     async def generate(self, prepared: Prepared) -> AsyncGenerator[Delta, None]:
         try:
@@ -116,16 +185,16 @@ class SupervisedEngine:
         await self._ready().check_health()
 
     async def close(self) -> None:
-        if self._watch is not None:
-            self._watch.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._watch
+        for task in (self._loading, self._watch):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
         self._become("closed")
         await self._engine.close()
 
     def _become(self, state: State) -> None:
         self.state = state
-        if state == "ready":
+        if state in ("ready", "idle", "loading"):
             self.ready.set()
         else:
             self.ready.clear()
@@ -152,30 +221,39 @@ class SupervisedEngine:
                 continue
             await self._restart()
 
+    def _spend_restart(self, reason: Exception | None = None) -> bool:
+        """Take one restart from the budget, or give up for good, for `reason` if one is known."""
+        now = self._clock()
+        while self._restarts and now - self._restarts[0] > self._restart_window_s:
+            self._restarts.popleft()
+        if len(self._restarts) >= self._max_engine_restarts:
+            message = f"Engine {self.name} failed {len(self._restarts) + 1} times in {self._restart_window_s:g} s"
+            self._give_up(EngineUnavailable(f"{message}: {reason}" if reason is not None else f"{message}."))
+            return False
+        self._restarts.append(now)
+        return True
+
     async def _restart(self) -> None:
         """Close the engine and build another, as often as the budget allows."""
         self._become("restarting")
+        reason: Exception | None = None
         while True:
             try:
                 await self._engine.close()
             except Exception:  # whatever is wrong with the old one, the watch must live to build the next
                 log.exception("engine %s could not be closed", self.name)
-            now = self._clock()
-            while self._restarts and now - self._restarts[0] > self._restart_window_s:
-                self._restarts.popleft()
-            if len(self._restarts) >= self._max_engine_restarts:
-                message = f"Engine {self.name} failed {len(self._restarts) + 1} times in {self._restart_window_s:g} s."
-                self._give_up(EngineUnavailable(message))
+            if not self._spend_restart(reason):
                 return
-            self._restarts.append(now)
+            started = self._clock()
             log.warning("restarting engine %s, attempt %d", self.name, len(self._restarts))
             try:
                 self._engine = self._build()
                 await self._engine.start()
             except Exception as error:
                 log.error("engine %s could not restart: %s", self.name, error)
+                reason = error
                 continue
             self._died.clear()
             self._become("ready")
-            log.warning("engine %s is ready again after %.1f s", self.name, self._clock() - now)
+            log.warning("engine %s is ready again after %.1f s", self.name, self._clock() - started)
             return

@@ -16,15 +16,40 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
+from engine.admission import QueuedEngine
 from engine.base import Engine, EngineError
 from engine.supervisor import SupervisedEngine
 from gateway import __version__
-from gateway.api import admin, health, models, openai, sessions, usage
+from gateway.api import (
+    admin,
+    completions,
+    embeddings,
+    health,
+    messages,
+    models,
+    openai,
+    responses,
+    sessions,
+    tokens,
+    usage,
+)
 from gateway.api.dependencies import Services
+from gateway.api.messages_schema import CountTokensRequest, MessagesRequest
+from gateway.api.responses_schema import ResponseRequest
 from gateway.api.schema import ChatCompletionRequest
 from gateway.auth import Authenticator
+from gateway.cache_salts import CacheSalts
 from gateway.catalog import Catalog
-from gateway.config import Config, ConfigError, EngineSettings
+from gateway.config import (
+    AdmissionSettings,
+    Config,
+    ConfigError,
+    EmbeddedSettings,
+    EngineSettings,
+    KeySettings,
+    MockSettings,
+    RemoteSettings,
+)
 from gateway.drain import Drain
 from gateway.errors import (
     BadRequest,
@@ -36,14 +61,30 @@ from gateway.errors import (
     Unavailable,
 )
 from gateway.events import Clock
+from gateway.fetch import Fetcher
+from gateway.images import Images
 from gateway.keys import Keys, KeySpec
 from gateway.limits import Limits
+from gateway.live_responses import LiveResponses
 from gateway.metrics import Metrics
 from gateway.middleware import RequestMiddleware, error_response
 from gateway.sessions import Sessions
 from gateway.store import Store
+from gateway.stored_responses import StoredResponses
 from gateway.usage import Ledger
 
+# Bodies that routes parse themselves, for the OpenAPI document.
+_BODIES = (
+    ChatCompletionRequest,
+    ResponseRequest,
+    MessagesRequest,
+    CountTokensRequest,
+    completions.CompletionRequest,
+    embeddings.EmbeddingBody,
+    tokens.TokenizeRequest,
+    tokens.DetokenizeRequest,
+    KeySpec,
+)
 EXPOSED_HEADERS = [
     "X-Session-ID",
     "X-Request-ID",
@@ -74,6 +115,7 @@ def create_app(
         redirect_slashes=False,
     )
     metrics = store.metrics
+    drain = Drain()
     app.state.services = Services(
         config=config,
         engines=engines,
@@ -83,13 +125,17 @@ def create_app(
         limits=Limits(config.limits, store, metrics),
         ledger=Ledger(store, config.store.data_dir),
         sessions=Sessions(config.sessions, store, metrics),
+        responses=LiveResponses(StoredResponses(config.sessions, store, metrics), drain, metrics),
+        images=Images(config.images, Fetcher(config.fetch)),
+        cache_salts=CacheSalts(config.prefix_cache, store),
         store=store,
         metrics=metrics,
-        drain=Drain(),
+        drain=drain,
         clock=clock,
     )
-    for router in (openai.router, models.router, sessions.router, usage.router, admin.router, health.router):
-        app.include_router(router)
+    protocols = (openai, responses, messages, completions, embeddings, tokens)
+    for module in (*protocols, models, sessions, usage, admin, health):
+        app.include_router(module.router)
     app.user_middleware = _middleware(config, metrics)
     app.add_exception_handler(GatewayError, _on_gateway_error)
     app.add_exception_handler(StoreUnavailable, _on_store_unavailable)
@@ -99,14 +145,21 @@ def create_app(
     return app
 
 
-def build_engines(config: Config) -> dict[str, SupervisedEngine]:
+def build_engines(config: Config, environment: Mapping[str, str] = os.environ) -> dict[str, SupervisedEngine]:
     """Return the configured engines, unstarted. Raises ConfigError that names the engine."""
+    in_process = [settings for settings in config.engines.values() if isinstance(settings, EmbeddedSettings)]
+    if in_process:
+        from engine.async_llm import go_offline, local_path
+
+        if all(local_path(settings.model, settings.revision) for settings in in_process):
+            go_offline()
     engines = {}
     for name, settings in config.engines.items():
         try:
             engines[name] = SupervisedEngine(
                 name,
-                _factory(settings),
+                _queued(_factory(name, settings, environment), settings.admission),
+                lazy=settings.lazy,
                 engine_stall_s=settings.engine_stall_s,
                 max_engine_restarts=settings.max_engine_restarts,
                 restart_window_s=settings.restart_window_s,
@@ -134,29 +187,63 @@ def build_authenticator(config: Config, store: Store, environment: Mapping[str, 
         cache_ttl_s=config.store.auth_cache_ttl_s,
         failed_per_minute=config.limits.failed_auth_per_minute,
     )
-    own = [(key.key_env, key.name, key.tenant, key.models, key.admin) for key in config.keys]
+    own = list(config.keys)
     if environment.get("SHANNON_BOOTSTRAP_KEY"):
-        own.append(("SHANNON_BOOTSTRAP_KEY", "bootstrap", "default", None, True))
-    for variable, name, tenant, models_allowed, is_admin in own:
-        allowed = None if models_allowed is None else frozenset(models_allowed)
+        own.append(KeySettings(name="bootstrap", key_env="SHANNON_BOOTSTRAP_KEY", admin=True))
+    for key in own:
+        variable = key.key_env
         try:
             authenticator.add(
-                environment.get(variable, "").strip(), name=name, tenant=tenant, models=allowed, admin=is_admin
+                environment.get(variable, "").strip(),
+                name=key.name,
+                tenant=key.tenant,
+                models=None if key.models is None else frozenset(key.models),
+                admin=key.admin,
+                priority=key.priority,
             )
         except ValueError as error:
             raise ConfigError(f"{variable}: {error}") from error
     return authenticator
 
 
-def _factory(settings: EngineSettings) -> Callable[[], Engine]:
-    """Return what builds an engine of this kind. Only an embedded one imports vllm."""
-    if settings.kind == "mock":
+def _queued(build: Callable[[], Engine], admission: AdmissionSettings) -> Callable[[], Engine]:
+    """Return what builds the engine behind its queue: both live and die together."""
+    if not admission.enabled:
+        return build
+    return lambda: QueuedEngine(
+        build(),
+        policy=admission.policy,
+        max_queued_requests=admission.max_queued_requests,
+        max_wait_s=admission.max_wait_s,
+        in_flight_per_flow=admission.in_flight_per_key,
+        max_in_flight=admission.max_in_flight,
+    )
+
+
+def _factory(name: str, settings: EngineSettings, environment: Mapping[str, str]) -> Callable[[], Engine]:
+    """Return what builds an engine of this kind. Only those with a model in this process import vllm."""
+    if isinstance(settings, MockSettings):
         from engine.mock import MockEngine
 
         return lambda: MockEngine(**settings.args)
+    if isinstance(settings, RemoteSettings):
+        from engine.remote import RemoteEngine
+
+        api_key = environment.get(settings.api_key_env, "").strip() if settings.api_key_env else ""
+        if settings.api_key_env and not api_key:
+            raise EngineError(f"{settings.api_key_env} is not set.")
+        return lambda: RemoteEngine(**settings.arguments(), api_key=api_key)
+    # The engine's name on vLLM's metrics: two engines may well have the same model.
+    args = {"served_model_name": [name]} | settings.args
+    more: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    if settings.kind == "pooling":
+        from engine.pooling import PoolingEngine
+
+        return lambda: PoolingEngine(settings.model, args, **more)
     from engine.embedded import EmbeddedEngine
 
-    return lambda: EmbeddedEngine(settings.model, settings.args)
+    parsers: dict[str, Any] = {"tool_parser": settings.tool_parser, "reasoning_parser": settings.reasoning_parser}
+    return lambda: EmbeddedEngine(settings.model, args, **parsers, **more)
 
 
 @contextlib.asynccontextmanager
@@ -166,6 +253,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     await services.store.start()
     await services.authenticator.start()
     await services.ledger.start()
+    await services.cache_salts.start()
     # A failed start is kept in the engine's `failed`, which the owner of the process watches.
     starts = [asyncio.create_task(_start(engine)) for engine in services.engines.values()]
     try:
@@ -174,10 +262,12 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         for start in starts:
             start.cancel()
         await asyncio.gather(*starts, return_exceptions=True)
+        await services.responses.close()
         await asyncio.gather(*(engine.close() for engine in services.engines.values()))
         await services.authenticator.close()
         await services.ledger.close()
         await services.store.close()
+        services.images.close()
 
 
 async def _start(engine: SupervisedEngine) -> None:
@@ -250,7 +340,7 @@ def _openapi(app: FastAPI) -> Callable[[], dict[str, Any]]:
         template = "#/components/schemas/{model}"
         components = document.setdefault("components", {})
         schemas = components.setdefault("schemas", {})
-        for model in (ChatCompletionRequest, KeySpec):
+        for model in _BODIES:
             schema = model.model_json_schema(ref_template=template)
             schemas.update(schema.pop("$defs", {}))
             schemas[model.__name__] = schema

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 from starlette.requests import HTTPConnection
 
+from gateway.config import Priority
 from gateway.errors import InvalidApiKey, RateLimitExceeded, StoreUnavailable, Unavailable
 from gateway.keys import VERSION_KEY, KeyRecord, Keys, digest, split_key
 from gateway.store import Store
@@ -30,6 +31,7 @@ _MAX_CACHED_KEYS = 10_000
 _MAX_ADDRESSES = 10_000
 _MAX_KNOWN = 64  # keys remembered per address
 _NO_DIGEST = digest("")
+_PRIORITIES: dict[Priority, int] = {"high": -1, "normal": 0, "low": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,8 @@ class Principal:
     tokens_per_day: int | None = None
     admin: bool = False
     expires_at: int | None = None
+    priority: int = 0
+    """Class of service, lower first, as engines know it."""
 
     def may_use(self, model_id: str) -> bool:
         return self.models is None or model_id in self.models
@@ -64,6 +68,7 @@ def _principal(record: KeyRecord) -> Principal:
         record.tokens_per_day,
         record.admin,
         record.expires_at,
+        _PRIORITIES[record.priority],
     )
 
 
@@ -100,6 +105,7 @@ class Authenticator:
         tenant: str = "default",
         models: frozenset[str] | None = None,
         admin: bool = False,
+        priority: Priority = "normal",
     ) -> Principal:
         """Accept a key of this process alone. Raises ValueError when it is too short to be safe."""
         if len(key) < MIN_KEY_LENGTH:
@@ -107,7 +113,7 @@ class Authenticator:
         key_id, secret = split_key(key)
         if key_id in self._own:
             raise ValueError(f"the keys {name!r} and {self._own[key_id][1].name!r} have the same id; make another")
-        principal = Principal(key_id, name, tenant, models, admin=admin)
+        principal = Principal(key_id, name, tenant, models, admin=admin, priority=_PRIORITIES[priority])
         self._own[key_id] = (digest(secret), principal)
         return principal
 

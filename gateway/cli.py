@@ -21,9 +21,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from engine.weights import WeightsError
 from gateway import __version__
 from gateway.app import build_authenticator, build_engines, build_store, create_app
 from gateway.config import Config, ConfigError, StoreSettings, load_config
+from gateway.download import download
+from gateway.environment import hub_environment
 from gateway.errors import GatewayError, StoreError, StoreUnavailable, from_validation
 from gateway.keys import KeyRecord, Keys, KeySpec, make_key
 from gateway.metrics import Metrics
@@ -40,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         return int(args.run(args) or 0)
     except StoreUnavailable:
         message = "the store does not answer; is SHANNON_REDIS_URL right?"
-    except (ConfigError, StoreError, GatewayError, RedisError) as error:
+    except (ConfigError, StoreError, GatewayError, RedisError, WeightsError) as error:
         message = str(error)
     console.print("[red]shannon:[/red]", escape(message), soft_wrap=True)
     return 2
@@ -69,6 +72,14 @@ def _parser() -> argparse.ArgumentParser:
     models = commands.add_parser("models", help="list the models and their limits", parents=[printed])
     models.set_defaults(run=_models)
 
+    weights = commands.add_parser(
+        "download", help="bring models from a Hugging Face hub; the token is in HUGGINGFACE_TOKEN", parents=[printed]
+    )
+    weights.add_argument("models", nargs="*", metavar="MODEL", help="ORGANISATION/NAME (those of the deployment)")
+    weights.add_argument("--revision", metavar="REV", help="branch, tag or commit (what the engine pins, else main)")
+    weights.add_argument("--cache", type=Path, metavar="DIR", help="of the model cache (SHANNON_MODEL_CACHE)")
+    weights.set_defaults(run=_download)
+
     usage = commands.add_parser("usage", help="show what keys have spent", parents=[printed])
     usage.add_argument("--key", metavar="ID", help="one key instead of all")
     usage.set_defaults(run=_with_store(_usage))
@@ -89,6 +100,9 @@ def _add_keys(keys: argparse.ArgumentParser, printed: argparse.ArgumentParser) -
     create.add_argument("--max-concurrent-requests", type=int, metavar="N", help="over all models")
     create.add_argument("--tokens-per-day", type=int, metavar="N", help="over all models, per UTC day")
     create.add_argument("--admin", action="store_true", help="may manage keys and see all usage")
+    create.add_argument(
+        "--priority", choices=("high", "normal", "low"), default="normal", help="who is served first under load"
+    )
     create.set_defaults(run=_with_store(_create_key))
     listing = actions.add_parser("list", help="list all keys", parents=[printed])
     listing.set_defaults(run=_with_store(_list_keys))
@@ -121,9 +135,10 @@ def _serve(args: argparse.Namespace) -> int:
     if not environment.get("SHANNON_BOOTSTRAP_KEY"):
         environment["SHANNON_BOOTSTRAP_KEY"] = make_key()
     config = _load(args)
+    os.environ.update(hub_environment(config.weights.cache_dir, os.environ))
     started = time.monotonic()
     for name, engine in config.engines.items():
-        console.print(f"Starting engine [bold]{name}[/bold] ({engine.kind}, {engine.model}) ...")
+        console.print(f"Starting engine [bold]{name}[/bold] ({engine.kind}) ...")
     engines = build_engines(config)
     store = build_store(config, environment)
     app = create_app(config, engines, store, build_authenticator(config, store, environment))
@@ -151,6 +166,16 @@ def _announce_ready(url: str, key: str, model: str, seconds: float) -> None:
     print("    -H 'Content-Type: application/json' \\")
     print(f"""    -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "What are you?"}}]}}'\n""")
     sys.stdout.flush()
+
+
+def _download(args: argparse.Namespace) -> int:
+    config = None if args.config is None else _load(args)
+    try:
+        download(args.models, config, args.revision, args.cache, console, as_json=args.json)
+    except KeyboardInterrupt:
+        console.print("Interrupted. What has come stays; the same command goes on from there.")
+        return 130
+    return 0
 
 
 def _models(args: argparse.Namespace) -> None:
@@ -203,6 +228,7 @@ async def _create_key(store: Store, args: argparse.Namespace) -> None:
         "max_concurrent_requests": args.max_concurrent_requests,
         "tokens_per_day": args.tokens_per_day,
         "admin": args.admin,
+        "priority": args.priority,
         "expires_at": None if days is None else int(time.time() + days * 86_400),
     }
     try:

@@ -10,10 +10,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, IPvAnyNetwork, ValidationError, field_validator, model_validator
+
+from gateway.environment import override
 
 
 class ConfigError(Exception):
@@ -24,19 +28,147 @@ class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-class EngineSettings(_Settings):
-    kind: Literal["embedded", "mock"]
-    """`embedded` runs vLLM in this process; `mock` makes words without a model, for trying things out."""
-    model: str = "demo"
-    """Hugging Face id or local path of the checkpoint. `demo` is the tiny model that ships with the gateway."""
-    args: dict[str, Any] = Field(default_factory=dict)
-    """Passed to the engine as they are: for `embedded` any field of vLLM's `AsyncEngineArgs`."""
+Priority = Literal["high", "normal", "low"]
+
+
+class AdmissionSettings(_Settings):
+    enabled: bool = True
+    """Queue generations in front of the engine, fairly across keys; off hands them on in the order they come."""
+    policy: Literal["fair", "fifo"] = "fair"
+    """`fair` serves keys of the same priority equally, by tokens; `fifo` knows no keys, for comparison."""
+    max_queued_requests: int = Field(1024, ge=0)
+    """Requests that may wait. One key may have as many waiting as there are places free: alone it fills half of them,
+    so that others always find one."""
+    max_wait_s: float = Field(300.0, gt=0)
+    """Longest wait, measured or predicted; more is refused. Half of what the OpenAI SDKs wait for an answer."""
+    in_flight_per_key: int | None = Field(None, ge=1)
+    """Sequences that one key may have in the engine at once; null leaves one eighth, at least one, to others, so that a
+    newcomer need not wait until one of a flood's generations ends."""
+    max_in_flight: int | None = Field(None, ge=1)
+    """Sequences in the engine at once; null means as many as it runs, its `max_num_seqs`. A remote engine tells none
+    and has no bound."""
+
+
+class _EngineSettings(_Settings):
+    lazy: bool = False
+    """Load at the first request instead of at start; clients get keep-alive comments meanwhile."""
+    admission: AdmissionSettings = AdmissionSettings()
+    """The queue in front of the engine."""
     engine_stall_s: float = Field(20.0, gt=0)
     """Seconds without an answer from the engine core after which it counts as dead. Must exceed its longest step."""
     max_engine_restarts: int = Field(3, ge=0)
     """Restarts allowed within `restart_window_s`; one more failure ends the process, so that a supervisor sees it."""
     restart_window_s: float = Field(600.0, gt=0)
     """Seconds over which restarts are counted."""
+
+
+_NOT_ARGS = {
+    "model": "the engine's own `model`",
+    "revision": "the engine's own `revision`",
+    "trust_remote_code": "the engine's own `trust_remote_code`",
+    "download_dir": "`weights.cache_dir`",  # vLLM's would move the weights alone
+    "hf_token": "the environment variable HUGGINGFACE_TOKEN",
+}
+"""Fields of vLLM's AsyncEngineArgs that are settings of ours, and where they are set."""
+
+
+class EmbeddedSettings(_EngineSettings):
+    kind: Literal["embedded", "pooling"]
+    """`embedded` runs vLLM in this process; `pooling` does so for an embedding model; `remote` forwards to servers
+    elsewhere; `mock` makes words without a model, for trying things out."""
+    model: str = "demo"
+    """Hugging Face id or local path of the checkpoint. `demo` is the tiny model that ships with the gateway.
+    SHANNON_MODEL_ID overrides it for the engine of the default model."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hugging Face repository; null means its main branch. Name a commit in production, so
+    that what is served can't change under you."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Any field of vLLM's `AsyncEngineArgs`, under its own name."""
+    tool_parser: str | None = None
+    """vLLM's parser for the model's tool calls (`hermes`, `llama3_json`, ...); null finds it from the model's family,
+    an empty string turns it off."""
+    reasoning_parser: str | None = None
+    """vLLM's parser for the model's reasoning (`qwen3`, `deepseek_r1`, ...); as above."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the checkpoint. Only for checkpoints you would also install as packages."""
+
+    @model_validator(mode="after")
+    def _args_must_be_vllms_own(self) -> EmbeddedSettings:
+        for name in self.args.keys() & _NOT_ARGS.keys():
+            raise ValueError(f"args.{name}: set {_NOT_ARGS[name]} instead")
+        return self
+
+
+class RemoteSettings(_EngineSettings):
+    kind: Literal["remote"]
+    """As above."""
+    urls: list[str] = Field(min_length=1)
+    """Base URLs of OpenAI-compatible servers of the same model, each ending in `/v1`: the replicas."""
+    model: str = Field(min_length=1)
+    """The model's name at those servers."""
+    api_key_env: str | None = None
+    """Environment variable that holds the API key for those servers; null where they ask for none."""
+    choice: Literal["least_loaded", "sticky"] = "least_loaded"
+    """Which replica serves a request: the one with the fewest requests of this gateway, or, with `sticky`, the one
+    that holds the session's cached prefix, unless it is down or much more loaded."""
+    connect_timeout_s: float = Field(5.0, gt=0)
+    """How long making a connection may take."""
+    first_token_timeout_s: float = Field(120.0, gt=0)
+    """How long a replica may take, its own queue included, until the first token; then another one is tried."""
+    idle_timeout_s: float = Field(60.0, gt=0)
+    """How long a stream may be silent after its first token; longer than the slowest step of a well server."""
+    retries: int = Field(2, ge=0, le=10)
+    """Further attempts of a request that failed before its first token, each at another replica if there is one."""
+    breaker_failures: int = Field(3, ge=1)
+    """Failures in a row after which a replica is left alone."""
+    breaker_open_s: float = Field(1.0, gt=0)
+    """How long it is left alone before it is asked for its health again; doubles each time."""
+    breaker_max_open_s: float = Field(10.0, gt=0)
+    """Longest pause between two such questions; servers take longer than this to start."""
+    max_model_len: int | None = Field(None, ge=1)
+    """Context length in tokens. null takes what the servers tell, as vLLM does; others need it here."""
+    takes_images: bool = True
+    """Whether the model takes images."""
+    cache_salt: bool | None = None
+    """Send the caller's cache salt, so that callers share no cached prefix. null sends it to servers that call
+    themselves vLLM; others refuse it."""
+    priority: bool = False
+    """Send requests' priorities; the servers must run with vLLM's `--scheduling-policy priority`, or they refuse."""
+    tls_verify: bool = True
+    """Check the servers' certificates."""
+    tls_ca_file: str | None = None
+    """PEM file of the authority that signed them; null takes the public ones."""
+
+    @field_validator("urls")
+    @classmethod
+    def _urls_must_be_base_urls(cls, urls: list[str]) -> list[str]:
+        urls = [url.rstrip("/") for url in urls]
+        for url in urls:
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname or not parts.path.endswith("/v1"):
+                raise ValueError("must be http or https URLs that end in /v1")
+            if parts.username or parts.password or parts.query or parts.fragment:
+                raise ValueError("must hold no credentials, query or fragment; the key goes into api_key_env")
+        if len(set(urls)) < len(urls):
+            raise ValueError("must differ from each other")
+        return urls
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of `engine.remote.RemoteEngine`, but for the key."""
+        return self.model_dump(exclude={"kind", "api_key_env", *_EngineSettings.model_fields})
+
+
+class MockSettings(_EngineSettings):
+    kind: Literal["mock"]
+    """As above."""
+    model: str = "mock"
+    """Its name in logs."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of `engine.mock.MockEngine`."""
+
+
+ENGINE_KINDS = ("embedded", "pooling", "remote", "mock")
+EngineSettings = Annotated[EmbeddedSettings | RemoteSettings | MockSettings, Field(discriminator="kind")]
 
 
 class LimitSettings(_Settings):
@@ -57,6 +189,12 @@ class DefaultSettings(_Settings):
     """Nucleus sampling threshold where the request names none; null as above."""
 
 
+class WeightsSettings(_Settings):
+    cache_dir: Path | None = None
+    """Directory of the model cache, in Hugging Face's own layout: `shannon download` fills it, `shannon serve` reads
+    it. null means HF_HUB_CACHE, else `hub` in HF_HOME; SHANNON_MODEL_CACHE overrides it."""
+
+
 class ModelSettings(_Settings):
     engine: str = "main"
     """Name of the engine that serves this model."""
@@ -68,6 +206,13 @@ class ModelSettings(_Settings):
     """Per key."""
     defaults: DefaultSettings = DefaultSettings()
     """Sampling parameters for what a request leaves out."""
+    max_output_tokens: int | None = Field(None, ge=1)
+    """Most completion tokens of one choice: a request that names more is refused, one that names none is held to it.
+    null leaves it to the context. SHANNON_MAX_OUTPUT_TOKENS overrides it for all models."""
+    max_input_tokens: int | None = Field(None, ge=1)
+    """Longest prompt. Of a longer conversation the oldest turns are left out; system prompts and the last turn stay,
+    and are refused if they alone are longer. null leaves it to the context, and leaves nothing out.
+    SHANNON_MAX_INPUT_TOKENS overrides it for all models."""
 
 
 class KeySettings(_Settings):
@@ -81,6 +226,8 @@ class KeySettings(_Settings):
     """Model ids that the key may use; null means all."""
     admin: bool = False
     """May manage keys and see everybody's usage."""
+    priority: Priority = "normal"
+    """Keys of a better priority are served first while requests wait for an engine."""
 
 
 class StoreSettings(_Settings):
@@ -107,6 +254,19 @@ class LimiterSettings(_Settings):
     """Gateways that share the store; a process's share of a limit, while the store is away, is the limit over this."""
     failed_auth_per_minute: int = Field(30, ge=1)
     """Requests with a wrong key that one address may make in a minute, so that guessing is slow."""
+
+
+class PrefixCacheSettings(_Settings):
+    shared: dict[str, list[str]] = Field(default_factory=dict)
+    """Groups of tenants that may share cached prompt prefixes, by name; a tenant in none shares with nobody."""
+
+    @model_validator(mode="after")
+    def _tenants_must_be_in_one_group(self) -> PrefixCacheSettings:
+        tenants = [tenant for group in self.shared.values() for tenant in group]
+        for tenant in tenants:
+            if tenants.count(tenant) > 1:
+                raise ValueError(f"shared: the tenant {tenant!r} is in more than one group")
+        return self
 
 
 class SessionSettings(_Settings):
@@ -139,10 +299,36 @@ class ServerSettings(_Settings):
     """How long a request body may take to arrive; a client that stalls holds a connection no longer than this."""
     keepalive_s: float = Field(15.0, gt=0)
     """Silence in a stream after which a comment line is sent; proxies commonly cut at 60 s."""
+    stream_chunk_chars: int | None = Field(None, ge=1)
+    """Characters per frame of a stream; null sends tokens as they come, which is faster and cheaper.
+    SHANNON_STREAM_CHUNK_SIZE overrides it."""
     idle_connection_s: int = Field(120, ge=1)
     """How long an idle connection stays open; longer than the 60-90 s of common load balancers, so they close first."""
     drain_timeout_s: float = Field(30.0, ge=0)
     """How long running requests may go on after SIGTERM."""
+
+
+class FetchSettings(_Settings):
+    timeout_s: float = Field(10.0, gt=0)
+    """Longest time for one URL, its redirects and its body included."""
+    max_redirects: int = Field(3, ge=0, le=10)
+    """Redirects that are followed, each checked as the first URL was."""
+    ports: list[Annotated[int, Field(ge=1, le=65535)]] = Field(default_factory=lambda: [80, 443])
+    """Ports that may be asked; what listens on others is seldom meant for strangers. Empty allows any."""
+    allowed_networks: list[IPvAnyNetwork] = Field(default_factory=list)
+    """Networks (`10.20.0.0/16`) that may be reached although they are not public; all others are refused."""
+
+
+class ImageSettings(_Settings):
+    fetch: bool = True
+    """Fetch images that are given by http(s) URL; off takes data URLs only."""
+    max_images: int = Field(8, ge=1)
+    """Images in one request."""
+    max_image_bytes: int = Field(5 * 2**20, ge=1024)
+    """Largest image, as a file; `server.max_body_bytes` bounds all data URLs of a request together."""
+    max_pixels: int = Field(16_777_216, ge=1)
+    """Pixels of all images of a request together, 4096 by 4096. A small file can hold very many; each takes 4 bytes,
+    and twice as many keep vLLM busy for more than a second."""
 
 
 class Config(_Settings):
@@ -160,8 +346,16 @@ class Config(_Settings):
     """How limits are enforced; the limits themselves stand with the models."""
     sessions: SessionSettings = SessionSettings()
     """Stored conversations."""
+    prefix_cache: PrefixCacheSettings = PrefixCacheSettings()
+    """Who may share cached prompts."""
+    fetch: FetchSettings = FetchSettings()
+    """How URLs are fetched that clients name."""
+    images: ImageSettings = ImageSettings()
+    """Images in messages."""
     server: ServerSettings = ServerSettings()
     """The HTTP side."""
+    weights: WeightsSettings = WeightsSettings()
+    """Where checkpoints from a hub lie."""
 
     @model_validator(mode="after")
     def _names_must_exist(self) -> Config:
@@ -177,28 +371,35 @@ class Config(_Settings):
         return self
 
 
-_SERVER_VARIABLES = {"SHANNON_HOST": "host", "SHANNON_PORT": "port"}
-
-
 def load_config(path: Path, environment: Mapping[str, str] = os.environ) -> Config:
     """Read `path`, follow its includes, apply the environment. Raises ConfigError."""
-    tree = _read(path)
-    given = {name: environment[v] for v, name in _SERVER_VARIABLES.items() if environment.get(v)}
-    if given:
-        tree = _merge(tree, {"server": given})
-    return parse_config(tree, str(path))
+    tree, origins = override(_read(path), environment)
+    return parse_config(tree, str(path), origins)
 
 
-def parse_config(tree: dict[str, Any], source: str = "configuration") -> Config:
-    """Validate a tree of plain values. Raises ConfigError that names the setting and `source`."""
+def parse_config(
+    tree: dict[str, Any], source: str = "configuration", origins: Mapping[str, str] = MappingProxyType({})
+) -> Config:
+    """Validate a tree of plain values. Raises ConfigError that names the setting and `source`.
+
+    `origins` maps settings that came from environment variables to those.
+    """
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
+        loc = list(first["loc"])
+        if loc[:1] == ["engines"] and len(loc) > 2:
+            del loc[2]  # the kind, which pydantic puts between the engine's name and the setting
+        where = ".".join(str(part) for part in loc)
         message = first["msg"].removeprefix("Value error, ")
+        if where in origins:
+            right = message.replace("Input should be", "must be").partition(",")[0]
+            raise ConfigError(f"{origins[where]}: {right}, not {first['input']!r} (it sets {where})") from error
         if first["type"] == "extra_forbidden":
             message = "unknown setting"
+        elif first["type"].startswith("union_tag"):
+            where, message = f"{where}.kind", f"must be one of {', '.join(ENGINE_KINDS)}"
         raise ConfigError(f"{source}: {where + ': ' if where else ''}{message}") from error
 
 

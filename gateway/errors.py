@@ -10,6 +10,7 @@
     |  +- ModelNotFound
     +- MethodNotAllowed (405)
     +- RequestTimeout (408)
+    +- Cancelled (409)
     +- RateLimitExceeded (429)
     +- InternalError (500)
     +- Unavailable (503)
@@ -139,6 +140,14 @@ class RequestTimeout(GatewayError):
     should_retry = True
 
 
+class Cancelled(GatewayError):
+    """Somebody entitled to it ended the generation by another request."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "response_cancelled"
+
+
 class RateLimitExceeded(GatewayError):
     status = 429
     type = "rate_limit_error"
@@ -172,7 +181,12 @@ def from_engine(error: EngineError) -> GatewayError:
     if isinstance(error, InvalidRequest):
         return BadRequest(str(error), error.param, error.code)
     if isinstance(error, EngineOverloaded):
-        return Overloaded("The server is overloaded. Try again shortly.")
+        after_s = error.retry_after_s
+        return Overloaded(
+            "The server is overloaded. Try again shortly.",
+            # The SDKs wait at most two minutes, and obey no longer value.
+            retry_after_s=None if after_s is None else min(max(after_s, 1.0), 120.0),
+        )
     if isinstance(error, EngineUnavailable):
         return Unavailable(str(error))
     return InternalError("The server had an error while processing your request.")

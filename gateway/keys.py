@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from gateway.config import Priority
 from gateway.errors import NotFound
 from gateway.store import Store
 
@@ -55,6 +56,8 @@ class KeySpec(BaseModel):
     """Over all models, per UTC day."""
     admin: bool = False
     """May manage keys and see everybody's usage."""
+    priority: Priority = "normal"
+    """Keys of a better priority are served first while requests wait for an engine."""
     expires_at: int | None = None
     """Unix seconds; null means never."""
 

@@ -11,9 +11,21 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass
+from typing import TypeVar
 
-from engine.base import Delta, EngineError, GenerationRequest, Prepared, Usage
+from engine.base import (
+    Delta,
+    EmbeddingRequest,
+    EngineError,
+    EngineOverloaded,
+    GenerationRequest,
+    InvalidRequest,
+    Prepared,
+    QueuePosition,
+    Usage,
+)
 from gateway.auth import Principal
 from gateway.catalog import ModelSpec
 from gateway.errors import GatewayError, from_engine
@@ -21,6 +33,16 @@ from gateway.limits import Limits, Reservation, Standing, allowance_of
 from gateway.metrics import Metrics
 from gateway.sessions import Session, prepare_with_history
 from gateway.usage import Entry, Ledger
+
+_Request = TypeVar("_Request", GenerationRequest, EmbeddingRequest)
+
+
+@dataclass(slots=True)
+class _Clock:
+    """Times of one generation, by time.perf_counter."""
+
+    started: float
+    first_at: float = 0.0
 
 
 class Meter:
@@ -34,25 +56,42 @@ class Meter:
         limits: Limits,
         ledger: Ledger,
         metrics: Metrics,
+        cache_salt: str | None = None,
     ) -> None:
         self.principal = principal
         self.model = model
         self.usage = Usage()
         self.standing: Standing | None = None
         """Where the caller stands with its limits, as far as this request has seen."""
-        self._request_id = request_id
+        self.request_id = request_id
         self._allowance = allowance_of(principal, model)
         self._limits = limits
         self._ledger = ledger
         self._metrics = metrics
+        self._cache_salt = cache_salt
         self._counted = False  # by the limits
         self._noted = False  # by the ledger
         self._aborted = False
-        self._running = 0
+        self._running: dict[int, Prepared] = {}
+        self._reserved: dict[int, Reservation] = {}
+        """Room taken ahead, by the generation that it is for."""
 
     def headers(self) -> dict[str, str]:
         """Return the X-RateLimit headers."""
         return self.standing.headers() if self.standing is not None else {}
+
+    def spent(self) -> Usage:
+        """Return the usage so far, with that of generations that still run."""
+        total = dataclasses.replace(self.usage)
+        for prepared in self._running.values():
+            total.add(prepared.usage)
+        return total
+
+    @property
+    def waiting(self) -> QueuePosition | None:
+        """Where the request stands in the engine's queue, while none of its generations is further."""
+        positions = [prepared.waiting for prepared in self._running.values()]
+        return None if None in positions else next(iter(positions), None)
 
     async def prepare(self, request: GenerationRequest, session: Session | None = None) -> Prepared:
         """Count the prompt, behind the session's history if there is one. Raises what engines raise, for clients.
@@ -60,49 +99,116 @@ class Meter:
         A completion that names no maximum is bounded by what the limit could ever admit.
         """
         most = self._allowance.most_tokens if self._limits.enabled else None
-        request = dataclasses.replace(request, max_total_tokens=most)
+        request = dataclasses.replace(self._marked(request), max_total_tokens=most)
         engine = self.model.engine
         try:
-            if session is None or not session.history:
+            request = self._capped(request)
+            most_input = self.model.settings.max_input_tokens
+            if most_input is None and (session is None or not session.history):
                 return await engine.prepare(request)
-            return await prepare_with_history(engine.prepare, request, session, engine.max_model_len)
+            return await prepare_with_history(engine, request, session or Session(), most_input)
         except EngineError as error:
-            failure = from_engine(error)
-            self.standing = await self._limits.peek(self.principal, self.model)
-            await self._settle_failure(failure)
-            raise failure from error
+            raise await self._refusal(error) from error
+
+    def _capped(self, request: GenerationRequest) -> GenerationRequest:
+        """Hold the completion to the model's maximum. Raises InvalidRequest when the client asks for more."""
+        most = self.model.settings.max_output_tokens
+        if most is None:
+            return request
+        if request.max_tokens is not None and request.max_tokens > most:
+            raise InvalidRequest(
+                f"{request.max_tokens_param} is too large: {request.max_tokens}. This model supports at most {most} "
+                f"completion tokens, whereas you provided {request.max_tokens}.",
+                request.max_tokens_param,
+                "invalid_value",
+            )
+        return dataclasses.replace(request, default_max_tokens=min(request.default_max_tokens or most, most))
+
+    def _marked(self, request: _Request) -> _Request:
+        """Return the request with what only the server may decide."""
+        principal = self.principal
+        return dataclasses.replace(
+            request, cache_salt=self._cache_salt, flow=principal.key_id, priority=principal.priority
+        )
 
     async def generate(self, prepared: Prepared) -> AsyncGenerator[Delta, None]:
         """Reserve, yield the engine's deltas, settle. Raises what `Limits.reserve` and engines raise."""
-        reservation = await self._reserve(prepared)
-        started = time.perf_counter()
-        first_at = 0.0
+        async with (
+            self._metered(prepared) as clock,
+            contextlib.aclosing(self.model.engine.generate(prepared)) as deltas,
+        ):
+            async for delta in deltas:
+                if not clock.first_at:
+                    clock.first_at = time.perf_counter()
+                    self._metrics.first_token(self.model.id, clock.first_at - clock.started)
+                yield delta
+
+    @contextlib.asynccontextmanager
+    async def reserved(self, several: list[Prepared]) -> AsyncIterator[None]:
+        """Take room for several generations at once, all or none, to be generated in here.
+
+        What was not generated is given back. Raises what `Limits.reserve` raises.
+        """
+        whole = await self._reserve(several)
+        for prepared in several:
+            self._reserved[id(prepared)] = dataclasses.replace(whole, tokens=_most_tokens(prepared))
+        try:
+            yield
+        finally:
+            left = [self._reserved.pop(id(prepared)) for prepared in several if id(prepared) in self._reserved]
+            if left:
+                room = dataclasses.replace(whole, tokens=sum(one.tokens for one in left))
+                await self._settle(_free(self.request_id), room, None, True, 0.0)
+
+    async def prepare_embedding(self, request: EmbeddingRequest) -> Prepared:
+        """Count the inputs. Raises what engines raise, for clients."""
+        try:
+            return await self.model.engine.prepare_embedding(self._marked(request))
+        except EngineError as error:
+            raise await self._refusal(error) from error
+
+    async def embed(self, prepared: Prepared) -> list[list[float]]:
+        """Reserve, embed, settle. Raises what `generate` raises."""
+        async with self._metered(prepared):
+            return await self.model.engine.embed(prepared)
+
+    async def tokenize(self, request: GenerationRequest) -> list[int]:
+        """Return the prompt's token ids: a request that costs no tokens. Raises what `generate` raises."""
+        async with self._metered(_free(self.request_id)):
+            return await self.model.engine.tokenize(request)
+
+    async def detokenize(self, token_ids: list[int]) -> str:
+        """Return the text of token ids: a request that costs no tokens. Raises what `generate` raises."""
+        async with self._metered(_free(self.request_id)):
+            return await self.model.engine.detokenize(token_ids)
+
+    @contextlib.asynccontextmanager
+    async def _metered(self, prepared: Prepared) -> AsyncIterator[_Clock]:
+        reservation = self._reserved.pop(id(prepared), None) or await self._reserve([prepared])
+        clock = _Clock(time.perf_counter())
         failure: GatewayError | None = None
         aborted = True
-        self._running += 1
+        self._running[id(prepared)] = prepared
         try:
-            async with contextlib.aclosing(self.model.engine.generate(prepared)) as deltas:
-                async for delta in deltas:
-                    if not first_at:
-                        first_at = time.perf_counter()
-                        self._metrics.first_token(self.model.id, first_at - started)
-                    yield delta
+            yield clock
             aborted = False
         except EngineError as error:
             aborted = False
             failure = from_engine(error)
+            if isinstance(error, EngineOverloaded):
+                self._metrics.queue_rejected(self.model.settings.engine, error.reason)
             raise failure from error
         finally:
-            self._running -= 1
-            streaming_s = time.perf_counter() - first_at if first_at else 0.0
+            del self._running[id(prepared)]
+            streaming_s = time.perf_counter() - clock.first_at if clock.first_at else 0.0
             await self._settle(prepared, reservation, failure, aborted, streaming_s)
 
-    async def _reserve(self, prepared: Prepared) -> Reservation:
-        tokens = prepared.prompt_tokens + prepared.n * prepared.max_tokens
+    async def _reserve(self, several: list[Prepared]) -> Reservation:
+        tokens = sum(map(_most_tokens, several))
         requests = 0 if self._counted else 1
         try:
             reservation = await self._limits.reserve(
-                self.principal, self.model, self._request_id, requests=requests, tokens=tokens
+                self.principal, self.model, self.request_id, requests=requests, tokens=tokens
             )
         except GatewayError as error:
             if not error.extra_headers and self.standing is None:
@@ -141,9 +247,24 @@ class Meter:
         if aborted and not self._aborted:
             self._aborted = True
             entry.aborted_requests = 1
-        if not self._running:
-            entry.lease = self._request_id
+        if not self._running and not self._reserved:
+            entry.lease = self.request_id
         await self._write(entry)
+
+    @contextlib.asynccontextmanager
+    async def noting_refusal(self) -> AsyncIterator[None]:
+        """Note a request that is refused in here, ahead of its first generation. Raises for clients."""
+        try:
+            yield
+        except (EngineError, GatewayError) as error:
+            raise await self._refusal(error) from error.__cause__
+
+    async def _refusal(self, error: EngineError | GatewayError) -> GatewayError:
+        """Note a request that was refused before it ran, and return what the client is told."""
+        failure = from_engine(error) if isinstance(error, EngineError) else error
+        self.standing = await self._limits.peek(self.principal, self.model)
+        await self._settle_failure(failure)
+        return failure
 
     async def _settle_failure(self, failure: GatewayError) -> None:
         """Note a request that failed before it reached the engine."""
@@ -163,3 +284,11 @@ class Meter:
         standing = await asyncio.shield(settled)
         if standing is not None and self._limits.enabled:
             self.standing = standing
+
+
+def _most_tokens(prepared: Prepared) -> int:
+    return prepared.prompt_tokens + prepared.n * prepared.max_tokens
+
+
+def _free(request_id: str) -> Prepared:
+    return Prepared(request_id=request_id, prompt_tokens=0, max_tokens=0)

@@ -64,9 +64,28 @@ class Metrics:
         )
         self._queue = Histogram(
             "shannon_queue_time_seconds",
-            "Time that a generation waited in the engine's queue.",
+            "Time that a generation waited, in front of the engine and in its own queue.",
             ["model"],
             buckets=_LATENCY_S,
+            registry=self._registry,
+        )
+        self._queue_rejections = Counter(
+            "shannon_queue_rejections",
+            "Generations that found no room in front of the engine, by reason: full, share (of its key), hopeless, "
+            "timeout, engine (its own).",
+            ["engine", "reason"],
+            registry=self._registry,
+        )
+        self.queue_depth = Gauge(
+            "shannon_queue_depth",
+            "Generations that wait in front of the engine now.",
+            ["engine"],
+            registry=self._registry,
+        )
+        self.queue_longest_wait = Gauge(
+            "shannon_queue_longest_wait_seconds",
+            "How long the generation that has waited longest in front of the engine has waited.",
+            ["engine"],
             registry=self._registry,
         )
         self._unused = Histogram(
@@ -140,6 +159,10 @@ class Metrics:
     def limited(self, model_id: str, kind: str) -> None:
         """Count a refusal by a limit."""
         self._limited.labels(model_id, kind).inc()
+
+    def queue_rejected(self, engine: str, reason: str) -> None:
+        """Count a generation for which there was no room."""
+        self._queue_rejections.labels(engine, reason).inc()
 
     def error(self, code: str) -> None:
         """Count a request that ended with an error."""

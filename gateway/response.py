@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from engine.base import EngineError
+from engine.base import EngineError, QueuePosition
 from gateway.drain import Drain
 from gateway.errors import GatewayError, InternalError, from_engine
 from gateway.metrics import Metrics
@@ -25,8 +26,26 @@ log = logging.getLogger(__name__)
 _FAILURE_S = 1.0
 """How long the error frame may wait for a client that does not read."""
 
+RenderError = Callable[[GatewayError, bool], bytes]
+"""Returns the bytes of an error, as a frame of a stream (True) or as a whole body."""
+
+
+def render_openai(error: GatewayError, in_stream: bool) -> bytes:
+    """Return an error in OpenAI's shape."""
+    return b"data: " + error.body() + b"\n\n" if in_stream else error.body()
+
+
 KEEPALIVE = b": keepalive\n\n"
+_COMMENT_S = 1.0
+"""How often a stream that waits for the engine says so."""
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+def queue_comment(waiting: QueuePosition | None) -> bytes | None:
+    """Return the comment of a stream whose request waits for the engine."""
+    if waiting is None:
+        return None
+    return b": queued position=%d wait_s=%d\n\n" % (waiting.position, math.ceil(waiting.wait_s))
 
 
 class GenerationResponse(Response):
@@ -45,18 +64,23 @@ class GenerationResponse(Response):
         metrics: Metrics,
         keepalive_s: float,
         headers: Callable[[], Mapping[str, str]] = dict,
+        render_error: RenderError = render_openai,
+        comment: Callable[[], bytes | None] = lambda: None,
     ) -> None:
-        """`headers` is asked for more headers when the status is sent."""
+        """`headers` is asked for more headers when the status is sent, `comment` every second for what a stream is
+        to say meanwhile."""
         media_type = "text/event-stream; charset=utf-8" if stream else "application/json"
         super().__init__(None, 200, _STREAM_HEADERS if stream else None, media_type)
         # An empty body made starlette announce its length.
         self.raw_headers = [header for header in self.raw_headers if header[0] != b"content-length"]
         self._chunks = chunks
         self._more_headers = headers
+        self._render_error = render_error
         self._stream = stream
         self._drain = drain
         self._metrics = metrics
         self._keepalive_s = keepalive_s
+        self._next_comment = comment
         self._started = False
         self._ended = False
         self._reason: GatewayError | None = None
@@ -65,6 +89,11 @@ class GenerationResponse(Response):
         self._timer: asyncio.TimerHandle | None = None
         self._last_sent = 0.0
         self._comment: asyncio.Task[None] | None = None
+
+    @property
+    def reason(self) -> GatewayError | None:
+        """Why the exchange was interrupted, if it was."""
+        return self._reason
 
     def interrupt(self, reason: GatewayError) -> None:
         """End the exchange with `reason` for the client."""
@@ -121,7 +150,8 @@ class GenerationResponse(Response):
 
     async def _send_stream(self, chunks: AsyncGenerator[bytes, None], send: Send) -> None:
         loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(self._keepalive_s, self._keep_alive, send)
+        self._last_sent = loop.time()
+        self._timer = loop.call_later(min(_COMMENT_S, self._keepalive_s), self._keep_alive, send)
         async for chunk in chunks:
             self._last_sent = loop.time()
             if not self._started:
@@ -149,10 +179,8 @@ class GenerationResponse(Response):
     async def _send_failure(self, failure: GatewayError, send: Send) -> None:
         self._metrics.error(failure.code)
         log.log(failure.log_level, "request ended with %s: %s", failure.code, failure)
-        if self._started:
-            body = b"data: " + failure.body() + b"\n\n"
-        else:
-            body = failure.body()
+        body = self._render_error(failure, self._started)
+        if not self._started:
             self.status_code = failure.status
             kept = [header for header in self.raw_headers if header[0] not in (b"content-type", b"content-length")]
             own = Response(body, headers=failure.headers(), media_type="application/json").raw_headers
@@ -161,22 +189,24 @@ class GenerationResponse(Response):
         await send({"type": "http.response.body", "body": body, "more_body": False})
 
     def _keep_alive(self, send: Send) -> None:
-        """Runs on the loop's timer, once per `keepalive_s`: a timer per token would cost more than the tokens."""
+        """Runs on the loop's timer, about once a second: a timer per token would cost more than the tokens."""
         loop = asyncio.get_running_loop()
-        quiet_s = loop.time() - self._last_sent
         stuck = self._comment is not None and not self._comment.done()  # behind a client that does not read
-        if quiet_s >= self._keepalive_s and not self._ended and not stuck:
-            self._last_sent = loop.time()
-            quiet_s = 0.0
-            self._comment = loop.create_task(self._send_comment(send))
-        self._timer = loop.call_later(
-            max(0.0, self._keepalive_s - quiet_s) or self._keepalive_s, self._keep_alive, send
-        )
+        if not self._ended and not stuck:
+            comment = self._next_comment()
+            if comment is None and loop.time() - self._last_sent >= self._keepalive_s:
+                comment = KEEPALIVE
+            if comment is not None:
+                self._last_sent = loop.time()
+                self._comment = loop.create_task(self._send_comment(comment, send))
+        silence_s = self._keepalive_s - (loop.time() - self._last_sent)
+        wait_s = min(_COMMENT_S, silence_s if silence_s > 0 else self._keepalive_s)
+        self._timer = loop.call_later(wait_s, self._keep_alive, send)
 
-    async def _send_comment(self, send: Send) -> None:
+    async def _send_comment(self, comment: bytes, send: Send) -> None:
         if not self._started:
             await self._start(send)
-        await send({"type": "http.response.body", "body": KEEPALIVE, "more_body": True})
+        await send({"type": "http.response.body", "body": comment, "more_body": True})
 
     async def _watch(self, receive: Receive) -> None:
         """Cancel the exchange when the client has left."""

@@ -13,14 +13,15 @@ import asyncio
 import hashlib
 import re
 import secrets
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import orjson
 
-from engine.base import Delta, GenerationRequest, InvalidRequest, Prepared
+from engine.base import Delta, Engine, GenerationRequest, InvalidRequest, Prepared
+from gateway.answers import Answer
 from gateway.auth import Principal
 from gateway.config import SessionSettings
 from gateway.errors import BadRequest, NotFound, StoreUnavailable
@@ -33,6 +34,8 @@ Message = dict[str, Any]
 _ID = re.compile(r"[A-Za-z0-9._:@/+=|~-]{1,128}")
 _OPEN = Script("session_open")
 _APPEND = Script("session_append")
+IMAGES_SHARE = 4
+"""A turn is stored with its images while it takes at most one part in this many of a session's bytes."""
 
 
 @dataclass(slots=True)
@@ -70,44 +73,107 @@ class Session:
         both = [*self.history[-turns:], request]
         return leading + [message for turn in both for message in turn if message["role"] != "system"]
 
+    def drop_images(self) -> bool:
+        """Put words in place of the images in the history. Returns whether there were any."""
+        history = [[without_images(message) for message in turn] for turn in self.history]
+        changed = history != self.history
+        self.history = history
+        return changed
+
 
 async def prepare_with_history(
-    prepare: Callable[[GenerationRequest], Awaitable[Prepared]],
-    request: GenerationRequest,
-    session: Session,
-    max_model_len: int,
+    engine: Engine, request: GenerationRequest, session: Session, max_input_tokens: int | None = None
 ) -> Prepared:
     """Prepare `request` behind as many of the newest stored turns as fit and leave room for an answer.
 
-    Raises what `prepare` raises; that the history is too long is never the reason.
+    `max_input_tokens` bounds the prompt, and then the request's own oldest turns go where they must. System prompts
+    and the last turn stay, and a tool's result is never parted from its call. Raises what `Engine.prepare` raises,
+    about what can't be left out: that the history is too long is never the reason.
     """
-    wanted = min(request.max_tokens or request.default_max_tokens or max_model_len, max_model_len // 4)
+    cuts = _cuts(request.messages, session.history, drops_own=max_input_tokens is not None)
+    least, most = 0, len(cuts) - 1
     best: Prepared | None = None
-    most, least = len(session.history), 0
-    turns = most
+    at = most
     while best is None or least < most:
+        start, turns = cuts[at]
+        own = [message for i, message in enumerate(request.messages) if i >= start or message["role"] == "system"]
+        shortened = replace(request, messages=session.messages(own, turns))
         try:
-            prepared: Prepared | None = await prepare(
-                replace(request, messages=session.messages(request.messages, turns))
+            prepared: Prepared | None = await _prepare_within(
+                engine, shortened, max_input_tokens, alone=at == 0 and len(cuts) > 1
             )
         except InvalidRequest as error:
-            if turns == 0 or error.code != "context_length_exceeded":
+            if turns and session.drop_images():
+                continue  # too long, too many, or for a model that takes none: they are not what was asked for
+            if at == 0 or error.code != "context_length_exceeded" or (turns == 0 and error.param != "messages"):
                 raise
             prepared = None
-        if prepared is not None and (prepared.max_tokens >= wanted or turns == 0):
-            best, least = prepared, turns
+        if prepared is not None and (at == 0 or turns == 0 or _leaves_room(prepared, request, engine.max_model_len)):
+            best, least = prepared, at
         else:
-            most = turns - 1
-        # All turns first, then none, then bisect: most histories fit, and the search needs a result that does.
-        turns = 0 if best is None else (least + most + 1) // 2
+            most = at - 1
+        # All turns first, then the fewest, then bisect: most histories fit, and the search needs a result that does.
+        at = 0 if best is None else (least + most + 1) // 2
     return best
+
+
+def _cuts(request: list[Message], history: list[list[Message]], *, drops_own: bool) -> list[tuple[int, int]]:
+    """Return what may be sent, from least to most, as (first of the request's messages, number of stored turns).
+
+    A turn begins with what a user says. Nothing may begin with the result of a tool: its call would be missing.
+    """
+    starts: list[int] = []
+    before = ""
+    for index, message in enumerate(request):
+        if message["role"] != "system":
+            if not starts or (message["role"] == "user" and before != "user"):
+                starts.append(index)
+            before = message["role"]
+    if not starts:
+        return [(0, 0)]
+    cuts = [(start, 0) for start in (reversed(starts) if drops_own else starts[:1])]
+    cuts += [(starts[0], turns) for turns in range(1, len(history) + 1)]
+    first = {turns: next((m for m in history[-turns] if m["role"] != "system"), {}) for _, turns in cuts if turns}
+    whole = [cut for cut in cuts if (first[cut[1]] if cut[1] else request[cut[0]]).get("role") != "tool"]
+    return whole or cuts[-1:]
+
+
+async def _prepare_within(
+    engine: Engine, request: GenerationRequest, max_input_tokens: int | None, *, alone: bool
+) -> Prepared:
+    """Prepare `request` if its prompt is within the bound. `alone`: nothing can be left out of it any more."""
+    try:
+        prepared = await engine.prepare(request)
+    except InvalidRequest as error:
+        if max_input_tokens is None or error.param != request.max_tokens_param or request.max_tokens is None:
+            raise
+        # What the client wants to hear is too long. Whether the prompt is as well shows only without it.
+        prepared = await engine.prepare(replace(request, max_tokens=None))
+        if prepared.prompt_tokens <= max_input_tokens:
+            raise
+    if max_input_tokens is None or prepared.prompt_tokens <= max_input_tokens:
+        return prepared
+    param = request.prompt_param
+    what = "system prompt and last turn alone are" if alone else "messages are" if request.messages else "prompt is"
+    raise InvalidRequest(
+        f"This model takes prompts of at most {max_input_tokens} tokens, but the {what} {prepared.prompt_tokens} "
+        f"tokens long. Shorten the {param}.",
+        param,
+        "context_length_exceeded",
+    )
+
+
+def _leaves_room(prepared: Prepared, request: GenerationRequest, max_model_len: int) -> bool:
+    wanted = request.max_tokens or request.default_max_tokens or max_model_len
+    return prepared.max_tokens >= min(wanted, max_model_len // 4)
 
 
 def derive_id(tenant: str, messages: list[Message]) -> str:
     """Return the id of a conversation that names none: by tenant and by how it begins."""
 
     def first(role: str, characters: int) -> str:
-        return next((m["content"][:characters] for m in messages if m["role"] == role and m["content"]), "")
+        texts = (text_of(message) for message in messages if message["role"] == role)
+        return next((text[:characters] for text in texts if text), "")
 
     # JSON keeps the three apart, whatever is in them.
     seed = orjson.dumps([tenant, first("system", 200), first("user", 100)])
@@ -165,21 +231,23 @@ class Sessions:
         self, events: AsyncGenerator[Event, None], session: Session, messages: list[Message]
     ) -> AsyncGenerator[Event, None]:
         """Pass `events` on; when they have ended well, store `messages` and the answer as one turn."""
-        answer: list[str] = []
+        answer = Answer()
         async with aclosing(events):
             async for event in events:
                 if session.opening is not None:
                     await session.opening
                     session.opening = None
                 if isinstance(event, Delta) and event.index == 0:
-                    answer.append(event.text)
+                    answer.add(event)
                 yield event
         if session.number:
-            await self._append(session, [*messages, {"role": "assistant", "content": "".join(answer)}])
+            await self._append(session, [*messages, answer.message()])
 
     async def _append(self, session: Session, turn: list[Message]) -> None:
         # The number makes equal turns different members of the set.
         text = orjson.dumps([session.number, turn]).decode()
+        if len(text) > self._settings.max_bytes // IMAGES_SHARE:
+            text = orjson.dumps([session.number, [without_images(message) for message in turn]]).decode()
         bounds = [self._settings.max_turns, self._settings.max_bytes]
         arguments = [session.tenant, self._settings.ttl_s, session.number, text, int(session.replaces), *bounds]
         try:
@@ -203,6 +271,21 @@ class Sessions:
         await self.show(principal, session_id)
         await self._store.run("DEL", *_keys(session_id))
         return {"id": session_id, "object": "session.deleted", "deleted": True}
+
+
+def text_of(message: Message) -> str:
+    """Return what a message says, without its images."""
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def without_images(message: Message) -> Message:
+    """Return the message with words in place of its images."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    image = {"type": "text", "text": "[image]"}
+    return message | {"content": [image if part["type"] == "image_url" else part for part in content]}
 
 
 def _keys(session_id: str) -> list[str]:

@@ -20,6 +20,10 @@ Keys, all under `sh:`; the braces are hash tags, so that what one script touches
     sh:{k:<key id>}:days             set of "<date>:<model>" that have usage
     sh:{s:<session id>}              hash: owner, creation time, turns begun
     sh:{s:<session id>}:t            sorted set: turns as JSON, by turn number
+    sh:{r:<response id>}             a response as JSON: its owner, object, input items, and the ids before it
+    sh:{r:<response id>}:t           what was said in it, as JSON
+    sh:{r:<response id>}:l           there while a gateway is making it
+    sh:responses:cancelled           set of response ids that are to be cancelled, for a minute
 """
 
 from __future__ import annotations

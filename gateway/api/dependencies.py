@@ -10,13 +10,16 @@ from fastapi import Depends, Request
 
 from engine.supervisor import SupervisedEngine
 from gateway.auth import Authenticator, Principal
+from gateway.cache_salts import CacheSalts
 from gateway.catalog import Catalog
 from gateway.config import Config
 from gateway.drain import Drain
 from gateway.errors import AdminOnly
 from gateway.events import Clock
+from gateway.images import Images
 from gateway.keys import Keys
 from gateway.limits import Limits
+from gateway.live_responses import LiveResponses
 from gateway.metrics import Metrics
 from gateway.sessions import Sessions
 from gateway.store import Store
@@ -35,6 +38,9 @@ class Services:
     limits: Limits
     ledger: Ledger
     sessions: Sessions
+    responses: LiveResponses
+    images: Images
+    cache_salts: CacheSalts
     store: Store
     metrics: Metrics
     drain: Drain

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from engine.admission import QueuedEngine
 from gateway import __version__
 from gateway.api.dependencies import Services, authenticate, services
 from gateway.auth import Principal
@@ -30,7 +31,7 @@ async def get_health() -> dict[str, Any]:
 async def get_ready(services: AppServices) -> JSONResponse:
     """Tell whether requests would be served: 503 until every engine answers, and while draining."""
     states = {name: engine.state for name, engine in services.engines.items()}
-    ready = not services.drain.draining and all(state == "ready" for state in states.values())
+    ready = not services.drain.draining and all(engine.ready.is_set() for engine in services.engines.values())
     body = {"ready": ready, "draining": services.drain.draining, "engines": states}
     return JSONResponse(body, 200 if ready else 503)
 
@@ -44,8 +45,11 @@ async def _scraper(request: Request, services: AppServices) -> None:
 async def get_metrics(services: AppServices) -> Response:
     """Return Prometheus metrics: the gateway's own and vLLM's."""
     for name, engine in services.engines.items():
-        services.metrics.engine_ready.labels(name).set(engine.state == "ready")
+        services.metrics.engine_ready.labels(name).set(engine.ready.is_set())
         services.metrics.engine_unfinished.labels(name).set(engine.unfinished_requests)
+        if isinstance(queue := engine.current, QueuedEngine):
+            services.metrics.queue_depth.labels(name).set(queue.queued_requests)
+            services.metrics.queue_longest_wait.labels(name).set(queue.longest_wait_s)
     services.metrics.store_available.set(services.store.available)
     return Response(services.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 

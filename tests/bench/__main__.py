@@ -126,7 +126,7 @@ async def wait_until_served(url: str, process: asyncio.subprocess.Process) -> No
 
 @contextlib.asynccontextmanager
 async def bare(*, tuned: bool) -> AsyncIterator[HttpTarget]:
-    from engine.embedded import build_defaults
+    from engine.async_llm import build_defaults
 
     environment, args = build_defaults()
     if not tuned:

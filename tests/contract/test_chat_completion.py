@@ -38,6 +38,7 @@ async def test_body_is_openais_object(gateway: Gateway) -> None:
             "completion_tokens": 4,
             "total_tokens": 7,
             "prompt_tokens_details": {"cached_tokens": 0},
+            "completion_tokens_details": {"reasoning_tokens": 0},
         },
     }
 

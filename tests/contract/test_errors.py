@@ -87,7 +87,7 @@ async def test_unknown_model_is_404(gateway: Gateway) -> None:
     assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", "model", "model_not_found")
 
 
-@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1", "/v1/chat/completions/", "/nowhere", "/docs"])
+@pytest.mark.parametrize("path", ["/v1/moderations", "/v1", "/v1/chat/completions/", "/nowhere", "/docs"])
 async def test_unknown_url_is_404(gateway: Gateway, path: str) -> None:
     response = await gateway.client.post(path, json={})
 

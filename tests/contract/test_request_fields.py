@@ -217,4 +217,5 @@ async def test_default_max_tokens_is_cut_to_what_the_context_leaves(start: Start
         "completion_tokens": 7,
         "total_tokens": 10,
         "prompt_tokens_details": {"cached_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": 0},
     }

@@ -33,7 +33,7 @@ def nested(depth: int, inner: str = "1") -> str:
         ({"messages": ["hi"]}, "messages[0]"),
         ({"messages": HELLO * 4097}, "messages"),
         (message(role="alien"), "messages[0].role"),
-        (message(role="tool"), "messages[0].role"),
+        (message(role="tool"), "messages[0].tool_call_id"),
         (message(role=None), "messages[0].role"),
         ({"messages": [*HELLO, {"content": "hi"}]}, "messages[1].role"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
@@ -115,7 +115,7 @@ def nested(depth: int, inner: str = "1") -> str:
         ),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"x": "y" * 32_768}}}},
-            "response_format",
+            "response_format.json_schema.schema",
         ),
         ({"user": 5}, "user"),
         ({"user": "x" * 513}, "user"),

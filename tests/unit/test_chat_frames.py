@@ -9,8 +9,9 @@ import orjson
 import pytest
 
 from engine.base import Delta, TokenLogprob, Usage
+from gateway import sse
 from gateway.events import Event, EventType, ShannonEvent
-from gateway.sse import ChatFrames, collect_chat, stream_chat
+from gateway.frames.chat import ChatFrames
 from tests.conftest import NOW, chunks
 
 pytestmark = pytest.mark.anyio
@@ -21,6 +22,7 @@ USAGE_FIELDS = {
     "completion_tokens": 2,
     "total_tokens": 5,
     "prompt_tokens_details": {"cached_tokens": 1},
+    "completion_tokens_details": {"reasoning_tokens": 0},
 }
 
 
@@ -35,11 +37,12 @@ async def replay(*events: Event) -> AsyncGenerator[Event, None]:
 
 async def stream(*events: Event, include_usage: bool = False, with_events: bool = True) -> list[dict[str, Any]]:
     frames = ChatFrames("chatcmpl-1", NOW, "shannon-chat", USAGE, include_usage=include_usage, events=with_events)
-    return chunks(b"".join([data async for data in stream_chat(replay(*events), frames)]))
+    return chunks(b"".join([data async for data in sse.stream(replay(*events), frames)]))
 
 
 async def collect(*events: Event, with_events: bool = True) -> dict[str, Any]:
-    parts = collect_chat(replay(*events), "chatcmpl-1", NOW, "shannon-chat", USAGE, with_events=with_events)
+    frames = ChatFrames("chatcmpl-1", NOW, "shannon-chat", USAGE, include_usage=False, events=with_events)
+    parts = sse.collect(replay(*events), frames)
     body: dict[str, Any] = orjson.loads(b"".join([part async for part in parts]))
     return body
 
@@ -200,7 +203,7 @@ async def test_source_is_closed_when_the_stream_is_left() -> None:
             closed = True
 
     frames = ChatFrames("chatcmpl-1", NOW, "shannon-chat", USAGE, include_usage=False, events=True)
-    data = stream_chat(events(), frames)
+    data = sse.stream(events(), frames)
     await anext(data)
     await data.aclose()
 

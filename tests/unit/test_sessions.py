@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 from typing import Any
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from engine.base import GenerationRequest, InvalidRequest
 from engine.mock import MockEngine
+from engine.supervisor import SupervisedEngine
 from gateway.sessions import Session, derive_id, prepare_with_history
 
 pytestmark = pytest.mark.anyio
@@ -81,7 +83,7 @@ async def prepared_messages(session: Session, max_model_len: int, **fields: Any)
     engine = MockEngine(max_model_len=max_model_len)
     await engine.start()
     request = GenerationRequest(request_id="r1", messages=[message("user", "hi")], **fields)
-    prepared = await prepare_with_history(engine.prepare, request, session, max_model_len)
+    prepared = await prepare_with_history(engine, request, session)
     chosen, _ = prepared.payload
     assert prepared.prompt_tokens + prepared.max_tokens <= max_model_len
     messages: list[dict[str, Any]] = chosen.messages
@@ -107,7 +109,7 @@ async def test_history_makes_room_for_the_max_tokens_that_the_client_names() -> 
 
 
 async def test_error_is_about_the_request_and_not_its_history() -> None:
-    with pytest.raises(InvalidRequest, match="messages take 2"):
+    with pytest.raises(InvalidRequest, match="messages took 2"):
         await prepared_messages(Session(history=[turn(1)]), 64, max_tokens=63)
 
 
@@ -116,3 +118,134 @@ async def test_stored_system_prompt_that_does_not_fit_is_no_reason_to_refuse() -
     messages = await prepared_messages(Session(history=history), 64)
 
     assert messages == [message("user", "hi")]
+
+
+async def test_history_waits_for_an_engine_that_loads_at_the_first_request() -> None:
+    engine = SupervisedEngine("main", lambda: MockEngine(max_model_len=16), lazy=True)
+    await engine.start()
+    request = GenerationRequest(request_id="r1", messages=[message("user", "hi")])
+    try:
+        prepared = await prepare_with_history(engine, request, Session(history=[turn(1), turn(2)]))
+    finally:
+        await engine.close()
+
+    chosen, _ = prepared.payload
+    assert chosen.messages == [*turn(2), message("user", "hi")]
+
+
+async def bounded(
+    messages: list[dict[str, Any]], most: int, *, history: Any = (), max_model_len: int = 1024, **fields: Any
+) -> list[dict[str, Any]]:
+    """Return the messages that are left of a prompt bounded to `most` tokens."""
+    engine = MockEngine(max_model_len=max_model_len)
+    await engine.start()
+    request = GenerationRequest(request_id="r1", messages=messages, **fields)
+    prepared = await prepare_with_history(engine, request, Session(history=list(history)), most)
+    chosen, _ = prepared.payload
+    assert prepared.prompt_tokens <= most
+    assert chosen.max_tokens == request.max_tokens
+    left: list[dict[str, Any]] = chosen.messages
+    return left
+
+
+SYSTEM = message("system", "be brief")
+"""Three mock tokens."""
+LONG = [SYSTEM, *turn(1), *turn(2), *turn(3), message("user", "hi")]
+"""Three turns of six tokens each between the system prompt and a question of two."""
+
+
+@pytest.mark.parametrize("most", range(5, 30))
+@pytest.mark.parametrize("max_model_len", [6, 14, 1024])
+async def test_oldest_turns_of_the_request_go_first(most: int, max_model_len: int) -> None:
+    kept = min(3, (min(most, max_model_len - 1) - 5) // 6)
+
+    left = await bounded(LONG, most, max_model_len=max_model_len)
+
+    assert left == [SYSTEM, *LONG[7 - 2 * kept :]]
+
+
+async def test_stored_turns_go_before_any_of_the_request() -> None:
+    history = [turn(number) for number in range(4)]
+
+    assert await bounded([SYSTEM, message("user", "hi")], 17, history=history) == [
+        *(SYSTEM, *turn(2), *turn(3)),
+        message("user", "hi"),
+    ]
+    assert await bounded([SYSTEM, message("user", "hi")], 10, history=history) == [SYSTEM, message("user", "hi")]
+
+
+async def test_what_must_stay_is_refused_where_it_is_too_long() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        await bounded(LONG, 4)
+
+    assert str(caught.value) == (
+        "This model takes prompts of at most 4 tokens, but the system prompt and last turn alone are 5 tokens long. "
+        "Shorten the messages."
+    )
+    assert (caught.value.param, caught.value.code) == ("messages", "context_length_exceeded")
+
+
+async def test_single_message_is_refused_where_it_is_too_long() -> None:
+    with pytest.raises(InvalidRequest, match="the messages are 5 tokens long"):
+        await bounded([message("user", "a b c d")], 4)
+
+
+async def test_bare_prompt_is_refused_where_it_is_too_long() -> None:
+    with pytest.raises(InvalidRequest, match=r"the prompt is 5 tokens long\. Shorten the prompt") as caught:
+        await bounded([], 4, prompt="a b c d e")
+
+    assert caught.value.param == "prompt"
+
+
+async def test_call_of_a_tool_stays_with_its_result() -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "c1"}]}
+    result = {"role": "tool", "content": "twenty degrees", "tool_call_id": "c1"}
+    now = [message("user", "and tomorrow"), call, result]
+    messages = [message("user", "weather today"), call, result, message("assistant", "fine"), *now]
+
+    for most in range(7, 13):
+        assert await bounded(messages, most) == now
+    with pytest.raises(InvalidRequest, match="last turn alone are 7 tokens"):
+        await bounded(messages, 6)
+
+
+async def test_result_of_a_tool_keeps_the_stored_turn_with_its_call() -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "c1"}]}
+    result = {"role": "tool", "content": "twenty degrees", "tool_call_id": "c1"}
+    asked = [message("user", "weather today"), call]
+    history = [turn(1), asked, [result, {**call}]]
+
+    assert await bounded([result], 16, history=history) == [*asked, result, call, result]
+    with pytest.raises(InvalidRequest, match="last turn alone are 11 tokens"):
+        await bounded([result], 9, history=history)
+
+
+async def test_turns_are_not_dropped_for_a_maximum_that_does_not_fit() -> None:
+    with pytest.raises(InvalidRequest, match="max_tokens can be at most 41, not 50") as caught:
+        await bounded(LONG, 25, max_model_len=64, max_tokens=50)
+
+    assert caught.value.param == "max_tokens"
+
+
+async def test_turns_are_dropped_for_the_bound_though_the_maximum_does_not_fit() -> None:
+    assert await bounded(LONG, 12, max_model_len=64, max_tokens=50) == [SYSTEM, *turn(3), message("user", "hi")]
+
+
+@given(
+    st.lists(st.sampled_from(["system", "user", "assistant"]), min_size=1, max_size=12),
+    st.integers(1, 60),
+)
+async def test_bounded_prompt_is_the_longest_that_fits(roles: list[str], most: int) -> None:
+    messages = [message(role, "w " * (3 * number % 5)) for number, role in enumerate(roles)]
+    sizes = [1 + len(m["content"].split()) for m in messages]
+    left: list[dict[str, Any]] = []
+    with contextlib.suppress(InvalidRequest):
+        left = await bounded(messages, most)
+    dropped = [m for m in messages if all(m is not other for other in left)]
+
+    if left:
+        assert all(m["role"] != "system" for m in dropped)
+        assert [m for m in messages if all(m is not other for other in dropped)] == left, "in order"
+        assert not dropped or sum(sizes) > most, "nothing goes without need"
+        users = [m for m in messages if m["role"] == "user"]
+        assert not users or any(m is users[-1] for m in left)

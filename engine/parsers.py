@@ -1,0 +1,82 @@
+"""Which of vLLM's parsers reads a model's tool calls and its reasoning, found from the model itself.
+
+The chat template decides, because it teaches the model its own format and travels with fine-tunes; the model's type
+comes second. The names are vLLM 0.32's. Leaves out models whose format neither tells: name their parsers in the
+configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+# Marks in a chat template, most particular first, and the tool parser that reads what they teach.
+_TOOL_MARKS = (
+    ("<seed:tool_call>", "seed_oss"),
+    ("<minimax:tool_call>", "minimax_m2"),
+    ("<parameter=", "qwen3_coder"),
+    ("<|tool_calls_section_begin|>", "kimi_k2"),
+    ("<\uff5ctool\u2581calls\u2581begin\uff5c>", "deepseek_v3"),
+    ("<arg_key>", "glm45"),
+    ("[TOOL_CALLS]", "mistral"),
+    ("<|python_tag|>", "llama3_json"),
+    ('"parameters": dictionary of argument name', "llama3_json"),  # Llama 3.2's small ones
+    ("functools[", "phi4_mini_json"),
+    ("<|tool_list_start|>", "lfm2"),
+    ("<tool_call>", "hermes"),
+)
+_TOOL_MODEL_TYPES = {
+    "gpt_oss": "openai",
+    "llama4": "llama4_pythonic",
+    "gemma4": "gemma4",
+    "granite": "granite",
+    "granitemoe": "granite",
+    "granitemoehybrid": "granite4",
+    "hunyuan_v1_moe": "hunyuan_a13b",
+    "jamba": "jamba",
+    "internlm2": "internlm",
+    "olmo3": "olmo3",
+    "ernie4_5_moe": "ernie45",
+}
+_REASONING_MODEL_TYPES = {
+    "gpt_oss": "openai_gptoss",
+    "glm4_moe": "glm45",
+    "minimax_m2": "minimax_m2",
+    "kimi_k2": "kimi_k2",
+    "gemma4": "gemma4",
+    "olmo3": "olmo3",
+    "hunyuan_v1_moe": "hunyuan_a13b",
+    "ernie4_5_moe": "ernie45",
+}
+
+
+def find_tool_parser(model_type: str, chat_template: str) -> str | None:
+    """Return the name of vLLM's tool parser for a model, or None where its template teaches no tool calls."""
+    if model_type in _TOOL_MODEL_TYPES:
+        return _TOOL_MODEL_TYPES[model_type]
+    if "tools" not in chat_template:
+        return None
+    if "<\uff5ctool\u2581sep\uff5c>" in chat_template and "```json" not in chat_template:
+        return "deepseek_v31"
+    return next((parser for mark, parser in _TOOL_MARKS if mark in chat_template), None)
+
+
+def find_reasoning_parser(model_type: str, chat_template: str, vocabulary: Container[str]) -> str | None:
+    """Return the name of vLLM's reasoning parser for a model, or None where it does not reason.
+
+    A reasoning parser on a model that never closes its thinking would call everything it says a thought; so a model
+    counts as reasoning only if its template speaks of it and, for the `<think>` family, its vocabulary has the tokens.
+    """
+    if model_type == "gpt_oss":
+        return _REASONING_MODEL_TYPES[model_type]
+    if "<seed:think>" in chat_template:
+        return "seed_oss"
+    thinks = "<think>" in vocabulary and "</think>" in vocabulary and "</think>" in chat_template
+    if not thinks:
+        return _REASONING_MODEL_TYPES.get(model_type) if "enable_thinking" in chat_template else None
+    if model_type.startswith("qwen3"):
+        # Qwen3's instruct models share the type and the tokens of the thinking ones, but not the template.
+        return "qwen3"
+    if "not thinking" in chat_template:
+        # DeepSeek's hybrids: unless asked to think, their prompt has closed the thinking already.
+        return "deepseek_v3"
+    return _REASONING_MODEL_TYPES.get(model_type, "deepseek_r1")

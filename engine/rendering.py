@@ -1,0 +1,402 @@
+"""Requests into vLLM's prompts, and its outputs into deltas: the parts of vLLM that move between releases.
+
+`OnlineRenderer`, `ChatCompletionRequest`, `CompletionRequest` and the parsers of tool calls and reasoning are touched
+here and nowhere else. No parser is written here: vLLM's are run, one per choice, and only where a request needs one.
+Fails with InvalidRequest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from engine.async_llm import invalid_request
+from engine.base import (
+    Delta,
+    EngineDied,
+    EngineError,
+    FinishReason,
+    GenerationRequest,
+    InvalidRequest,
+    TokenLogprob,
+    ToolCallDelta,
+    Usage,
+)
+from engine.parsers import find_reasoning_parser, find_tool_parser
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+    from vllm.outputs import CompletionOutput
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+log = logging.getLogger(__name__)
+
+_FINISH_REASONS: dict[str | None, FinishReason | None] = {
+    None: None,
+    "stop": "stop",
+    "length": "length",
+    "repetition": "stop",  # vLLM's own; OpenAI's clients know no such reason
+}
+# Not vLLM's, or checked by us in our own words first.
+_OWN_FIELDS = frozenset(
+    {"default_max_tokens", "max_total_tokens", "max_tokens_param", "max_tokens", "flow", "affinity", "prompt"}
+)
+_CHAT_ONLY_FIELDS = frozenset(
+    {"messages", "tools", "tool_choice", "parallel_tool_calls", "reasoning_effort", "logprobs", "top_logprobs"}
+)
+COUNTED_CONTEXTS = 4
+"""How many times its context a prompt may take and still be tokenized: one thread does it for everybody."""
+_SOURCE = re.compile(r"\[[\d:]+\] \S+:\d+: ")
+"""Where in its own source a compiler of grammars gave up."""
+
+
+def find_parsers(model_config: ModelConfig, tool: str | None, reasoning: str | None) -> tuple[str | None, str | None]:
+    """Return the names of the tool parser and the reasoning parser of a model.
+
+    None finds it from the model's own files, "" does without. Raises EngineError about one that vLLM does not know or
+    the model can't use: better now than when its weights are loaded.
+    """
+    from vllm.reasoning import ReasoningParserManager
+    from vllm.tokenizers import cached_tokenizer_from_config
+    from vllm.tool_parsers import ToolParserManager
+
+    tokenizer: Any = cached_tokenizer_from_config(model_config)
+    found = _find_parsers(model_config, tokenizer)
+    tool = found[0] if tool is None else tool or None
+    reasoning = found[1] if reasoning is None else reasoning or None
+    for name, setting, parser_of in (
+        (tool, "tool_parser", ToolParserManager.get_tool_parser),
+        (reasoning, "reasoning_parser", ReasoningParserManager.get_reasoning_parser),
+    ):
+        try:
+            parser_of(name)(tokenizer) if name else None
+        except KeyError as error:
+            raise EngineError(f"{setting}: vLLM has no parser named {name!r}.") from error
+        except Exception as error:  # parsers raise all sorts on tokens that a vocabulary lacks
+            raise EngineError(f"{setting}: {name!r} can't read this model: {error}") from error
+    return tool, reasoning
+
+
+def _find_parsers(model_config: ModelConfig, tokenizer: Any) -> tuple[str | None, str | None]:
+    template = getattr(tokenizer, "chat_template", None) or ""
+    if isinstance(template, dict):  # several by name
+        template = template.get("tool_use") or template.get("default") or ""
+    model_type = str(model_config.hf_config.model_type)
+    vocabulary = tokenizer.get_vocab()
+    return find_tool_parser(model_type, template), find_reasoning_parser(model_type, template, vocabulary)
+
+
+@dataclass(slots=True)
+class Rendered:
+    """A prompt, and what else the engine and the parsers must know of the request."""
+
+    engine_input: Any
+    prompt_tokens: int
+    request: Any
+    chat: bool
+    """Whether it went through the chat template; a bare prompt did not."""
+    reasoning: dict[str, Any]
+    """`reasoning_ended` and `reasoning_parser_kwargs` of AsyncLLM.add_request."""
+    constraint: str | None
+    """What binds the text to a grammar, by the client's name for it."""
+
+
+class Renderer:
+    """vLLM's renderer and parsers for one engine."""
+
+    def __init__(self, llm: AsyncLLM, tool_parser: str | None, reasoning_parser: str | None) -> None:
+        """Raises TypeError when vLLM does not know a parser, or the tokenizer lacks what it needs."""
+        from vllm.renderers.online_renderer import OnlineRenderer
+
+        self._config = llm.model_config
+        self._renderer = OnlineRenderer(
+            llm.model_config,
+            llm.renderer,
+            request_logger=None,
+            chat_template=None,
+            chat_template_content_format="auto",
+            enable_auto_tools=bool(tool_parser),
+            # Told that it may not call, a model should not be shown what it could have called.
+            exclude_tools_when_tool_choice_none=True,
+            tool_parser=tool_parser or None,
+            reasoning_parser=reasoning_parser or None,
+        )
+        self._renderer.warmup()
+        self._parser_cls = self._renderer.parser
+        self._reasons = bool(reasoning_parser)
+        self._default_sampling_params = llm.model_config.get_diff_sampling_param()
+
+    async def render(self, request: GenerationRequest) -> Rendered:
+        """Apply the chat template, or take the bare prompt as it is, and count. Raises InvalidRequest."""
+        return await self._render(request, contexts=1)
+
+    async def tokenize(self, request: GenerationRequest) -> list[int]:
+        """Return the prompt's token ids, though they be more than the context holds. Raises InvalidRequest."""
+        with counted(request.prompt_param, self._config):
+            rendered = await self._render(request, contexts=COUNTED_CONTEXTS)
+        return list(rendered.engine_input["prompt_token_ids"])
+
+    async def _render(self, request: GenerationRequest, *, contexts: int) -> Rendered:
+        with invalid_request(request.prompt_param):
+            if request.prompt is None:
+                return await self._render_chat(request, contexts)
+            return await self._render_prompt(request, contexts)
+
+    async def _render_chat(self, request: GenerationRequest, contexts: int) -> Rendered:
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+        from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+        from vllm.renderers.inputs.preprocess import extract_prompt_len
+
+        if request.tools and not self._takes_tools:
+            raise InvalidRequest("This model can't call tools. Leave 'tools' out.", "tools")
+        chat = _of_contexts(ChatCompletionRequest, contexts)(**_fields(request, frozenset()))
+        rendered = await self._renderer.render_chat(chat)
+        if isinstance(rendered, ErrorResponse):
+            raise InvalidRequest(rendered.error.message, rendered.error.param or "messages")
+        (engine_input,) = rendered[1]
+        parser = self._make_parser(chat) if self._reasons else None
+        prompt_token_ids: Any = engine_input.get("prompt_token_ids") or []
+        kwargs = self._renderer.effective_chat_template_kwargs(chat)
+        reasoning = {
+            "reasoning_ended": chat.resolve_reasoning_ended(parser, prompt_token_ids),
+            "reasoning_parser_kwargs": {"chat_template_kwargs": kwargs} if parser is not None else None,
+        }
+        prompt_tokens = extract_prompt_len(self._config, engine_input)
+        return Rendered(engine_input, prompt_tokens, chat, True, reasoning, _constraint(request))
+
+    async def _render_prompt(self, request: GenerationRequest, contexts: int) -> Rendered:
+        from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+        from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+        from vllm.renderers.inputs.preprocess import extract_prompt_len
+
+        logprobs = request.top_logprobs if request.logprobs else None
+        fields = _fields(request, _CHAT_ONLY_FIELDS)
+        completion = _of_contexts(CompletionRequest, contexts)(prompt=request.prompt, logprobs=logprobs, **fields)
+        if isinstance(request.prompt, list):
+            self._renderer.renderer.validate_token_ids(request.prompt, parameter="prompt")
+        rendered = await self._renderer.render_completion(completion)
+        if isinstance(rendered, ErrorResponse):
+            raise InvalidRequest(rendered.error.message, rendered.error.param or "prompt")
+        (engine_input,) = rendered
+        prompt_tokens = extract_prompt_len(self._config, engine_input)
+        return Rendered(engine_input, prompt_tokens, completion, False, {}, _constraint(request))
+
+    def sampling_params(self, rendered: Rendered, max_tokens: int) -> SamplingParams:
+        """Return vLLM's sampling parameters: only after rendering, where its parsers may change the request."""
+        try:
+            with invalid_request():
+                params: SamplingParams = rendered.request.to_sampling_params(max_tokens, self._default_sampling_params)
+        except InvalidRequest as error:
+            if str(error).startswith("n must be 1"):
+                raise InvalidRequest("n must be 1 with temperature 0: all choices would be the same.", "n") from error
+            raise
+        return params
+
+    async def detokenize(self, token_ids: list[int]) -> str:
+        """Return the text of token ids. Raises InvalidRequest on ids that the vocabulary does not have."""
+        return await detokenize(self._renderer.renderer, token_ids)
+
+    @property
+    def _takes_tools(self) -> bool:
+        return self._renderer.use_harmony or (
+            self._parser_cls is not None and self._parser_cls.tool_parser_cls is not None
+        )
+
+    def choice_parsers(self, rendered: Rendered, n: int) -> list[Any] | None:
+        """Return a parser per choice, or None where the text stands for itself."""
+        if self._parser_cls is None or not rendered.chat:
+            return None
+        request = rendered.request
+        if not (self._reasons or self._renderer.use_harmony or (request.tools and request.tool_choice != "none")):
+            return None
+        return [self._make_parser(request) for _ in range(n)]
+
+    def _make_parser(self, chat: Any) -> Any:
+        assert self._parser_cls is not None
+        return self._parser_cls(
+            self._renderer.renderer.get_tokenizer(),
+            chat.tools,
+            chat_template_kwargs=self._renderer.effective_chat_template_kwargs(chat),
+            model_config=self._config,
+        )
+
+
+class Unreadable(Exception):
+    """A parser failed on what the model wrote. The engine itself is well, and still writes."""
+
+
+class ChoiceReader:
+    """Turns the outputs of one choice into deltas, through its parser if it has one."""
+
+    def __init__(self, rendered: Rendered, top_logprobs: int | None, parser: Any, usage: Usage) -> None:
+        self._chat = rendered.request
+        self._constraint = rendered.constraint
+        self._top_logprobs = top_logprobs
+        self._parser = parser
+        self._usage = usage
+        self._token_ids: list[int] = []
+        self._called = False
+
+    def read(self, choice: CompletionOutput, prompt_token_ids: list[int] | None, *, stream: bool) -> Delta:
+        """Return what `choice` brought. A delta may be empty: parsers hold back what may become a call."""
+        logprobs = _logprobs(choice, self._top_logprobs) if self._top_logprobs is not None else None
+        try:
+            finish_reason = _FINISH_REASONS[choice.finish_reason]
+        except KeyError:  # "abort" and "error": the core gave up on the request by itself
+            if self._constraint is not None and choice.finish_reason == "error":
+                what = f"Invalid value for '{self._constraint}': it is too complex to be compiled to a grammar."
+                raise InvalidRequest(what, self._constraint) from None
+            raise EngineDied("The engine failed during generation.") from None
+        if self._parser is None:
+            return Delta(choice.text, choice.index, finish_reason, logprobs, stop_reason=_stop_string(choice))
+        delta = Delta("", choice.index, finish_reason, logprobs, stop_reason=_stop_string(choice))
+        self._token_ids += choice.token_ids
+        try:
+            if stream:
+                self._parse_delta(delta, choice, prompt_token_ids)
+            else:
+                self._parse_whole(delta, choice, prompt_token_ids)
+        except Exception as error:  # what models write is anything, and so is what parsers make of it
+            log.exception("the parser failed on what the model wrote")
+            raise Unreadable from error
+        if self._chat.parallel_tool_calls is False:
+            delta.tool_calls = [call for call in delta.tool_calls if call.index == 0]
+        self._called = self._called or bool(delta.tool_calls)
+        if finish_reason is not None:
+            self._usage.reasoning_tokens += self._parser.count_reasoning_tokens(self._token_ids)
+            # OpenAI ends a forced call of one function with "stop".
+            if self._called and finish_reason == "stop" and isinstance(self._chat.tool_choice, (str, type(None))):
+                delta.finish_reason = "tool_calls"
+        return delta
+
+    def _parse_delta(self, delta: Delta, choice: CompletionOutput, prompt_token_ids: list[int] | None) -> None:
+        message = self._parser.parse_delta(
+            delta_text=choice.text,
+            delta_token_ids=list(choice.token_ids),
+            request=self._chat,
+            prompt_token_ids=prompt_token_ids,
+            finished=choice.finish_reason is not None,
+        )
+        if message is None:
+            return
+        delta.text = message.content or ""
+        delta.reasoning = message.reasoning or ""
+        delta.tool_calls = [
+            ToolCallDelta(
+                call.index,
+                call.id,
+                call.function.name if call.function else None,
+                (call.function.arguments if call.function else None) or "",
+            )
+            for call in message.tool_calls
+        ]
+
+    def _parse_whole(self, delta: Delta, choice: CompletionOutput, prompt_token_ids: list[int] | None) -> None:
+        from vllm.renderers.chat_utils import make_tool_call_id
+
+        if prompt_token_ids is not None:
+            self._parser.set_prompt_token_ids(prompt_token_ids)
+        reasoning, content, calls = self._parser.parse(
+            choice.text, self._chat, enable_auto_tools=True, model_output_token_ids=choice.token_ids
+        )
+        delta.text = content or ""
+        delta.reasoning = reasoning or ""
+        delta.tool_calls = [
+            ToolCallDelta(index, call.id or make_tool_call_id(), call.name, call.arguments)
+            for index, call in enumerate(calls or ())
+        ]
+
+
+@contextlib.contextmanager
+def counted(param: str, config: ModelConfig) -> Iterator[None]:
+    """Say in our words that a prompt is too long even to be counted."""
+    try:
+        yield
+    except InvalidRequest as error:
+        if error.code != "context_length_exceeded":
+            raise
+        most = COUNTED_CONTEXTS * config.max_model_len
+        raise InvalidRequest(f"At most {most} tokens are counted. Shorten the {param}.", param, error.code) from error
+
+
+async def detokenize(renderer: Any, token_ids: list[int]) -> str:
+    """Return the text of token ids, from a thread: a million take half a second. Raises InvalidRequest."""
+    from vllm.inputs import TokensPrompt
+    from vllm.renderers import TokenizeParams
+
+    with invalid_request():
+        renderer.validate_token_ids(token_ids, parameter="tokens")
+        params = TokenizeParams(max_total_tokens=None, needs_detokenization=True)
+        prompt = await renderer.tokenize_prompt_async(TokensPrompt(prompt_token_ids=token_ids), params)
+    return str(prompt["prompt"])
+
+
+@contextlib.contextmanager
+def naming_constraint(param: str | None) -> Iterator[None]:
+    """Name `param` in what vLLM says about a grammar that can't be compiled, and keep its own source out of it."""
+    try:
+        with invalid_request():
+            yield
+    except InvalidRequest as error:
+        if error.param is not None or param is None:
+            raise
+        reason = _SOURCE.sub("", str(error)).strip().rstrip(".")
+        raise InvalidRequest(f"Invalid value for '{param}': {reason}.", param, error.code) from error
+
+
+def _constraint(request: GenerationRequest) -> str | None:
+    if request.tools and request.tool_choice not in (None, "none", "auto"):
+        return "tools"
+    if request.structured_outputs:
+        return f"structured_outputs.{next(iter(request.structured_outputs))}"
+    if request.response_format is not None and request.response_format["type"] == "json_schema":
+        return "response_format.json_schema.schema"
+    return "tools" if request.tools else None
+
+
+@cache
+def _of_contexts(request_class: Any, contexts: int) -> Any:
+    """Return vLLM's class of a request, but with a prompt that may be as long as so many contexts."""
+    if contexts == 1:
+        return request_class
+
+    class Longer(request_class):  # type: ignore[misc]
+        def build_tok_params(self, model_config: Any) -> Any:
+            params = super().build_tok_params(model_config)
+            return dataclasses.replace(params, max_total_tokens=contexts * model_config.max_model_len)
+
+    return Longer
+
+
+def _fields(request: GenerationRequest, without: frozenset[str]) -> dict[str, Any]:
+    """Return the fields of vLLM's request; what was not given is left out, so its defaults hold."""
+    fields = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
+    unwanted = _OWN_FIELDS | without
+    return {name: value for name, value in fields.items() if value is not None and name not in unwanted}
+
+
+def _stop_string(choice: CompletionOutput) -> str | None:
+    return choice.stop_reason if isinstance(choice.stop_reason, str) else None  # else a token's id
+
+
+def _logprobs(choice: CompletionOutput, top: int) -> list[TokenLogprob]:
+    """Convert vLLM's per-step {token id: Logprob} maps, in which the sampled token stands beside the best ones."""
+    converted = []
+    for token_id, step in zip(choice.token_ids, choice.logprobs or (), strict=False):
+        assert step is not None  # None stands only for a prompt's first token
+        ranked = sorted(step.values(), key=lambda entry: entry.rank or 0)[:top]
+        converted.append(_token_logprob(step[token_id], tuple(_token_logprob(entry) for entry in ranked)))
+    return converted
+
+
+def _token_logprob(entry: Any, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
+    text = entry.decoded_token or ""
+    # JSON has no -inf; OpenAI's documentation gives -9999.0 for "very unlikely".
+    return TokenLogprob(text, max(entry.logprob, -9999.0), list(text.encode()), top)

@@ -1,0 +1,77 @@
+"""vLLM's Prometheus metrics, for several engines in one process.
+
+vLLM registers its metrics anew with every AsyncLLM and takes down those of the one before, whose counters then go
+nowhere. Here each engine's are moved out of the way as soon as they exist, and one collector shows them all, merged
+by name. Leaves out the metrics of engines that were closed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+from prometheus_client import REGISTRY, CollectorRegistry
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+
+class _Engines(Collector):
+    """All running engines' metrics as one."""
+
+    def __init__(self) -> None:
+        self.process = CollectorRegistry()
+        """What counts for the whole process, and stays when an engine goes."""
+        self.registries: list[CollectorRegistry] = [self.process]
+        self.lock = threading.Lock()
+        """Engines are built in threads, side by side."""
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        families: dict[str, Metric] = {}
+        for registry in list(self.registries):
+            for family in registry.collect():
+                known = families.setdefault(family.name, family)
+                if known is not family:
+                    known.samples.extend(family.samples)
+        return families.values()
+
+
+_engines = _Engines()
+REGISTRY.register(_engines)
+
+
+def stat_logger(registry: CollectorRegistry) -> type[Any]:
+    """Return vLLM's Prometheus logger in a form that keeps its metrics in `registry`, which is shown from now on."""
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+    _engines.registries.append(registry)
+
+    class OwnPrometheusStatLogger(PrometheusStatLogger):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            with _engines.lock:
+                _take_over(_engines.process)  # what vLLM's modules registered; it would be taken down now
+                super().__init__(*args, **kwargs)
+                _take_over(registry)
+
+        def log_engine_initialized(self) -> None:
+            with _engines.lock:
+                super().log_engine_initialized()  # type: ignore[no-untyped-call]
+                _take_over(registry)
+
+    return OwnPrometheusStatLogger
+
+
+def _take_over(registry: CollectorRegistry) -> None:
+    for collector in list(REGISTRY._collector_to_names):
+        if getattr(collector, "_name", "").startswith("vllm:"):
+            REGISTRY.unregister(collector)
+            registry.register(collector)
+
+
+def drop_metrics(registry: CollectorRegistry) -> None:
+    """Show the metrics of a closed engine no more."""
+    if registry in _engines.registries:
+        _engines.registries.remove(registry)

@@ -1,0 +1,68 @@
+"""An answer put together from its deltas: what a client gets whole, and what a session remembers of a turn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.base import Delta, FinishReason, TokenLogprob
+
+
+@dataclass(slots=True)
+class _Call:
+    id: str
+    name: str
+    arguments: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Answer:
+    """One choice."""
+
+    texts: list[str] = field(default_factory=list)
+    reasonings: list[str] = field(default_factory=list)
+    calls: dict[int, _Call] = field(default_factory=dict)
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | None = None
+
+    def add(self, delta: Delta) -> None:
+        """Take in the next delta of this choice."""
+        if delta.text:
+            self.texts.append(delta.text)
+        if delta.reasoning:
+            self.reasonings.append(delta.reasoning)
+        for piece in delta.tool_calls:
+            call = self.calls.setdefault(piece.index, _Call(piece.id or "", piece.name or ""))
+            call.arguments.append(piece.arguments)
+        if delta.logprobs is not None:
+            self.logprobs = (self.logprobs or []) + delta.logprobs
+        self.finish_reason = delta.finish_reason or self.finish_reason
+        self.stop_reason = delta.stop_reason or self.stop_reason
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+    @property
+    def reasoning(self) -> str:
+        return "".join(self.reasonings)
+
+    @property
+    def tool_calls(self) -> list[dict[str, Any]]:
+        """The calls in OpenAI's form."""
+        return [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": "".join(call.arguments)},
+            }
+            for _, call in sorted(self.calls.items())
+        ]
+
+    def message(self) -> dict[str, Any]:
+        """Return the answer as a message that may stand in a later request."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.text or (None if self.calls else "")}
+        if self.calls:
+            message["tool_calls"] = self.tool_calls
+        return message

@@ -1,0 +1,111 @@
+"""POST /v1/completions: OpenAI's legacy protocol, bare text without a chat template."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends
+from pydantic import Field, model_validator
+from starlette.responses import Response
+
+from engine.base import GenerationRequest
+from gateway.api.generation import Call, call
+from gateway.api.sampling import SamplingFields, parse_body
+from gateway.config import DefaultSettings
+from gateway.errors import BadRequest
+from gateway.frames.completions import CompletionFrames
+from gateway.workflows.complete import complete
+
+router = APIRouter()
+
+MAX_PROMPTS = 64
+MAX_CHOICES = 128
+"""Over all prompts of a request."""
+_NOT_OFFERED = {"suffix": "insertion", "prompt_embeds": "prompt embeddings"}
+
+Text = Annotated[str, Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(min_length=1)]
+
+
+class CompletionRequest(SamplingFields):
+    prompt: Text | TokenIds | Annotated[list[Text | TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+    """Text or token ids, or a list of either: one completion each."""
+    echo: bool | None = None
+    """Put the prompt in front of the text."""
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    """How many of the best alternatives to return per token."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_is_not_offered(cls, data: Any) -> Any:
+        for name, what in _NOT_OFFERED.items():
+            if isinstance(data, dict) and data.get(name):
+                raise BadRequest(f"This server does not offer {what}. Leave '{name}' out.", name)
+        return data
+
+    @model_validator(mode="after")
+    def _must_be_bearable(self) -> CompletionRequest:
+        if len(self.prompts) * (self.n or 1) > MAX_CHOICES:
+            raise BadRequest(f"A request may have at most {MAX_CHOICES} choices over all its prompts.", "n")
+        if self.echo and self.logprobs is not None:
+            raise BadRequest("'echo' with 'logprobs' would need those of the prompt, which are not offered.", "echo")
+        if self.echo and any(not isinstance(prompt, str) for prompt in self.prompts):
+            raise BadRequest("'echo' needs the prompt as text.", "echo")
+        return self
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]  # all are ints then
+        return self.prompt
+
+    def for_engine(self, request_id: str, defaults: DefaultSettings) -> list[GenerationRequest]:
+        """Return one generation per prompt."""
+        sampling = self.sampling(defaults)
+        if self.max_tokens is None and self.max_completion_tokens is None:
+            sampling["default_max_tokens"] = 16  # OpenAI's default for this endpoint
+        prompts = self.prompts
+        ids = [request_id] if len(prompts) == 1 else [f"{request_id}-{number}" for number in range(len(prompts))]
+        return [
+            GenerationRequest(
+                request_id=one_id,
+                prompt=prompt,
+                logprobs=self.logprobs is not None,
+                top_logprobs=self.logprobs or 0,
+                **sampling,
+            )
+            for one_id, prompt in zip(ids, prompts, strict=True)
+        ]
+
+
+@router.post(
+    "/v1/completions",
+    response_class=Response,
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/CompletionRequest"}}},
+        }
+    },
+)
+async def create_completion(call: Annotated[Call, Depends(call)]) -> Response:
+    """Complete a prompt, streamed or whole."""
+    body = await call.read(lambda data: parse_body(CompletionRequest, data))
+    model = call.admit(body.model)
+    completion_id = f"cmpl-{secrets.token_hex(16)}"
+    meter = call.meter(completion_id, model)
+    events = complete(body.for_engine(completion_id, model.settings.defaults), meter)
+    n = body.n or 1
+    echo = {number * n + j: str(prompt) for number, prompt in enumerate(body.prompts) for j in range(n)}
+    frames = CompletionFrames(
+        completion_id,
+        int(call.services.clock()),
+        model.id,
+        meter.usage,
+        include_usage=body.include_usage,
+        echo=echo if body.echo else {},
+    )
+    return call.answer(events, frames, meter, streamed=bool(body.stream))

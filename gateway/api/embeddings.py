@@ -1,0 +1,86 @@
+"""POST /v1/embeddings: texts to vectors, as floats or as base64 of little-endian float32."""
+
+from __future__ import annotations
+
+import array
+import base64
+import secrets
+import sys
+from collections.abc import AsyncGenerator
+from typing import Annotated, Any, Literal
+
+import orjson
+from fastapi import APIRouter, Depends
+from pydantic import Field
+from starlette.responses import Response
+
+from engine.base import EmbeddingRequest
+from gateway.api.completions import Text, TokenIds
+from gateway.api.generation import Call, call
+from gateway.api.sampling import parse_body
+from gateway.api.tooling import Schema
+from gateway.meter import Meter
+
+router = APIRouter()
+
+MAX_INPUTS = 2048
+"""OpenAI's bound."""
+
+
+class EmbeddingBody(Schema):
+    model: Annotated[str, Field(max_length=256)] | None = None
+    """Model id; the server's default when left out."""
+    input: Text | TokenIds | Annotated[list[Text | TokenIds], Field(min_length=1, max_length=MAX_INPUTS)]
+    """Text or token ids, or a list of either: one vector each."""
+    encoding_format: Literal["float", "base64"] | None = None
+    """`float` when left out."""
+    dimensions: Annotated[int, Field(ge=1, le=65_536)] | None = None
+    """Length of the vectors, where the model was trained for it."""
+    user: Annotated[str, Field(max_length=512)] | None = None
+    """Accepted for compatibility; the API key identifies the caller."""
+
+    @property
+    def inputs(self) -> list[str | list[int]]:
+        if isinstance(self.input, str):
+            return [self.input]
+        if isinstance(self.input[0], int):
+            return [self.input]  # all are ints then
+        return self.input
+
+
+@router.post(
+    "/v1/embeddings",
+    response_class=Response,
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/EmbeddingBody"}}},
+        }
+    },
+)
+async def create_embedding(call: Annotated[Call, Depends(call)]) -> Response:
+    """Turn texts into vectors."""
+    body = await call.read(lambda data: parse_body(EmbeddingBody, data))
+    model = call.admit(body.model)
+    request_id = f"embd-{secrets.token_hex(16)}"
+    meter = call.meter(request_id, model)
+    request = EmbeddingRequest(request_id=request_id, inputs=body.inputs, dimensions=body.dimensions)
+    return call.send(_embed(request, meter, as_base64=body.encoding_format == "base64"), meter, streamed=False)
+
+
+async def _embed(request: EmbeddingRequest, meter: Meter, *, as_base64: bool) -> AsyncGenerator[bytes, None]:
+    vectors = await meter.embed(await meter.prepare_embedding(request))
+    usage = {"prompt_tokens": meter.usage.prompt_tokens, "total_tokens": meter.usage.prompt_tokens}
+    data = [
+        {"object": "embedding", "index": index, "embedding": _base64(vector) if as_base64 else vector}
+        for index, vector in enumerate(vectors)
+    ]
+    body: dict[str, Any] = {"object": "list", "data": data, "model": meter.model.id, "usage": usage}
+    yield orjson.dumps(body)
+
+
+def _base64(vector: list[float]) -> str:
+    values = array.array("f", vector)
+    if sys.byteorder == "big":
+        values.byteswap()
+    return base64.b64encode(values.tobytes()).decode()

@@ -1,0 +1,166 @@
+"""What the routes that generate have in common: reading a body, opening the call, and answering it.
+
+A route parses its protocol and names an encoder; the rest of the path is the same for all of them. Errors about a
+request carry the caller's rate-limit standing: every metered request is told where it stands, refused ones as well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from dataclasses import dataclass, replace
+from typing import Annotated, TypeVar
+
+from fastapi import Depends, Request
+from starlette.responses import Response
+
+from engine.base import GenerationRequest
+from gateway.api.dependencies import Services, authenticate, services
+from gateway.auth import Principal
+from gateway.catalog import ModelSpec
+from gateway.chunking import rechunk
+from gateway.errors import BadRequest, RequestTimeout
+from gateway.events import Event
+from gateway.images import with_images
+from gateway.meter import Meter
+from gateway.response import GenerationResponse, RenderError, queue_comment, render_openai
+from gateway.sessions import Session
+from gateway.sse import Encoder, collect, stream
+from gateway.workflows.chat import chat
+
+_Body = TypeVar("_Body")
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One HTTP request that generates: who calls, and what the app offers."""
+
+    request: Request
+    principal: Principal
+    services: Services
+
+    async def read(self, parse: Callable[[bytes], _Body]) -> _Body:
+        """Read the body and parse it. Raises RequestTimeout, and what `parse` raises."""
+        timeout_s = self.services.config.server.body_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                body = await self.request.body()
+        except TimeoutError:
+            raise RequestTimeout(f"The request body did not arrive within {timeout_s:g} seconds.") from None
+        # Which model a bad body means can't be relied on; the default's limits are the best answer there is.
+        async with self.telling_standing(self.services.catalog.default_for(self.principal)):
+            return parse(body)
+
+    def admit(self, model_id: str | None) -> ModelSpec:
+        """Return the model that was asked for. Raises what the drain and the catalog raise."""
+        self.services.drain.admit()
+        return self.services.catalog.resolve(model_id, self.principal)
+
+    def meter(self, request_id: str, model: ModelSpec) -> Meter:
+        """Return the model's engine as this caller may use it."""
+        app = self.services
+        salt = app.cache_salts.salt_of(self.principal.tenant)
+        return Meter(request_id, self.principal, model, app.limits, app.ledger, app.metrics, salt)
+
+    async def converse(
+        self, generation: GenerationRequest, meter: Meter
+    ) -> tuple[AsyncGenerator[Event, None], Session]:
+        """Return the events of the model's workflow within the caller's session, which takes note of the turn."""
+        app = self.services
+        given_id = self.request.headers.get("x-session-id")
+        async with self.telling_standing(meter.model):
+            session = await app.sessions.open(self.principal, given_id, generation.messages)
+        return self.work(generation, meter, session), session
+
+    def work(
+        self,
+        generation: GenerationRequest,
+        meter: Meter,
+        session: Session,
+        ready: Callable[[GenerationRequest], GenerationRequest] = lambda generation: generation,
+    ) -> AsyncGenerator[Event, None]:
+        """Return the events of the model's workflow. `ready` gets the request once its images are in it as data, and
+        may change it."""
+        app = self.services
+        generation = replace(generation, affinity=session.id)
+
+        def run(generation: GenerationRequest) -> AsyncGenerator[Event, None]:
+            events = chat(ready(generation), meter, session, app.clock)
+            return app.sessions.record(events, session, generation.messages)
+
+        return with_images(run, generation, meter, app.images)
+
+    def answer(
+        self,
+        events: AsyncGenerator[Event, None],
+        encoder: Encoder,
+        meter: Meter,
+        *,
+        streamed: bool,
+        session: Session | None = None,
+        render_error: RenderError = render_openai,
+    ) -> Response:
+        """Return the response that sends `events` in the encoder's form."""
+        chars = self.services.config.server.stream_chunk_chars
+        if streamed and chars is not None:
+            events = rechunk(events, chars)
+        return self.send(
+            self.encode(events, encoder, streamed=streamed),
+            meter,
+            streamed=streamed,
+            session=session,
+            render_error=render_error,
+        )
+
+    def encode(
+        self, events: AsyncGenerator[Event, None], encoder: Encoder, *, streamed: bool
+    ) -> AsyncGenerator[bytes, None]:
+        """Return `events` as bytes in the encoder's form."""
+        return stream(events, encoder) if streamed else collect(events, encoder)
+
+    def send(
+        self,
+        chunks: AsyncGenerator[bytes, None],
+        meter: Meter,
+        *,
+        streamed: bool,
+        session: Session | None = None,
+        render_error: RenderError = render_openai,
+    ) -> Response:
+        """Return the response that sends `chunks`."""
+        return GenerationResponse(
+            chunks,
+            stream=streamed,
+            drain=self.services.drain,
+            metrics=self.services.metrics,
+            keepalive_s=self.services.config.server.keepalive_s,
+            headers=lambda: (session.headers() if session is not None else {}) | meter.headers(),
+            comment=lambda: queue_comment(meter.waiting),
+            render_error=render_error,
+        )
+
+    @property
+    def wants_events(self) -> bool:
+        """Whether the client takes Shannon events."""
+        return self.request.headers.get("x-shannon-events", "").lower() != "off"
+
+    @contextlib.asynccontextmanager
+    async def telling_standing(self, model: ModelSpec | None) -> AsyncIterator[None]:
+        """Send with a BadRequest where the caller's limits stand."""
+        try:
+            yield
+        except BadRequest as error:
+            standing = None if model is None else await self.services.limits.peek(self.principal, model)
+            if standing is not None:
+                error.extra_headers = standing.headers()
+            raise
+
+
+async def call(
+    request: Request,
+    principal: Annotated[Principal, Depends(authenticate)],
+    services: Annotated[Services, Depends(services)],
+) -> Call:
+    """Return the call. For routes, as a dependency."""
+    return Call(request, principal, services)

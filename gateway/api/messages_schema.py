@@ -1,0 +1,328 @@
+"""The bodies of POST /v1/messages and its count_tokens: Anthropic's fields, and how they become a generation.
+
+Earlier thoughts are dropped: chat templates leave them out themselves. System texts, also those between the messages,
+lead the conversation as one. Leaves out files, citations, and tools that Anthropic runs itself. Fails with
+BadRequest, which names the parameter.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import orjson
+from pydantic import Field, model_validator
+
+from engine.base import GenerationRequest
+from gateway.api.sampling import StopString
+from gateway.api.tooling import (
+    MAX_TOOLS,
+    FunctionDefinition,
+    FunctionName,
+    JsonSchemaObject,
+    NamedFunction,
+    NamedToolChoice,
+    Schema,
+    Tool,
+    ToolChoice,
+    check_tool_choice,
+    check_tools,
+)
+from gateway.config import DefaultSettings
+from gateway.errors import BadRequest
+
+Message = dict[str, Any]
+
+_NOT_OFFERED = {
+    "mcp_servers": "MCP servers",
+    "container": "containers",
+    "context_management": "context management",
+}
+_CHANGING_HEADER = "x-anthropic-billing-header"
+"""A system block of Claude Code's that differs from request to request: at the head of a prompt, it would keep every
+cached prefix from being found again."""
+
+
+class ImageSource(Schema):
+    type: Literal["base64", "url"]
+    media_type: Literal["image/jpeg", "image/png", "image/gif", "image/webp"] | None = None
+    data: str | None = None
+    url: str | None = None
+
+    @model_validator(mode="after")
+    def _must_hold_what_it_says(self) -> ImageSource:
+        if self.type == "base64" and (self.media_type is None or self.data is None):
+            raise ValueError("media_type and data are required with type 'base64'")
+        if self.type == "url" and self.url is None:
+            raise ValueError("url is required with type 'url'")
+        return self
+
+    def for_engine(self) -> dict[str, Any]:
+        url = self.url if self.type == "url" else f"data:{self.media_type};base64,{self.data}"
+        return {"type": "image_url", "image_url": {"url": url}}
+
+
+class ResultBlock(Schema):
+    """What a tool's result may hold."""
+
+    type: Literal["text", "image"]
+    text: str | None = None
+    source: ImageSource | None = None
+
+    @model_validator(mode="after")
+    def _must_be_whole(self) -> ResultBlock:
+        name = "source" if self.type == "image" else "text"
+        if getattr(self, name) is None:
+            raise ValueError(f"{name} is required with type '{self.type}'")
+        return self
+
+
+class Block(Schema):
+    type: Literal["text", "image", "tool_use", "tool_result", "thinking", "redacted_thinking"]
+    text: str | None = None
+    source: ImageSource | None = None
+    id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    name: FunctionName | None = None
+    input: dict[str, Any] | None = None
+    tool_use_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    content: str | Annotated[list[ResultBlock], Field(max_length=1024)] | None = None
+    """What a tool returned."""
+    is_error: bool | None = None
+
+    @model_validator(mode="after")
+    def _must_be_whole(self) -> Block:
+        needed = {
+            "text": ("text",),
+            "image": ("source",),
+            "tool_use": ("id", "name", "input"),
+            "tool_result": ("tool_use_id",),
+        }
+        for name in needed.get(self.type, ()):
+            if getattr(self, name) is None:
+                raise ValueError(f"{name} is required with type '{self.type}'")
+        return self
+
+    def call(self) -> dict[str, Any]:
+        arguments = orjson.dumps(self.input).decode()
+        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": arguments}}
+
+
+class InputMessage(Schema):
+    role: Literal["user", "assistant", "system"]
+    content: str | Annotated[list[Block], Field(max_length=1024)]
+
+    @property
+    def blocks(self) -> list[Block]:
+        return [Block(type="text", text=self.content)] if isinstance(self.content, str) else self.content
+
+    @property
+    def text(self) -> str:
+        return "".join(block.text or "" for block in self.blocks)
+
+    def check(self, where: str) -> None:
+        """Raise BadRequest on a block that this role may not have."""
+        allowed: dict[str, tuple[str, ...]] = {
+            "user": ("text", "image", "tool_result"),
+            "assistant": ("text", "tool_use", "thinking", "redacted_thinking"),
+            "system": ("text",),
+        }
+        for number, block in enumerate(self.blocks):
+            if block.type not in allowed[self.role]:
+                place = f"{where}.content[{number}].type"
+                raise BadRequest(f"A message of role '{self.role}' can't hold a block of type '{block.type}'.", place)
+
+    def for_engine(self) -> list[Message]:
+        """Return the message as those that chat templates know."""
+        return self._said() if self.role == "assistant" else self._asked()
+
+    def _said(self) -> list[Message]:
+        calls = [block.call() for block in self.blocks if block.type == "tool_use"]
+        message: Message = {"role": "assistant", "content": self.text or (None if calls else "")}
+        return [message | ({"tool_calls": calls} if calls else {})]
+
+    def _asked(self) -> list[Message]:
+        """Return results of tools first, then what the user says. Images in results go with the latter: templates
+        know them in no other place."""
+        results: list[Message] = []
+        parts: list[dict[str, Any]] = []
+        for block in self.blocks:
+            if block.type != "tool_result":
+                parts.append(_part(block))
+                continue
+            returned = block.content if isinstance(block.content, list) else []
+            text = block.content if isinstance(block.content, str) else "".join(one.text or "" for one in returned)
+            results.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": text})
+            parts += [_part(one) for one in returned if one.type == "image"]
+        if not parts:
+            return results
+        if all(part["type"] == "text" for part in parts):
+            return [*results, {"role": "user", "content": "".join(part["text"] for part in parts)}]
+        return [*results, {"role": "user", "content": parts}]
+
+
+class SystemBlock(Schema):
+    type: Literal["text"]
+    text: str
+
+
+class MessagesTool(Schema):
+    type: Literal["custom"] | None = None
+    """Tools that Anthropic runs itself are not offered."""
+    name: FunctionName
+    description: Annotated[str, Field(max_length=8192)] | None = None
+    input_schema: JsonSchemaObject
+    strict: bool | None = None
+
+    def tool(self) -> Tool:
+        """Return the tool in the chat protocol's form."""
+        function = FunctionDefinition(
+            name=self.name, description=self.description, parameters=self.input_schema, strict=self.strict
+        )
+        return Tool(type="function", function=function)
+
+
+class MessagesToolChoice(Schema):
+    type: Literal["auto", "any", "tool", "none"]
+    name: FunctionName | None = None
+    disable_parallel_tool_use: bool | None = None
+
+
+class Thinking(Schema):
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: int | None = None
+    """Accepted for compatibility; models without a notion of a budget can't keep to one."""
+
+
+class OutputFormat(Schema):
+    type: Literal["json_schema"]
+    schema_: JsonSchemaObject = Field(alias="schema")
+
+
+class OutputConfig(Schema):
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    format: OutputFormat | None = None
+
+
+class CountTokensRequest(Schema):
+    model: Annotated[str, Field(max_length=256)] | None = None
+    """Model id; the server's default when left out."""
+    messages: Annotated[list[InputMessage], Field(min_length=1, max_length=4096)]
+    system: str | list[SystemBlock] | None = None
+    tools: Annotated[list[MessagesTool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: MessagesToolChoice | None = None
+    thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+
+    @model_validator(mode="after")
+    def _messages_must_be_whole(self) -> CountTokensRequest:
+        for number, message in enumerate(self.messages):
+            message.check(f"messages[{number}]")
+        try:
+            check_tools(self._tools)
+            check_tool_choice(self._tool_choice, self._tools)
+        except ValueError as error:
+            raise BadRequest(f"Invalid value for 'tools' or 'tool_choice': {error}.", "tools") from error
+        if self.messages[-1].role == "assistant":
+            raise BadRequest("The conversation must end with a message of role 'user'.", "messages")
+        return self
+
+    @property
+    def image_places(self) -> list[str]:
+        """Where each image stands, in the client's words and in the order in which messages hold them."""
+        places: list[str] = []
+        for number, message in enumerate(self.messages):
+            for block_number, block in enumerate(message.blocks):
+                where = f"messages[{number}].content[{block_number}]"
+                if block.type == "image":
+                    places.append(f"{where}.source")
+                returned = block.content if isinstance(block.content, list) else []
+                places += [f"{where}.content[{n}].source" for n, one in enumerate(returned) if one.type == "image"]
+        return places
+
+    @property
+    def _tools(self) -> list[Tool]:
+        return [tool.tool() for tool in self.tools or ()]
+
+    @property
+    def _tool_choice(self) -> ToolChoice | None:
+        choice = self.tool_choice
+        if choice is None or choice.type in ("auto", "none"):
+            return "none" if choice is not None and choice.type == "none" else None
+        if choice.type == "any":
+            return "required"
+        if choice.name is None:
+            raise ValueError("tool_choice.name is required with type 'tool'")
+        return NamedToolChoice(type="function", function=NamedFunction(name=choice.name))
+
+    def for_engine(self, request_id: str) -> GenerationRequest:
+        """Return the conversation as a generation without sampling parameters."""
+        choice = self._tool_choice if self.tools else None
+        return GenerationRequest(
+            request_id=request_id,
+            messages=self._conversation(),
+            tools=[tool.for_engine() for tool in self._tools] or None,
+            tool_choice=choice.model_dump() if isinstance(choice, NamedToolChoice) else choice,
+            parallel_tool_calls=False if self.tools and self._wants_one_call else None,
+            reasoning_effort=self._reasoning_effort,
+        )
+
+    @property
+    def _reasoning_effort(self) -> str | None:
+        if self.thinking is not None and self.thinking.type == "disabled":
+            return "none"
+        effort = self.output_config.effort if self.output_config else None
+        return "xhigh" if effort == "max" else effort
+
+    @property
+    def _wants_one_call(self) -> bool:
+        return bool(self.tool_choice and self.tool_choice.disable_parallel_tool_use)
+
+    def _conversation(self) -> list[Message]:
+        blocks = [self.system] if isinstance(self.system, str) else [block.text for block in self.system or ()]
+        texts = [text for text in blocks if text and not text.startswith(_CHANGING_HEADER)]
+        texts += [message.text for message in self.messages if message.role == "system"]
+        system: list[Message] = [{"role": "system", "content": "\n\n".join(texts)}] if texts else []
+        return system + [one for message in self.messages if message.role != "system" for one in message.for_engine()]
+
+
+class MessagesRequest(CountTokensRequest):
+    max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)]
+    """An upper bound, cut to what the context leaves: this protocol lets nobody leave it out."""
+    stream: bool | None = None
+    """Send server-sent events."""
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
+    """-1 and 0 mean all tokens."""
+    stop_sequences: Annotated[list[StopString], Field(max_length=16)] | None = None
+    metadata: dict[str, Any] | None = None
+    """Accepted for compatibility; the API key identifies the caller."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_is_not_offered(cls, data: Any) -> Any:
+        for name, what in _NOT_OFFERED.items():
+            if isinstance(data, dict) and data.get(name):
+                raise BadRequest(f"This server does not offer {what}. Leave '{name}' out.", name)
+        return data
+
+    def sampling(self, defaults: DefaultSettings) -> dict[str, Any]:
+        """Return the sampling parameters as fields of a GenerationRequest, with the model's defaults filled in."""
+        fields: dict[str, Any] = {
+            "stream": bool(self.stream),
+            "default_max_tokens": self.max_tokens,
+            "temperature": self.temperature if self.temperature is not None else defaults.temperature,
+            "top_p": self.top_p if self.top_p is not None else defaults.top_p,
+            "top_k": self.top_k,
+            "stop": self.stop_sequences or [],
+        }
+        if self.output_config is not None and self.output_config.format is not None:
+            schema = {"name": "output", "schema": self.output_config.format.schema_}
+            fields["response_format"] = {"type": "json_schema", "json_schema": schema}
+        return fields
+
+
+def _part(block: Block | ResultBlock) -> dict[str, Any]:
+    if block.type == "image":
+        assert block.source is not None
+        return block.source.for_engine()
+    return {"type": "text", "text": block.text or ""}

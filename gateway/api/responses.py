@@ -1,0 +1,252 @@
+"""OpenAI's Responses API on the one data path: create, fetch, list the input, cancel and delete responses.
+
+A response is made as a chat completion is, of messages converted from its items and from those of the responses
+before it. It belongs to no session unless X-Session-ID names one. Leaves out fetching a response as a stream.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
+
+import orjson
+from fastapi import APIRouter, Depends, Query
+from starlette.responses import Response
+
+from engine.base import GenerationRequest
+from gateway.api.dependencies import Services, authenticate, services
+from gateway.api.generation import Call, call
+from gateway.api.places import reword
+from gateway.api.response_items import InputItem, Message, image_places, messages_of
+from gateway.api.responses_schema import ResponseRequest
+from gateway.api.sampling import parse_body
+from gateway.auth import Principal
+from gateway.errors import BadRequest, GatewayError
+from gateway.frames.responses import ResponseFrames
+from gateway.live_responses import LiveResponse
+from gateway.meter import Meter
+from gateway.response import GenerationResponse
+from gateway.sessions import Session, derive_id, text_of
+from gateway.stored_responses import Conversation
+
+router = APIRouter()
+
+Caller = Annotated[Principal, Depends(authenticate)]
+AppServices = Annotated[Services, Depends(services)]
+
+
+@router.post(
+    "/v1/responses",
+    response_class=Response,
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ResponseRequest"}}},
+        }
+    },
+)
+async def create_response(call: Annotated[Call, Depends(call)]) -> Response:
+    """Create a response: whole, streamed, or in the background."""
+    body = await call.read(lambda data: parse_body(ResponseRequest, data))
+    model = call.admit(body.model)
+    async with call.telling_standing(model):
+        asked = await _read(call, body)
+    meter = call.meter(f"resp_{secrets.token_hex(24)}", model)
+    live = _live_response(call, body, asked, meter)
+    generation = body.for_engine(meter.request_id, asked.messages, model.settings.defaults)
+    events = call.work(generation, meter, asked.session, _ready(live, asked))
+    chunks = call.encode(events, live.frames, streamed=bool(body.stream or body.background))
+    if body.background:
+        return await _detach(call, live, chunks, meter)
+    response = call.send(
+        call.services.responses.run(live, chunks),
+        meter,
+        streamed=bool(body.stream),
+        session=asked.session,
+        render_error=live.frames.render_error,
+    )
+    assert isinstance(response, GenerationResponse)
+    live.exchange = response
+    return response
+
+
+@router.get("/v1/responses/{response_id}")
+async def get_response(
+    response_id: str,
+    principal: Caller,
+    services: AppServices,
+    stream: Annotated[bool, Query(description="Not offered; true is refused.")] = False,
+) -> Response:
+    """Show a response, finished or not."""
+    if stream:
+        raise BadRequest("A response that exists can't be streamed. Fetch it without 'stream'.", "stream")
+    record = await services.responses.stored.find(principal, response_id)
+    return Response(orjson.dumps(record.response), media_type="application/json")
+
+
+@router.get("/v1/responses/{response_id}/input_items")
+async def list_input_items(
+    response_id: str,
+    principal: Caller,
+    services: AppServices,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    order: Literal["asc", "desc"] = "desc",
+    after: str | None = None,
+) -> dict[str, Any]:
+    """List the items that a response was made of, without those of the responses before it."""
+    record = await services.responses.stored.find(principal, response_id)
+    items = record.input if order == "asc" else record.input[::-1]
+    ids = [item["id"] for item in items]
+    if after is not None and after not in ids:
+        raise BadRequest(f"The response has no input item {after!r}.", "after")
+    start = 0 if after is None else ids.index(after) + 1
+    page = items[start : start + limit]
+    return {
+        "object": "list",
+        "data": page,
+        "first_id": page[0]["id"] if page else None,
+        "last_id": page[-1]["id"] if page else None,
+        "has_more": start + limit < len(items),
+    }
+
+
+@router.delete("/v1/responses/{response_id}")
+async def delete_response(response_id: str, principal: Caller, services: AppServices) -> dict[str, Any]:
+    """Forget a response, and what was said in it."""
+    await services.responses.stored.delete(principal, response_id)
+    return {"id": response_id, "object": "response", "deleted": True}
+
+
+@router.post("/v1/responses/{response_id}/cancel")
+async def cancel_response(response_id: str, principal: Caller, services: AppServices) -> Response:
+    """End a response that is being made, in the background or streamed, and show what there is of it."""
+    fields = await services.responses.cancel(principal, response_id)
+    return Response(orjson.dumps(fields), media_type="application/json")
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A request's input, read: everything that the engine is to see, and which part of it is new."""
+
+    items: list[InputItem]
+    messages: list[Message]
+    own: list[Message]
+    path: list[str]
+    session: Session
+    cut: bool
+    """The oldest turns may be left out."""
+
+
+async def _read(call: Call, body: ResponseRequest) -> _Asked:
+    """Return the input behind what it continues. Raises BadRequest."""
+    given_id = call.request.headers.get("x-session-id")
+    if given_id is not None and body.previous_response_id is not None:
+        raise BadRequest("Send either 'previous_response_id' or the header X-Session-ID.", "previous_response_id")
+    conversation = Conversation()
+    if body.previous_response_id is not None:
+        stored = call.services.responses.stored
+        conversation = await stored.conversation(call.principal, body.previous_response_id)
+    messages, own = assemble(body.instructions, conversation.turns, body.items)
+    if given_id is None:
+        _check_outputs(messages)
+        session = Session(id=derive_id(call.principal.tenant, messages), tenant=call.principal.tenant)
+    else:
+        session = await call.services.sessions.open(call.principal, given_id, messages)
+    cut = body.truncation == "auto" and given_id is None  # a session's turns are cut by its own rules
+    return _Asked(body.items, messages, own, conversation.path, session, cut)
+
+
+def _ready(live: LiveResponse, asked: _Asked) -> Callable[[GenerationRequest], GenerationRequest]:
+    """Return what takes note of what was said, with images as data, and cuts it into turns where some may go."""
+
+    def ready(generation: GenerationRequest) -> GenerationRequest:
+        live.turn = [message for message in asked.own if message["role"] == "system"]
+        if said := len(asked.own) - len(live.turn):
+            live.turn += generation.messages[-said:]
+        if not asked.cut:
+            return generation
+        *asked.session.history, last = turns_of(generation.messages)
+        return replace(generation, messages=last)
+
+    return ready
+
+
+def _live_response(call: Call, body: ResponseRequest, asked: _Asked, meter: Meter) -> LiveResponse:
+    app, model = call.services, meter.model
+    stored = app.responses.stored
+    shown = [item.shown() for item in asked.items]
+    fields = {
+        "id": meter.request_id,
+        "object": "response",
+        "created_at": int(app.clock()),
+        "model": model.id,
+        "store": body.store is not False and stored.enabled and stored.fits(shown),
+        **body.echo(model.settings.defaults),
+    }
+    return LiveResponse(
+        id=meter.request_id,
+        tenant=call.principal.tenant,
+        frames=ResponseFrames(fields, meter.usage, app.clock, events=call.wants_events),
+        session=asked.session,
+        store=bool(fields["store"]),
+        known=bool(body.stream or body.background),
+        input=shown,
+        path=asked.path,
+        refine=lambda error: reword(error, asked.messages, image_places(asked.items), "input"),
+    )
+
+
+async def _detach(call: Call, live: LiveResponse, chunks: AsyncGenerator[bytes, None], meter: Meter) -> Response:
+    if not live.store:
+        raise BadRequest("A response in the background must be stored, which this server can't.", "background")
+    try:
+        fields = await call.services.responses.detach(live, chunks)
+    except GatewayError as error:
+        error.extra_headers = meter.headers() | error.extra_headers
+        raise
+    return Response(orjson.dumps(fields), headers=meter.headers(), media_type="application/json")
+
+
+def assemble(
+    instructions: str | None, turns: list[list[Message]], items: list[InputItem]
+) -> tuple[list[Message], list[Message]]:
+    """Return the whole conversation for the engine, and those of its messages that the request brought.
+
+    System texts, whichever turn they came in, become one message that leads: chat templates commonly refuse one in
+    any other place. Those of earlier responses' `instructions` are not among them.
+    """
+    own = messages_of(items)
+    everything = [message for turn in (*turns, own) for message in turn]
+    texts = [instructions] if instructions else []
+    texts += [text_of(message) for message in everything if message["role"] == "system"]
+    system: list[Message] = [{"role": "system", "content": "\n\n".join(dict.fromkeys(texts))}] if texts else []
+    return system + [message for message in everything if message["role"] != "system"], own
+
+
+def turns_of(messages: list[Message]) -> list[list[Message]]:
+    """Return the conversation as turns, each from what a user says on; the last also has the system message."""
+    system = [message for message in messages if message["role"] == "system"]
+    turns: list[list[Message]] = []
+    before = ""
+    for message in messages:
+        if message["role"] != "system":
+            if not turns or (message["role"] == "user" and before != "user"):
+                turns.append([])
+            turns[-1].append(message)
+            before = message["role"]
+    return [*turns[:-1], system + turns[-1]] if turns else [system]
+
+
+def _check_outputs(messages: list[Message]) -> None:
+    """Refuse an input without messages, and outputs of calls that were never made, in OpenAI's words."""
+    if not messages:
+        raise BadRequest("Invalid value for 'input': it holds no message.", "input")
+    made: set[str] = set()
+    for message in messages:
+        made.update(call["id"] for call in message.get("tool_calls", ()))
+        if message["role"] == "tool" and message["tool_call_id"] not in made:
+            raise BadRequest(
+                f"No tool call found for function call output with call_id {message['tool_call_id']}.", "input"
+            )

@@ -1,0 +1,92 @@
+"""POST /tokenize and /detokenize, in vLLM's form: exact counts before anything is generated.
+
+Each counts as a request that costs no tokens. Also under /v1.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncGenerator
+from typing import Annotated, Any
+
+import orjson
+from fastapi import APIRouter, Depends
+from pydantic import Field, model_validator
+from starlette.responses import Response
+
+from engine.base import GenerationRequest
+from gateway.api.completions import Text, TokenIds
+from gateway.api.generation import Call, call
+from gateway.api.sampling import parse_body
+from gateway.api.schema import ChatMessage
+from gateway.api.tooling import Schema, Tools
+from gateway.errors import BadRequest
+from gateway.images import inlined
+
+router = APIRouter()
+
+MAX_IDS = 1_048_576
+
+
+class TokenizeRequest(Schema):
+    model: Annotated[str, Field(max_length=256)] | None = None
+    """Model id; the server's default when left out."""
+    prompt: Text | None = None
+    """Bare text; or else `messages`."""
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)] | None = None
+    """A conversation, put through the chat template."""
+    tools: Tools | None = None
+
+    @model_validator(mode="after")
+    def _must_be_one(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise BadRequest("Send either 'prompt' or 'messages'.", "prompt")
+        return self
+
+    def for_engine(self, request_id: str) -> GenerationRequest:
+        return GenerationRequest(
+            request_id=request_id,
+            prompt=self.prompt,
+            messages=[message.for_engine() for message in self.messages or ()],
+            tools=[tool.for_engine() for tool in self.tools] if self.tools else None,
+        )
+
+
+class DetokenizeRequest(Schema):
+    model: Annotated[str, Field(max_length=256)] | None = None
+    """Model id; the server's default when left out."""
+    tokens: Annotated[TokenIds, Field(max_length=MAX_IDS)]
+
+
+def _body(name: str) -> dict[str, Any]:
+    schema = {"$ref": f"#/components/schemas/{name}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+@router.post("/tokenize", response_class=Response, openapi_extra=_body("TokenizeRequest"))
+@router.post("/v1/tokenize", response_class=Response, include_in_schema=False)
+async def tokenize(call: Annotated[Call, Depends(call)]) -> Response:
+    """Return the token ids of a text or a conversation."""
+    body = await call.read(lambda data: parse_body(TokenizeRequest, data))
+    meter = call.meter(f"tok-{secrets.token_hex(16)}", call.admit(body.model))
+
+    async def chunks() -> AsyncGenerator[bytes, None]:
+        request = await inlined(body.for_engine(meter.request_id), meter, call.services.images)
+        tokens = await meter.tokenize(request)
+        limit = meter.model.engine.max_model_len
+        yield orjson.dumps({"count": len(tokens), "max_model_len": limit, "tokens": tokens})
+
+    return call.send(chunks(), meter, streamed=False)
+
+
+@router.post("/detokenize", response_class=Response, openapi_extra=_body("DetokenizeRequest"))
+@router.post("/v1/detokenize", response_class=Response, include_in_schema=False)
+async def detokenize(call: Annotated[Call, Depends(call)]) -> Response:
+    """Return the text of token ids."""
+    body = await call.read(lambda data: parse_body(DetokenizeRequest, data))
+    meter = call.meter(f"tok-{secrets.token_hex(16)}", call.admit(body.model))
+
+    async def chunks() -> AsyncGenerator[bytes, None]:
+        yield orjson.dumps({"prompt": await meter.detokenize(body.tokens)})
+
+    return call.send(chunks(), meter, streamed=False)

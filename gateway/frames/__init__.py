@@ -1,0 +1,1 @@
+"""One module per wire protocol: how its responses look, streamed and whole."""

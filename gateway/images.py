@@ -1,0 +1,238 @@
+"""Images in messages: checked, fetched, and put into the request as data, so that engines fetch nothing.
+
+What an image is, its content says, not its label. Its size is read from its head before anything is decoded; then it
+is decoded once, in a thread, so that an engine never meets one that can't be. Cheap checks come before dear ones, and
+all of what came along is checked before anything is fetched. Leaves out audio, video and files by id. Fails with
+BadRequest, which names the part; what decoders and other servers say about it is told to nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+from collections.abc import AsyncGenerator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Any
+
+from PIL import Image
+
+from engine.base import GenerationRequest
+from engine.supervisor import SupervisedEngine
+from gateway.config import ImageSettings
+from gateway.errors import BadRequest
+from gateway.events import Event
+from gateway.fetch import Fetcher, FetchError
+from gateway.meter import Meter
+
+Message = dict[str, Any]
+Run = Callable[[GenerationRequest], AsyncGenerator[Event, None]]
+
+_MEDIA_TYPES = {
+    "PNG": "image/png",
+    "JPEG": "image/jpeg",
+    "MPO": "image/jpeg",  # a JPEG with more pictures behind the first, as telephones make
+    "WEBP": "image/webp",
+    "GIF": "image/gif",
+}
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+_ACCEPT = "image/png, image/jpeg, image/webp, image/gif"
+_FORM = "it must be an http(s) URL or a data URL in base64 (data:image/png;base64,...)"
+_MAX_SCANS = 64
+"""Of a JPEG. Each goes over all its pixels again, and a small file can hold thousands; cameras and tools write ten."""
+_DECODERS = 2
+"""Threads. Each may hold `max_pixels` decoded."""
+
+
+@dataclass(slots=True)
+class _Picture:
+    """One image part: where it stands, and what is known of it so far."""
+
+    message: int
+    part: int
+    url: str
+    content: bytes = b""
+    pixels: int = 0
+
+    @property
+    def place(self) -> str:
+        return f"messages[{self.message}].content[{self.part}]"
+
+    @property
+    def is_data(self) -> bool:
+        return self.url[:5].lower() == "data:"
+
+    def refusal(self, reason: str) -> BadRequest:
+        param = f"{self.place}.image_url.url"
+        return BadRequest(f"Invalid value for '{param}': {reason}.", param)
+
+
+def with_images(run: Run, request: GenerationRequest, meter: Meter, images: Images) -> AsyncGenerator[Event, None]:
+    """Return what `run` makes of `request` once its images are in it as data.
+
+    Before its first event it raises what `inlined` raises.
+    """
+    return _run_with_images(run, request, meter, images) if _has_pictures(request) else run(request)
+
+
+async def _run_with_images(
+    run: Run, request: GenerationRequest, meter: Meter, images: Images
+) -> AsyncGenerator[Event, None]:
+    async with aclosing(run(await inlined(request, meter, images))) as events:
+        async for event in events:
+            yield event
+
+
+async def inlined(request: GenerationRequest, meter: Meter, images: Images) -> GenerationRequest:
+    """Return `request` with its images in it as data, which is the only form that engines may be given.
+
+    Raises BadRequest, and what is raised for an engine that can't be loaded.
+    """
+    if not _has_pictures(request):
+        return request
+    async with meter.noting_refusal():
+        engine = meter.model.engine
+        if isinstance(engine, SupervisedEngine):
+            await engine.load()  # only a loaded engine knows whether it takes images
+        if not engine.takes_images:
+            place = next(_pictures(request.messages)).place
+            message = f"The model {meter.model.id!r} does not take images, and '{place}' is one. Send text only."
+            raise BadRequest(message, place)
+        return replace(request, messages=await images.inline(request.messages))
+
+
+class Images:
+    """See the module. One instance serves the whole process and bounds what is decoded at once."""
+
+    def __init__(self, settings: ImageSettings, fetcher: Fetcher) -> None:
+        self._settings = settings
+        self._fetcher = fetcher
+        self._threads = ThreadPoolExecutor(_DECODERS, thread_name_prefix="images")
+
+    def close(self) -> None:
+        """Let the threads end."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def inline(self, messages: list[Message]) -> list[Message]:
+        """Return `messages` with every image as a data URL that decodes. Raises BadRequest."""
+        pictures = list(_pictures(messages))
+        if len(pictures) > self._settings.max_images:
+            count = f"a request can hold at most {self._settings.max_images} images, and this one holds {len(pictures)}"
+            raise BadRequest(f"Invalid value for 'messages': {count}.", "messages")
+        given = [picture for picture in pictures if picture.is_data]
+        named = [picture for picture in pictures if not picture.is_data]
+        for picture in named:
+            if not picture.url.lower().startswith(("http://", "https://")):
+                raise picture.refusal(_FORM)
+            if not self._settings.fetch:
+                raise picture.refusal("this server fetches no images; send a data URL (data:image/png;base64,...)")
+        await self._each(given, self._read_data_url)
+        await self._each(given, self._read_head)
+        self._check_pixels(pictures)
+        await self._fetch(named)
+        await self._each(named, self._read_head)
+        self._check_pixels(pictures)
+        await self._each(pictures, _decode)
+        await self._each(pictures, _write_data_url)
+        return _replaced(messages, pictures)
+
+    async def _each(self, pictures: list[_Picture], step: Callable[[_Picture], None]) -> None:
+        """Run `step` on each picture, in a thread and one after the other: a request gets one thread at a time."""
+        loop = asyncio.get_running_loop()
+        for picture in pictures:
+            await loop.run_in_executor(self._threads, step, picture)
+
+    async def _fetch(self, pictures: list[_Picture]) -> None:
+        """Fetch all at once. The first that fails ends the others."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                for picture in pictures:
+                    group.create_task(self._fetch_one(picture))
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+
+    async def _fetch_one(self, picture: _Picture) -> None:
+        try:
+            fetched = await self._fetcher.fetch(picture.url, max_bytes=self._settings.max_image_bytes, accept=_ACCEPT)
+        except FetchError as error:
+            raise picture.refusal(str(error)) from error
+        picture.content = fetched.content
+
+    def _read_data_url(self, picture: _Picture) -> None:
+        head, comma, body = picture.url.partition(",")
+        if not comma or not head.lower().endswith(";base64"):
+            raise picture.refusal(_FORM)
+        most = self._settings.max_image_bytes
+        too_large = picture.refusal(f"it is larger than {most} bytes")
+        if len(body) > (most + 2) // 3 * 4:
+            raise too_large
+        try:
+            picture.content = base64.b64decode(body, validate=True)
+        except ValueError:
+            raise picture.refusal("it is not valid base64") from None
+        if len(picture.content) > most:
+            raise too_large
+
+    def _read_head(self, picture: _Picture) -> None:
+        """Read what the image is and how large, and decode nothing."""
+        try:
+            with Image.open(io.BytesIO(picture.content), formats=_FORMATS) as image:
+                picture.pixels = image.width * image.height
+                scans = picture.content.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 1
+        except Image.DecompressionBombError:
+            raise self._too_many_pixels(picture) from None
+        except Exception:  # decoders raise all sorts on what strangers send, and none of it is for clients
+            raise picture.refusal("it is not an image in PNG, JPEG, WebP or GIF format") from None
+        if scans > _MAX_SCANS:
+            raise picture.refusal(f"it has more than {_MAX_SCANS} scans")
+
+    def _check_pixels(self, pictures: list[_Picture]) -> None:
+        total = 0
+        for picture in pictures:
+            total += picture.pixels
+            if total > self._settings.max_pixels:
+                raise self._too_many_pixels(picture)
+
+    def _too_many_pixels(self, picture: _Picture) -> BadRequest:
+        return picture.refusal(f"a request's images can have at most {self._settings.max_pixels} pixels together")
+
+
+def _has_pictures(request: GenerationRequest) -> bool:
+    return next(_pictures(request.messages), None) is not None
+
+
+def _pictures(messages: list[Message]) -> Iterator[_Picture]:
+    for number, message in enumerate(messages):
+        content = message.get("content")
+        for part_number, part in enumerate(content if isinstance(content, list) else ()):
+            if part["type"] == "image_url":
+                yield _Picture(number, part_number, part["image_url"]["url"])
+
+
+def _decode(picture: _Picture) -> None:
+    try:
+        with Image.open(io.BytesIO(picture.content), formats=_FORMATS) as image:
+            image.load()
+    except Exception:  # as above
+        raise picture.refusal("the image is damaged or incomplete") from None
+
+
+def _write_data_url(picture: _Picture) -> None:
+    """Write the URL anew: what the client wrote in it, other parsers may read otherwise."""
+    with Image.open(io.BytesIO(picture.content), formats=_FORMATS) as image:
+        media_type = _MEDIA_TYPES[image.format or "PNG"]
+    picture.url = f"data:{media_type};base64,{base64.b64encode(picture.content).decode()}"
+
+
+def _replaced(messages: list[Message], pictures: list[_Picture]) -> list[Message]:
+    """Return `messages` with the pictures' URLs in place of those they came with."""
+    replaced = list(messages)
+    for picture in pictures:
+        message = replaced[picture.message]
+        parts = list(message["content"])
+        image = parts[picture.part]["image_url"] | {"url": picture.url}
+        parts[picture.part] = {"type": "image_url", "image_url": image}
+        replaced[picture.message] = message | {"content": parts}
+    return replaced

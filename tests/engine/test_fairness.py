@@ -1,0 +1,191 @@
+"""One key's flood does not become another's wait, and equal keys get equal shares; plain FIFO fails at both.
+
+Two gateways with the same real engine, one with the fair queue and one with a FIFO, take turns under the same crowds.
+Only ratios are judged. The engine is given eight slots: on a CPU a step grows with the batch, as on a GPU it does at
+some hundreds. The key that is watched asks one thing at a time, with a prompt of a thousand tokens that is in no cache.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.admission import Policy, QueuedEngine
+from engine.embedded import EmbeddedEngine
+from engine.supervisor import SupervisedEngine
+from gateway.api.dependencies import Services
+from gateway.app import build_authenticator, build_store, create_app
+from gateway.config import parse_config
+from gateway.keys import make_key, split_key
+from gateway.server import Server
+from tests.conftest import ROOT, until
+from tests.gateway_process import UNLIMITED
+
+pytestmark = [pytest.mark.anyio, pytest.mark.vllm, pytest.mark.slow]
+
+SLOTS = 8
+FLOOD = 500
+POLICIES: tuple[Policy, ...] = ("fair", "fifo")
+KEYS = {f"KEY_{name}": make_key() for name in ("WATCHED", "FLOOD", "A", "B", "C", "D")}
+
+WATCHED = {"key": KEYS["KEY_WATCHED"], "clients": 1, "tokens": 8, "words": 1000, "late": True}
+FLOODING = {"key": KEYS["KEY_FLOOD"], "clients": FLOOD, "tokens": 1000}
+# Equal keys that ask for very different amounts, all of them for more than their share.
+EQUAL = [
+    {"key": KEYS["KEY_A"], "clients": 60, "tokens": 120},
+    {"key": KEYS["KEY_B"], "clients": 16, "tokens": 60},
+    {"key": KEYS["KEY_C"], "clients": 16, "tokens": 30},
+    {"key": KEYS["KEY_D"], "clients": 8, "tokens": 60},
+]
+
+
+class _Borrowed(EmbeddedEngine):
+    """The session's engine, which an app that closes must leave running."""
+
+    def __init__(self, engine: EmbeddedEngine) -> None:
+        self.__dict__ = engine.__dict__
+
+    async def start(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+@dataclass
+class Gate:
+    """A gateway, and the queue in front of its engine."""
+
+    server: Server
+    engine: SupervisedEngine
+    services: Services
+
+    async def tokens(self, key: str) -> int:
+        """Return what the ledger says that a key was served."""
+        rows = await self.services.ledger.totals(split_key(key)[0])
+        return sum(row["prompt_tokens"] + row["completion_tokens"] for row in rows)
+
+
+@dataclass
+class Arena:
+    """The gateways by policy, and the crowd."""
+
+    gates: dict[Policy, Gate]
+    crowd: asyncio.subprocess.Process
+
+    async def play(
+        self, policy: Policy, groups: list[dict[str, Any]], duration_s: float
+    ) -> list[dict[str, list[float]]]:
+        """Let the crowd in, measure once all that come early are in, and wait until all have left."""
+        gate = self.gates[policy]
+        assert self.crowd.stdin
+        assert self.crowd.stdout
+        scene = {"port": int(gate.server.url.rpartition(":")[2]), "groups": groups, "duration_s": duration_s}
+        self.crowd.stdin.write(json.dumps(scene).encode() + b"\n")
+        early = sum(group["clients"] for group in groups if not group.get("late"))
+        await until(lambda: gate.engine.unfinished_requests > 0.98 * early, within_s=60)
+        self.crowd.stdin.write(b"begin\n")
+        seen: list[dict[str, list[float]]] = json.loads(await self.crowd.stdout.readline())
+        await until(lambda: not gate.server.server_state.tasks, within_s=30)
+        assert gate.engine.unfinished_requests == 0
+        return seen
+
+
+@asynccontextmanager
+async def _gate(engine: EmbeddedEngine, policy: Policy, store_url: str, folder: Path) -> AsyncIterator[Gate]:
+    config = parse_config(
+        {
+            "engines": {"main": {"kind": "embedded"}},
+            "models": {"shannon-chat": {"description": "General chat completion", "limits": UNLIMITED}},
+            "keys": [{"name": variable.lower(), "key_env": variable} for variable in KEYS],
+            "server": {"port": 0},
+            "store": {"data_dir": str(folder / policy), "command_timeout_ms": 2000},
+        }
+    )
+    variables = KEYS | {"SHANNON_REDIS_URL": store_url}
+    store = build_store(config, variables)
+    supervised = SupervisedEngine(
+        policy, lambda: QueuedEngine(_Borrowed(engine), policy=policy, max_in_flight=SLOTS, max_wait_s=3600)
+    )
+    app = create_app(config, {"main": supervised}, store, build_authenticator(config, store, variables))
+    ready = asyncio.Event()
+    server = Server(app, host="127.0.0.1", port=0, on_ready=lambda url: ready.set())
+    serving = asyncio.create_task(server.serve())
+    await ready.wait()
+    try:
+        yield Gate(server, supervised, app.state.services)
+    finally:
+        server.should_exit = True
+        await serving
+
+
+@pytest.fixture
+async def arena(engine: EmbeddedEngine, store_url: str, tmp_path: Path) -> AsyncIterator[Arena]:
+    async with AsyncExitStack() as stack:
+        gates = {
+            policy: await stack.enter_async_context(_gate(engine, policy, store_url, tmp_path)) for policy in POLICIES
+        }
+        command = [sys.executable, "-m", "tests.engine.crowd"]
+        pipe = asyncio.subprocess.PIPE
+        crowd = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdin=pipe, stdout=pipe, limit=2**22)
+        gc.collect()
+        gc.freeze()  # as `shannon serve` does: collections over all that vllm has made would be what is measured
+        try:
+            yield Arena(gates, crowd)
+        finally:
+            gc.unfreeze()
+            assert crowd.stdin
+            crowd.stdin.close()
+            await crowd.wait()
+
+
+def percentile(values: list[float], part: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(part * len(ordered)))]
+
+
+def jain(values: list[int]) -> float:
+    """Return Jain's index of fairness: 1 when all are equal, 1/n when one has everything."""
+    return sum(values) ** 2 / (len(values) * sum(value * value for value in values))
+
+
+async def test_flood_of_one_key_does_not_move_the_first_token_of_another(arena: Arena) -> None:
+    alone: list[float] = []
+    flooded: dict[Policy, list[float]] = {"fair": [], "fifo": []}
+    await arena.play("fair", [WATCHED], 0.5)
+    for _ in range(3):
+        for policy in POLICIES:
+            (seen,) = await arena.play(policy, [WATCHED], 1.5)
+            alone += seen["first_token_s"]
+            _, seen = await arena.play(policy, [FLOODING, WATCHED], 3.0)
+            # Who is cut off has waited at least so long.
+            flooded[policy] += seen["first_token_s"] + (seen["unanswered_s"] if policy == "fifo" else [])
+
+    p95 = {name: percentile(values, 0.95) for name, values in [("alone", alone), *flooded.items()]}
+    print({n: f"{1000 * v:.1f} ms" for n, v in p95.items()}, len(alone), {p: len(v) for p, v in flooded.items()})
+    print({n: f"{1000 * percentile(v, 0.5):.1f} ms" for n, v in [("alone", alone), *flooded.items()]})
+    assert p95["fair"] <= 2 * p95["alone"]
+    assert p95["fifo"] > 10 * p95["alone"]
+
+
+async def test_equal_keys_are_served_equal_tokens(arena: Arena) -> None:
+    indices: dict[Policy, list[float]] = {"fair": [], "fifo": []}
+    for _ in range(3):
+        for policy in POLICIES:
+            gate = arena.gates[policy]
+            before = [await gate.tokens(group["key"]) for group in EQUAL]
+            await arena.play(policy, EQUAL, 4.0)
+            served = [await gate.tokens(group["key"]) - b for group, b in zip(EQUAL, before, strict=True)]
+            print(policy, served, jain(served))
+            indices[policy].append(jain(served))
+
+    median = {policy: percentile(values, 0.5) for policy, values in indices.items()}
+    assert median["fair"] >= 0.95
+    assert median["fifo"] < 0.8
