@@ -148,6 +148,8 @@ class QueuedEngine:
         finally:
             prepared.waiting = None
             prepared.queue_s += self._clock() - ticket.entered_at
+        if ticket.admitted_at is None:  # woken by close
+            raise EngineUnavailable("The engine is not running.")
 
     async def tokenize(self, request: GenerationRequest) -> list[int]:
         return await self._engine.tokenize(request)
@@ -162,5 +164,5 @@ class QueuedEngine:
         queue, self._queue = self._queue, None
         for ticket in queue.waiters() if queue is not None else ():
             if ticket.turn is not None and not ticket.turn.done():
-                ticket.turn.set_exception(EngineUnavailable("The engine is not running."))
+                ticket.turn.set_result(None)
         await self._engine.close()

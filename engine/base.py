@@ -272,14 +272,14 @@ class Engine(Protocol):
         """Stop and free everything. Running generations raise EngineDied. Idempotent."""
 
 
-def no_embeddings(model: str) -> InvalidRequest:
+def no_embeddings() -> InvalidRequest:
     """Return the error of a model that generates, asked for embeddings."""
-    return InvalidRequest(f"The model {model!r} does not make embeddings.", "model", "model_not_supported")
+    return InvalidRequest("This model does not make embeddings.", "model", "model_not_supported")
 
 
-def no_generation(model: str) -> InvalidRequest:
+def no_generation() -> InvalidRequest:
     """Return the error of a model that embeds, asked to generate."""
-    return InvalidRequest(f"The model {model!r} makes embeddings only.", "model", "model_not_supported")
+    return InvalidRequest("This model makes embeddings only.", "model", "model_not_supported")
 
 
 def resolve_max_tokens(request: GenerationRequest, prompt_tokens: int, max_model_len: int) -> int:

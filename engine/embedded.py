@@ -75,11 +75,16 @@ class EmbeddedEngine(AsyncLLMEngine):
         return bool(self._running().model_config.is_multimodal_model)
 
     def _build(self) -> AsyncLLM:
+        from vllm.config import StructuredOutputsConfig
+
         model_config = self._engine_args().create_model_config()
         tool_parser, reasoning_parser = find_parsers(model_config, self._tool_parser, self._reasoning_parser)
         if reasoning_parser:
             # The core needs it as well: a grammar must not bind what the model thinks.
             self._args["reasoning_parser"] = reasoning_parser
+        config = self._args["structured_outputs_config"]
+        if isinstance(config, dict):  # vLLM writes the parser's name into it
+            self._args["structured_outputs_config"] = StructuredOutputsConfig(**config)
         llm = super()._build()
         try:
             self._renderer = Renderer(llm, tool_parser, reasoning_parser)
@@ -109,7 +114,7 @@ class EmbeddedEngine(AsyncLLMEngine):
         if where is None:
             return await render(request)
         if not self.takes_images:
-            raise InvalidRequest(f"The model {self.name!r} does not take images. Send text only.", where)
+            raise InvalidRequest("This model does not take images. Send text only.", where)
         async with self._image_places:
             return await render(request)
 
@@ -169,13 +174,13 @@ class EmbeddedEngine(AsyncLLMEngine):
             usage.prompt_tokens = prepared.prompt_tokens
             usage.cached_tokens = output.num_cached_tokens or 0
             if output.metrics is not None:
-                prepared.queue_s = max(0.0, output.metrics.scheduled_ts - output.metrics.queued_ts)
+                prepared.queue_s += max(0.0, output.metrics.scheduled_ts - output.metrics.queued_ts)
 
     async def prepare_embedding(self, request: EmbeddingRequest) -> Prepared:
-        raise no_embeddings(self.name)
+        raise no_embeddings()
 
     async def embed(self, prepared: Prepared) -> list[list[float]]:
-        raise no_embeddings(self.name)
+        raise no_embeddings()
 
     async def tokenize(self, request: GenerationRequest) -> list[int]:
         self._running()

@@ -114,6 +114,7 @@ class FairQueue:
         self._last: dict[int, _Flow] = {}
         """The flow admitted last, by priority."""
         self._line: list[tuple[int, float]] = []
+        """Priority and counter at which each waiting request is expected to be admitted, in order; a forecast."""
         self._line_at = -math.inf
 
     def enter(self, prepared: Prepared) -> Ticket:
@@ -168,10 +169,11 @@ class FairQueue:
     def _lift(self, flow: _Flow) -> None:
         """Raise a flow that had nothing waiting to the least of its class that waits, else to the last admitted."""
         rivals = [other for other in self._backlog.values() if other.priority == flow.priority]
-        if not rivals and (last := self._last.get(flow.priority, flow)) is not flow:
-            rivals = [last]
         if rivals:
             flow.base += max(0, min(rival.counter() for rival in rivals) - flow.counter())
+        elif last := self._last.get(flow.priority):
+            # Without contention what runs now is left out: summing it up for every request would be its main cost.
+            flow.base = max(flow.base, last.base)
 
     def _fits(self, ticket: Ticket) -> bool:
         flow = ticket._flow

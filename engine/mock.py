@@ -181,7 +181,7 @@ class MockEngine:
                         await _fail(fault, dead)
                     if number and (self._token_s or number % _YIELD_EVERY == 0 or self._frozen):
                         await self._pause(self._token_s, dead)
-                    self._count(prepared)
+                    self._count(prepared, delta)
                     delta = replace(delta, index=index)
                     if request.stream:
                         yield delta
@@ -199,11 +199,12 @@ class MockEngine:
         if dead.is_set():
             raise EngineDied("The engine failed during generation.")
 
-    def _count(self, prepared: Prepared) -> None:
+    def _count(self, prepared: Prepared, delta: Delta) -> None:
         if not prepared.usage.prompt_tokens:
             prepared.usage.prompt_tokens = prepared.prompt_tokens
             self.counters.prompt_tokens += prepared.prompt_tokens
         prepared.usage.completion_tokens += 1
+        prepared.usage.reasoning_tokens += bool(delta.reasoning)
         self.counters.completion_tokens += 1
 
 

@@ -116,14 +116,14 @@ class PoolingEngine(AsyncLLMEngine):
         prepared.usage.cached_tokens += output.num_cached_tokens or 0
 
     async def prepare(self, request: GenerationRequest) -> Prepared:
-        raise no_generation(self.name)
+        raise no_generation()
 
     def generate(self, prepared: Prepared) -> AsyncGenerator[Delta, None]:
-        raise no_generation(self.name)
+        raise no_generation()
 
     async def tokenize(self, request: GenerationRequest) -> list[int]:
         if request.prompt is None:
-            raise no_generation(self.name)
+            raise no_generation()
         llm = self._running()
         texts = EmbeddingRequest(request_id=request.request_id, inputs=[request.prompt])
         with counted("prompt", llm.model_config), invalid_request("prompt"):

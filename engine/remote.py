@@ -228,7 +228,7 @@ class RemoteEngine:
         async def ask(replica: Replica) -> dict[str, Any] | None:
             if not replica.tokenizes:
                 return None
-            status, answer = await self._upstream.post(replica, f"{replica.root}/tokenize", body, _TOKENIZE_TIMEOUT_S)
+            status, answer = await self._upstream.post(f"{replica.root}/tokenize", body, _TOKENIZE_TIMEOUT_S)
             if status in (400, 413, 422):
                 raise InvalidRequest("The model's server can't tokenize the prompt. Check it.", "prompt")
             if status in _NO_SUCH_ROUTE or (status == 200 and not is_tokens(answer)):
@@ -255,7 +255,7 @@ class RemoteEngine:
 
         async def ask(replica: Replica) -> str:
             url = f"{replica.root}/detokenize"
-            status, answer = await self._upstream.post(replica, url, body, _TOKENIZE_TIMEOUT_S)
+            status, answer = await self._upstream.post(url, body, _TOKENIZE_TIMEOUT_S)
             if status in _NO_SUCH_ROUTE:
                 raise _no_tokenizer()
             if status in (400, 413, 422):
@@ -272,7 +272,7 @@ class RemoteEngine:
         async def ask(replica: Replica) -> list[list[float]]:
             body = call.body | self._upstream.vllm_fields(replica, call.request)
             url, timeout_s = f"{replica.url}/embeddings", self._first_token_timeout_s
-            status, answer = await self._upstream.post(replica, url, body, timeout_s, prepared.request_id)
+            status, answer = await self._upstream.post(url, body, timeout_s, prepared.request_id)
             if status != 200:
                 refuse(status, answer, call.request)
             vectors, told = read_vectors(answer, len(body["input"]))

@@ -11,10 +11,12 @@ import contextlib
 import dataclasses
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
+
+import orjson
 
 from engine.async_llm import invalid_request
 from engine.base import (
@@ -53,6 +55,8 @@ _CHAT_ONLY_FIELDS = frozenset(
 )
 COUNTED_CONTEXTS = 4
 """How many times its context a prompt may take and still be tokenized: one thread does it for everybody."""
+_MAX_WHITE_SPACE = 20
+"""Characters in one place: a new line, and an indentation that nobody exceeds."""
 _SOURCE = re.compile(r"\[[\d:]+\] \S+:\d+: ")
 """Where in its own source a compiler of grammars gave up."""
 
@@ -63,24 +67,22 @@ def find_parsers(model_config: ModelConfig, tool: str | None, reasoning: str | N
     None finds it from the model's own files, "" does without. Raises EngineError about one that vLLM does not know or
     the model can't use: better now than when its weights are loaded.
     """
-    from vllm.reasoning import ReasoningParserManager
+    from vllm.parser import ParserManager
     from vllm.tokenizers import cached_tokenizer_from_config
-    from vllm.tool_parsers import ToolParserManager
 
     tokenizer: Any = cached_tokenizer_from_config(model_config)
     found = _find_parsers(model_config, tokenizer)
     tool = found[0] if tool is None else tool or None
     reasoning = found[1] if reasoning is None else reasoning or None
-    for name, setting, parser_of in (
-        (tool, "tool_parser", ToolParserManager.get_tool_parser),
-        (reasoning, "reasoning_parser", ReasoningParserManager.get_reasoning_parser),
-    ):
-        try:
-            parser_of(name)(tokenizer) if name else None
-        except KeyError as error:
-            raise EngineError(f"{setting}: vLLM has no parser named {name!r}.") from error
-        except Exception as error:  # parsers raise all sorts on tokens that a vocabulary lacks
-            raise EngineError(f"{setting}: {name!r} can't read this model: {error}") from error
+    harmony = model_config.hf_config.model_type == "gpt_oss"
+    try:
+        parser_cls: Any = ParserManager.get_parser(
+            tool, reasoning, enable_auto_tools=bool(tool), is_harmony=harmony, tokenizer=tokenizer
+        )
+        if parser_cls is not None:
+            parser_cls(tokenizer, None, model_config=model_config)
+    except Exception as error:  # parsers raise all sorts on tokens that a vocabulary lacks
+        raise EngineError(f"tool_parser {tool!r} with reasoning_parser {reasoning!r}: {error}") from error
     return tool, reasoning
 
 
@@ -106,6 +108,8 @@ class Rendered:
     """`reasoning_ended` and `reasoning_parser_kwargs` of AsyncLLM.add_request."""
     constraint: str | None
     """What binds the text to a grammar, by the client's name for it."""
+    thoughtless_parser: Callable[[], Any] | None = None
+    """Makes a parser that takes all text for said; set where the prompt has closed the model's thinking already."""
 
 
 class Renderer:
@@ -169,7 +173,8 @@ class Renderer:
             "reasoning_parser_kwargs": {"chat_template_kwargs": kwargs} if parser is not None else None,
         }
         prompt_tokens = extract_prompt_len(self._config, engine_input)
-        return Rendered(engine_input, prompt_tokens, chat, True, reasoning, _constraint(request))
+        thoughtless = partial(self._make_parser, chat, reasons=False) if reasoning["reasoning_ended"] else None
+        return Rendered(engine_input, prompt_tokens, chat, True, reasoning, _constraint(request), thoughtless)
 
     async def _render_prompt(self, request: GenerationRequest, contexts: int) -> Rendered:
         from vllm.entrypoints.openai.completion.protocol import CompletionRequest
@@ -190,6 +195,7 @@ class Renderer:
 
     def sampling_params(self, rendered: Rendered, max_tokens: int) -> SamplingParams:
         """Return vLLM's sampling parameters: only after rendering, where its parsers may change the request."""
+        _bound_white_space(rendered.request)
         try:
             with invalid_request():
                 params: SamplingParams = rendered.request.to_sampling_params(max_tokens, self._default_sampling_params)
@@ -218,9 +224,11 @@ class Renderer:
             return None
         return [self._make_parser(request) for _ in range(n)]
 
-    def _make_parser(self, chat: Any) -> Any:
-        assert self._parser_cls is not None
-        return self._parser_cls(
+    def _make_parser(self, chat: Any, *, reasons: bool = True) -> Any:
+        parser_cls: Any = self._parser_cls
+        if not reasons:
+            parser_cls = type("Thoughtless", (parser_cls,), {"reasoning_parser_cls": None})
+        return parser_cls(
             self._renderer.renderer.get_tokenizer(),
             chat.tools,
             chat_template_kwargs=self._renderer.effective_chat_template_kwargs(chat),
@@ -238,11 +246,13 @@ class ChoiceReader:
     def __init__(self, rendered: Rendered, top_logprobs: int | None, parser: Any, usage: Usage) -> None:
         self._chat = rendered.request
         self._constraint = rendered.constraint
+        self._thoughtless_parser = rendered.thoughtless_parser
         self._top_logprobs = top_logprobs
         self._parser = parser
         self._usage = usage
         self._token_ids: list[int] = []
         self._called = False
+        self._thought = False
 
     def read(self, choice: CompletionOutput, prompt_token_ids: list[int] | None, *, stream: bool) -> Delta:
         """Return what `choice` brought. A delta may be empty: parsers hold back what may become a call."""
@@ -288,6 +298,10 @@ class ChoiceReader:
             return
         delta.text = message.content or ""
         delta.reasoning = message.reasoning or ""
+        if delta.reasoning and not self._thought:
+            # Where vLLM merged deltas, some of its parsers leave in what opens the thought.
+            self._thought = True
+            delta.reasoning = delta.reasoning.removeprefix(self._parser.reasoning_parser.reasoning_start_str or "")
         delta.tool_calls = [
             ToolCallDelta(
                 call.index,
@@ -301,9 +315,16 @@ class ChoiceReader:
     def _parse_whole(self, delta: Delta, choice: CompletionOutput, prompt_token_ids: list[int] | None) -> None:
         from vllm.renderers.chat_utils import make_tool_call_id
 
+        parser = self._parser
+        if (
+            self._thoughtless_parser is not None
+            and (parser.reasoning_parser.reasoning_end_str or "") not in choice.text
+        ):
+            # Streamed, vLLM sees this by itself; whole, some of its parsers call all of it a thought.
+            parser = self._thoughtless_parser()
         if prompt_token_ids is not None:
-            self._parser.set_prompt_token_ids(prompt_token_ids)
-        reasoning, content, calls = self._parser.parse(
+            parser.set_prompt_token_ids(prompt_token_ids)
+        reasoning, content, calls = parser.parse(
             choice.text, self._chat, enable_auto_tools=True, model_output_token_ids=choice.token_ids
         )
         delta.text = content or ""
@@ -359,6 +380,31 @@ def _constraint(request: GenerationRequest) -> str | None:
     if request.response_format is not None and request.response_format["type"] == "json_schema":
         return "response_format.json_schema.schema"
     return "tools" if request.tools else None
+
+
+def _bound_white_space(request: Any) -> None:
+    """Bound the white space in the arguments of calls that are held to a schema, as our settings do for other JSON.
+
+    vLLM makes a grammar of such calls that knows nothing of `disable_any_whitespace`.
+    """
+    bound = request.structured_outputs
+    if bound is None or bound.structural_tag is None:
+        return
+
+    def walk(node: Any) -> None:
+        if isinstance(node, dict):
+            if node.get("type") == "json_schema" and node.get("style") == "json":
+                node["max_whitespace_cnt"] = _MAX_WHITE_SPACE
+                return  # what is below is the client's schema
+            for child in node.values():
+                walk(child)
+        elif isinstance(node, list):
+            for child in node:
+                walk(child)
+
+    tag = orjson.loads(bound.structural_tag)
+    walk(tag)
+    request.structured_outputs = dataclasses.replace(bound, structural_tag=orjson.dumps(tag).decode())
 
 
 @cache

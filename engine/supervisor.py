@@ -68,6 +68,7 @@ class SupervisedEngine:
         self._build = build
         self._lazy = lazy
         self._loading: asyncio.Task[None] | None = None
+        self._unused = True  # the engine that was built first has not been started yet
         self._engine = build()
         self._engine_stall_s = engine_stall_s
         self._max_engine_restarts = max_engine_restarts
@@ -132,13 +133,15 @@ class SupervisedEngine:
     async def _load(self) -> None:
         log.info("loading engine %s", self.name)
         try:
+            if not self._unused:
+                self._engine = self._build()
+            self._unused = False
             await self._engine.start()
         except Exception as error:
             log.error("engine %s could not be loaded: %s", self.name, error)
             with contextlib.suppress(Exception):
                 await self._engine.close()
             if self._spend_restart(error):
-                self._engine = self._build()
                 self._become("idle")
         else:
             self._watch_from_now()

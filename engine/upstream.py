@@ -1,8 +1,8 @@
 """HTTP to the replicas of a remote engine: probes, whole answers, and streams.
 
-One connection pool for all replicas, without a bound of its own: admission is the gateway's. Nothing of the process's
-environment (proxies, netrc) is used. What transport and timeouts fail with leaves as AttemptFailed, refusals as
-`engine.wire` says. Leaves out which replica to ask.
+One connection pool for all replicas, without a bound of its own: admission is the gateway's. It is httpx's messages
+over a transport, without httpx's client: no cookies, redirects, proxies, or log of every request. What transport and
+timeouts fail with leaves as AttemptFailed, refusals as `engine.wire` says. Leaves out which replica to ask.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
-from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
 
 import httpx
@@ -52,56 +51,48 @@ class Upstream:
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self._connect_timeout_s = connect_timeout_s
-        self._transport = transport
+        self._network = transport
         self._cache_salt = cache_salt
         self._priority = priority
         try:
             self._context = make_context(tls_verify, tls_ca_file) if tls else None
         except OSError as error:  # ssl.SSLError is one
             raise EngineError(f"tls_ca_file: {error.strerror or error}") from error
-        self._client: httpx.AsyncClient | None = None
+        self._transport: httpx.AsyncBaseTransport | None = None
 
     @property
     def closed(self) -> bool:
         """Whether there is no connection pool, so that nothing can be asked."""
-        return self._client is None
+        return self._transport is None
 
-    def running(self) -> httpx.AsyncClient:
-        """Return the client. Raises EngineUnavailable when closed."""
-        if self._client is None:
+    def running(self) -> httpx.AsyncBaseTransport:
+        """Return the connection pool. Raises EngineUnavailable when closed."""
+        if self._transport is None:
             raise EngineUnavailable("The engine is not running.")
-        return self._client
+        return self._transport
 
     def open(self) -> None:
         """Make the connection pool; connections come as they are needed."""
-        self._client = httpx.AsyncClient(
-            headers=self._headers,
-            timeout=httpx.Timeout(None, connect=self._connect_timeout_s),
-            transport=self._transport or Http1Transport(self._context, keepalive_s=_KEEPALIVE_S),
-            trust_env=False,
-            # A load balancer's cookie of one request must not steer the others.
-            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
-        )
+        self._transport = self._network or Http1Transport(self._context, keepalive_s=_KEEPALIVE_S)
 
     async def close(self) -> None:
         """Close all connections; whoever reads from one gets AttemptFailed. Idempotent."""
-        client, self._client = self._client, None
-        if client is not None:
-            await client.aclose()
+        transport, self._transport = self._transport, None
+        if transport is not None:
+            await transport.aclose()
 
     async def probe(self, replica: Replica) -> None:
         """Ask for health, and learn about the model and its server. Raises AttemptFailed."""
-        client = self.running()
         with transport_failures():
             async with asyncio.timeout(_PROBE_TIMEOUT_S):
-                health = await client.get(f"{replica.root}/health")  # 404 where there is none, as at OpenAI
-                models = await client.get(f"{replica.url}/models")
-        if health.status_code >= 500 or models.status_code in (401, 403) or models.status_code >= 500:
-            raise AttemptFailed(f"answers /health with {health.status_code}, /models with {models.status_code}")
+                health, _ = await self._ask("GET", f"{replica.root}/health")  # 404 where there is none, as at OpenAI
+                status, models = await self._ask("GET", f"{replica.url}/models")
+        if health >= 500 or status in (401, 403) or status >= 500:
+            raise AttemptFailed(f"answers /health with {health}, /models with {status}")
         replica.tokenizes = True
         replica.refused.clear()
         with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
-            cards = {card["id"]: card for card in orjson.loads(models.content)["data"]}
+            cards = {card["id"]: card for card in models["data"]}
             if self.model not in cards:
                 log.error("replica %s does not list the model %s", replica.url, self.model)
             card = cards.get(self.model, {})
@@ -109,14 +100,24 @@ class Upstream:
             replica.is_vllm = card.get("owned_by") == "vllm"
 
     async def post(
-        self, replica: Replica, url: str, body: dict[str, Any], timeout_s: float, request_id: str | None = None
+        self, url: str, body: dict[str, Any], timeout_s: float, request_id: str | None = None
     ) -> tuple[int, Any]:
         """Return the status and the parsed body (None if it is not JSON) of an answer. Raises AttemptFailed."""
-        client = self.running()
         with transport_failures():
             async with asyncio.timeout(timeout_s):
-                response = await client.post(url, content=orjson.dumps(body), headers=_request_headers(request_id))
-        return response.status_code, _parsed(response.content)
+                return await self._ask("POST", url, orjson.dumps(body), request_id)
+
+    async def _ask(self, method: str, url: str, content: bytes = b"", request_id: str | None = None) -> tuple[int, Any]:
+        async with contextlib.aclosing(await self._send(method, url, content, request_id)) as response:
+            return response.status_code, _parsed(await response.aread())
+
+    async def _send(self, method: str, url: str, content: bytes, request_id: str | None) -> httpx.Response:
+        """Send a request and return its response, which the caller closes. Raises httpx.TransportError."""
+        # By its id the replica's log can be matched with ours. It is made by the server.
+        headers = self._headers | ({"X-Request-Id": request_id} if request_id else {})
+        extensions = {"timeout": {"connect": self._connect_timeout_s}}
+        request = httpx.Request(method, url, headers=headers, content=content, extensions=extensions)
+        return await self.running().handle_async_request(request)
 
     @contextlib.asynccontextmanager
     async def stream(
@@ -124,8 +125,9 @@ class Upstream:
     ) -> AsyncIterator[tuple[AsyncIterator[bytes], Callable[[], bytes]]]:
         """Post a generation; give the bytes of its stream, and a function for those that arrived but were not read.
 
-        Leaving closes the connection, which aborts the generation there. Options that the replica does not know are left out and remembered. `deadline` is the event loop's time, for
-        the headers. Raises AttemptFailed, InvalidRequest.
+        Leaving closes the connection, which aborts the generation there. Options that the replica does not know are
+        left out and remembered. `deadline` is the event loop's time, for the head of the response. Raises
+        AttemptFailed, InvalidRequest.
         """
         assert isinstance(call.request, GenerationRequest)
         url = f"{replica.url}/{'chat/completions' if call.request.prompt is None else 'completions'}"
@@ -134,8 +136,8 @@ class Upstream:
             async with contextlib.AsyncExitStack() as stack:
                 async with asyncio.timeout_at(deadline):
                     content = orjson.dumps(self._generation_body(replica, call, refused))
-                    opening = self.running().stream("POST", url, content=content, headers=_request_headers(request_id))
-                    response = await stack.enter_async_context(opening)
+                    response = await self._send("POST", url, content, request_id)
+                    stack.push_async_callback(response.aclose)
                     answer = None if response.status_code == 200 else await _refusal(response)
                 if response.status_code == 200:
                     if not response.headers.get("content-type", "").startswith("text/event-stream"):
@@ -168,11 +170,6 @@ class Upstream:
         return fields
 
 
-def _request_headers(request_id: str | None) -> dict[str, str]:
-    """Return the header by which the replica's log can be matched with ours. The id is made by the server."""
-    return {"X-Request-Id": request_id} if request_id else {}
-
-
 @contextlib.contextmanager
 def transport_failures() -> Iterator[None]:
     """Turn what httpx and timeouts raise into AttemptFailed."""
@@ -185,7 +182,7 @@ def transport_failures() -> Iterator[None]:
 
 
 def _chunks(response: httpx.Response) -> AsyncIterator[bytes]:
-    """Return the body as it arrives; without httpx's two layers of generators where there is nothing to decode."""
+    """Return the body as it arrives; without httpx's layers of generators where there is nothing to decode."""
     if "content-encoding" in response.headers:
         return response.aiter_bytes()
     assert isinstance(response.stream, httpx.AsyncByteStream)

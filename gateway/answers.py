@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+import orjson
 
 from engine.base import Delta, FinishReason, TokenLogprob
 
@@ -61,8 +63,20 @@ class Answer:
         ]
 
     def message(self) -> dict[str, Any]:
-        """Return the answer as a message that may stand in a later request."""
+        """Return the answer as an assistant's message."""
         message: dict[str, Any] = {"role": "assistant", "content": self.text or (None if self.calls else "")}
         if self.calls:
             message["tool_calls"] = self.tool_calls
         return message
+
+    def remembered(self) -> dict[str, Any]:
+        """Return the answer as a message that may stand in a later request: without calls that were cut off."""
+        whole = {index: call for index, call in self.calls.items() if _is_object("".join(call.arguments))}
+        return replace(self, calls=whole).message()
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(orjson.loads(text), dict)
+    except orjson.JSONDecodeError:
+        return False

@@ -18,20 +18,27 @@ from starlette.responses import Response
 
 from engine.admission import QueuedEngine
 from engine.base import Engine, EngineError
+from engine.inspector import Inspector, Source
 from engine.supervisor import SupervisedEngine
+from engine.transformers_inspector import TransformersInspector
 from gateway import __version__
+from gateway.address_limit import AddressLimit
 from gateway.api import (
     admin,
     completions,
     embeddings,
     health,
+    jobs,
     messages,
     models,
     openai,
     responses,
+    resume,
     sessions,
     tokens,
+    trace,
     usage,
+    web,
 )
 from gateway.api.dependencies import Services
 from gateway.api.messages_schema import CountTokensRequest, MessagesRequest
@@ -60,17 +67,21 @@ from gateway.errors import (
     StoreUnavailable,
     Unavailable,
 )
+from gateway.event_log import EventLogs
 from gateway.events import Clock
 from gateway.fetch import Fetcher
 from gateway.images import Images
+from gateway.jobs import Jobs
 from gateway.keys import Keys, KeySpec
 from gateway.limits import Limits
 from gateway.live_responses import LiveResponses
 from gateway.metrics import Metrics
 from gateway.middleware import RequestMiddleware, error_response
+from gateway.resumable import ResumableStreams
 from gateway.sessions import Sessions
 from gateway.store import Store
 from gateway.stored_responses import StoredResponses
+from gateway.tools.assembly import build_toolbox
 from gateway.usage import Ledger
 
 # Bodies that routes parse themselves, for the OpenAPI document.
@@ -83,6 +94,11 @@ _BODIES = (
     embeddings.EmbeddingBody,
     tokens.TokenizeRequest,
     tokens.DetokenizeRequest,
+    jobs.JobRequest,
+    trace.InspectRequest,
+    trace.InspectAttentionRequest,
+    trace.ChatStreamRequest,
+    trace.FullAttentionRequest,
     KeySpec,
 )
 EXPOSED_HEADERS = [
@@ -99,8 +115,12 @@ def create_app(
     store: Store,
     authenticator: Authenticator,
     clock: Clock = time.time,
+    environment: Mapping[str, str] = os.environ,
+    inspector: Inspector | None = None,
 ) -> FastAPI:
-    """Return the application.
+    """Return the application. Raises ConfigError where a tool's key is not in `environment`.
+
+    `inspector` stands in place of the one that the configuration asks for.
 
     Its lifespan starts the store, and the engines in the background; at the end it closes them in reverse. Usage is
     written before the store goes.
@@ -116,6 +136,8 @@ def create_app(
     )
     metrics = store.metrics
     drain = Drain()
+    logs = EventLogs(store)
+    fetcher = Fetcher(config.fetch)
     app.state.services = Services(
         config=config,
         engines=engines,
@@ -126,16 +148,22 @@ def create_app(
         ledger=Ledger(store, config.store.data_dir),
         sessions=Sessions(config.sessions, store, metrics),
         responses=LiveResponses(StoredResponses(config.sessions, store, metrics), drain, metrics),
-        images=Images(config.images, Fetcher(config.fetch)),
+        resumable=ResumableStreams(config.resume, logs, drain, metrics),
+        jobs=Jobs(config.jobs, logs, store, drain, metrics),
+        images=Images(config.images, fetcher),
+        tools=build_toolbox(config, environment, fetcher),
         cache_salts=CacheSalts(config.prefix_cache, store),
         store=store,
         metrics=metrics,
         drain=drain,
+        inspector=inspector or build_inspector(config),
+        address_limit=AddressLimit(config.inspector.requests_per_minute, config.inspector.burst, clock),
         clock=clock,
     )
-    protocols = (openai, responses, messages, completions, embeddings, tokens)
-    for module in (*protocols, models, sessions, usage, admin, health):
+    protocols = (openai, resume, responses, messages, completions, embeddings, tokens, trace, jobs)
+    for module in (*protocols, models, sessions, usage, admin, health, web):
         app.include_router(module.router)
+    app.include_router(trace.plain_router)
     app.user_middleware = _middleware(config, metrics)
     app.add_exception_handler(GatewayError, _on_gateway_error)
     app.add_exception_handler(StoreUnavailable, _on_store_unavailable)
@@ -167,6 +195,24 @@ def build_engines(config: Config, environment: Mapping[str, str] = os.environ) -
         except (EngineError, TypeError) as error:
             raise ConfigError(f"engines.{name}: {error}") from error
     return engines
+
+
+def build_inspector(config: Config) -> Inspector | None:
+    """Return what looks into the models of this process, with nothing loaded yet; None where it is turned off."""
+    if not config.inspector.enabled:
+        return None
+    sources = {
+        name: Source(settings.model, settings.revision, settings.trust_remote_code, _max_model_len(settings))
+        for name, settings in config.engines.items()
+        if isinstance(settings, EmbeddedSettings) and settings.kind == "embedded"
+    }
+    return TransformersInspector(sources, **config.inspector.arguments())
+
+
+def _max_model_len(settings: EmbeddedSettings) -> int | None:
+    """Return the context length that was set. vLLM takes words for it as well, which leave it to the checkpoint."""
+    length = settings.args.get("max_model_len")
+    return length if isinstance(length, int) and length > 0 else None
 
 
 def build_store(config: Config, environment: Mapping[str, str] = os.environ) -> Store:
@@ -254,6 +300,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     await services.authenticator.start()
     await services.ledger.start()
     await services.cache_salts.start()
+    await services.tools.start()
     # A failed start is kept in the engine's `failed`, which the owner of the process watches.
     starts = [asyncio.create_task(_start(engine)) for engine in services.engines.values()]
     try:
@@ -263,6 +310,11 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             start.cancel()
         await asyncio.gather(*starts, return_exceptions=True)
         await services.responses.close()
+        await services.resumable.close()
+        await services.jobs.close()
+        if services.inspector is not None:
+            await services.inspector.close()
+        await services.tools.close()
         await asyncio.gather(*(engine.close() for engine in services.engines.values()))
         await services.authenticator.close()
         await services.ledger.close()

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from engine.base import Engine
+from engine.base import Engine, EngineError
 from gateway.auth import Principal
 from gateway.config import Config, ModelSettings
 from gateway.errors import ModelNotAllowed, ModelNotFound
@@ -27,13 +27,18 @@ class ModelSpec:
     engine: Engine
 
     def describe(self) -> dict[str, Any]:
-        """Return OpenAI's model object, with the description added."""
+        """Return OpenAI's model object, with the description added, and `takes_images`: null until the engine is up."""
+        try:
+            takes_images = self.engine.takes_images
+        except EngineError:
+            takes_images = None
         return {
             "id": self.id,
             "object": "model",
             "created": _CREATED,
             "owned_by": "shannon",
             "description": self.settings.description,
+            "takes_images": takes_images,
         }
 
 

@@ -29,6 +29,17 @@ class _Settings(BaseModel):
 
 
 Priority = Literal["high", "normal", "low"]
+_VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*$"
+
+
+def _base_url(url: str) -> str:
+    """Return an http(s) URL as it is. Raises ValueError where it is none, or holds what belongs elsewhere."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("must be an http or https URL")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ValueError("must hold no credentials, query or fragment; keys are named by environment variable")
+    return url
 
 
 class AdmissionSettings(_Settings):
@@ -195,11 +206,33 @@ class WeightsSettings(_Settings):
     it. null means HF_HUB_CACHE, else `hub` in HF_HOME; SHANNON_MODEL_CACHE overrides it."""
 
 
+class BudgetSettings(_Settings):
+    seconds: float = Field(300.0, gt=0)
+    """Time for the whole request; agents stop in time for the answer to be written. SDKs give up after 600 s."""
+    tokens: int = Field(100_000, ge=1)
+    """Prompt and completion tokens of all agents together; the answer is written in any case."""
+    tool_calls: int = Field(60, ge=0)
+    """Tool calls of all agents together."""
+    concurrency: int = Field(6, ge=1, le=64)
+    """Agents that work at once."""
+
+
 class ModelSettings(_Settings):
     engine: str = "main"
     """Name of the engine that serves this model."""
-    workflow: Literal["chat"] = "chat"
-    """What the model does with a request; `chat` is one generation."""
+    workflow: Literal[
+        "chat",
+        "quick_research",
+        "standard_research",
+        "deep_research",
+        "academic_research",
+        "complex",
+        "ads_research",
+        "analytics",
+    ] = "chat"
+    """What the model does with a request; `chat` is one generation, the others are many, by agents with tools."""
+    budget: BudgetSettings = BudgetSettings()
+    """What one request may spend on agents; `chat` has none."""
     description: str
     """One line for people, shown by GET /v1/models."""
     limits: LimitSettings = LimitSettings()
@@ -280,6 +313,34 @@ class SessionSettings(_Settings):
     """Bytes kept per session; the oldest turns go first."""
 
 
+class ResumeSettings(_Settings):
+    enabled: bool = True
+    """Offer streams of chat completions that can be taken up again after they were cut."""
+    ttl_s: float = Field(120.0, gt=0)
+    """How long such a stream is kept after its end, and how long it is made while nobody reads it: long enough for a
+    telephone to find its network again."""
+    max_bytes: int = Field(4 * 2**20, ge=262_144)
+    """Bytes kept of one stream, of the newest frames; a frame of plain text takes about 250."""
+    keys: list[str] = Field(default_factory=list)
+    """Ids of API keys (the part after `sk-shannon-`) whose streams are all resumable, unless a request says no."""
+
+
+class JobSettings(_Settings):
+    resume_s: float = Field(10.0, ge=0)
+    """How long a dropped stream of jobs may be taken up again; after that its client has left, and its jobs are
+    cancelled. 0 cancels them at once."""
+    max_queued_per_client: int = Field(32, ge=1)
+    """Jobs that one client may have, the running one included."""
+    max_job_bytes: int = Field(262_144, ge=1024)
+    """Largest job: jobs wait in the store."""
+    max_streams_per_key: int = Field(128, ge=1)
+    """Streams of jobs that one key may have open at each gateway."""
+    max_idle_s: float = Field(600.0, gt=0)
+    """A stream without a job for this long is ended, so that forgotten ones don't pile up."""
+    max_log_bytes: int = Field(2**20, ge=262_144)
+    """Bytes kept of one stream's events, the newest, for taking it up again."""
+
+
 class ServerSettings(_Settings):
     host: str = "127.0.0.1"
     """Address to listen on; SHANNON_HOST overrides it."""
@@ -331,6 +392,186 @@ class ImageSettings(_Settings):
     and twice as many keep vLLM busy for more than a second."""
 
 
+class WebSearchSettings(_Settings):
+    provider: Literal["searxng", "brave", "tavily", "serper"]
+    """Who searches: a SearXNG of your own, or one of three services that sell searches."""
+    url: str | None = None
+    """Base URL of the service; null means the seller's own. SearXNG needs one, and `json` in its `search.formats`."""
+    api_key_env: str | None = None
+    """Environment variable that holds the API key; null means BRAVE_API_KEY, TAVILY_API_KEY or SERPER_API_KEY, and
+    none for SearXNG."""
+    max_results: int = Field(8, ge=1, le=20)
+    """Results of one search where the agent names no number."""
+    language: str | None = Field(None, pattern=r"^[a-z]{2,3}(-[A-Z]{2})?$")
+    """Language to prefer, as `en` or `de-CH`; null leaves it to the service. Tavily knows none."""
+    timeout_s: float = Field(10.0, gt=0)
+    """Longest time for one attempt of a search."""
+    requests_per_s: float | None = Field(None, gt=0)
+    """Searches that this process begins in a second, for plans that allow few; others wait. null means no limit."""
+
+    @model_validator(mode="after")
+    def _url_must_be_a_base_url(self) -> WebSearchSettings:
+        if self.url is None:
+            if self.provider == "searxng":
+                raise ValueError("url: SearXNG needs the address of your server, as http://searxng:8080")
+            return self
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("url: must be an http or https URL")
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise ValueError("url: must hold no credentials, query or fragment; the key goes into api_key_env")
+        return self
+
+
+class WebFetchSettings(_Settings):
+    enabled: bool = True
+    """Let agents read web pages, under the rules of `fetch`."""
+    robots: bool = True
+    """Ask each site's robots.txt first, as `shannon-gateway`, and keep to it."""
+    max_bytes: int = Field(8 * 2**20, ge=1024)
+    """Largest page or PDF. Of HTML the first 4 MiB are read."""
+
+
+class LocalSearchSettings(_Settings):
+    folder: Path
+    """Documents that agents may search and read: PDF, HTML, Markdown and text, folders within included, hidden ones
+    not. All of it is open to every key that may use a model with these tools."""
+    index: Path | None = None
+    """File of the index, on a local disk; null means `documents.sqlite3` in `store.data_dir`. One per folder."""
+    refresh_s: float = Field(60.0, gt=0)
+    """Pause between two looks through the folder for what is new, changed or gone."""
+    max_file_bytes: int = Field(32 * 2**20, ge=1024)
+    """Largest document; larger ones are left out, and logged."""
+    max_results: int = Field(8, ge=1, le=20)
+    """Passages of one search where the agent names no number."""
+
+
+class ReadingSettings(_Settings):
+    processes: int = Field(2, ge=1, le=32)
+    """Processes that parse web pages at once; the documents of `local_search` have one more. Each may take 1 GiB."""
+    timeout_s: float = Field(15.0, gt=0)
+    """Longest time to parse one page or document; it is given up then."""
+
+
+class Ga4Settings(_Settings):
+    property_id: str = Field(pattern=r"^[0-9]{1,20}$")
+    """Number of the Google Analytics 4 property, as its admin page shows it."""
+    credentials_env: str = Field("GOOGLE_APPLICATION_CREDENTIALS", pattern=_VARIABLE)
+    """Environment variable that holds the path of a service account's key file (JSON). The account needs the role
+    Viewer in the property."""
+    url: str = "https://analyticsdata.googleapis.com"
+    """Base URL of the Data API."""
+    timeout_s: float = Field(30.0, gt=0)
+    """Longest time for one attempt of a report."""
+
+    @field_validator("url")
+    @classmethod
+    def _url_must_be_a_base_url(cls, url: str) -> str:
+        return _base_url(url)
+
+
+class SerpAdsSettings(_Settings):
+    provider: Literal["serper", "searchapi"]
+    """Who fetches results pages, with the ads on them."""
+    url: str | None = None
+    """Base URL of the service; null means the seller's own."""
+    api_key_env: str | None = Field(None, pattern=_VARIABLE)
+    """Environment variable that holds the API key; null means SERPER_API_KEY or SEARCHAPI_API_KEY."""
+    country: str = Field("us", pattern=r"^[a-z]{2}$")
+    """Where the search is made from, if the agent names no country; ads differ by it."""
+    language: str = Field("en", pattern=r"^[a-z]{2}(-[a-z]{2,4})?$")
+    """Language of the page, if the agent names none."""
+    timeout_s: float = Field(20.0, gt=0)
+    """Longest time for one attempt; such services load whole pages."""
+
+    @field_validator("url")
+    @classmethod
+    def _url_must_be_a_base_url(cls, url: str | None) -> str | None:
+        return url if url is None else _base_url(url)
+
+
+class McpServerSettings(_Settings):
+    command: list[str] = Field(default_factory=list)
+    """Program and arguments of a server that speaks over its standard input and output; it dies with the gateway."""
+    env: list[Annotated[str, Field(pattern=_VARIABLE)]] = Field(default_factory=list)
+    """Environment variables that the program gets; of the others only PATH, HOME and the like."""
+    url: str | None = None
+    """Address of a server that speaks streamable HTTP, in place of `command`."""
+    headers_env: dict[str, Annotated[str, Field(pattern=_VARIABLE)]] = Field(default_factory=dict)
+    """HTTP headers for it, each with the environment variable that holds its value."""
+    tools: list[str] | None = None
+    """Tools that agents may call, by the server's own names; null means all that it offers."""
+    timeout_s: float = Field(30.0, gt=0)
+    """Longest time for the server to start, and for one answer."""
+
+    @model_validator(mode="after")
+    def _must_be_one_kind(self) -> McpServerSettings:
+        if bool(self.command) == bool(self.url):
+            raise ValueError("give either command or url")
+        if self.url is not None:
+            _base_url(self.url)
+            if self.env:
+                raise ValueError("env: is for servers with a command; use headers_env")
+        elif self.headers_env:
+            raise ValueError("headers_env: is for servers with a url; use env")
+        return self
+
+
+class ToolSettings(_Settings):
+    web_search: WebSearchSettings | None = None
+    """Search of the web, for research models; null means none."""
+    web_fetch: WebFetchSettings = WebFetchSettings()
+    """Reading of web pages."""
+    local_search: LocalSearchSettings | None = None
+    """Search of a folder of your own documents, which needs no network; null means none."""
+    reading: ReadingSettings = ReadingSettings()
+    """How pages and documents are parsed: strangers made them."""
+    ga4: Ga4Settings | None = None
+    """Google Analytics 4, for analytics models; null means none."""
+    serp_ads: SerpAdsSettings | None = None
+    """Ads on results pages, for ads research; null means none."""
+    mcp: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9]*([_-][a-z0-9]+)*$", max_length=24)], McpServerSettings] = (
+        Field(default_factory=dict)
+    )
+    """Servers of the Model Context Protocol, by name; their tools are called `name__tool`."""
+
+
+class InspectorSettings(_Settings):
+    enabled: bool = False
+    """Let clients look into models that run in this process: attention, entropy, best tokens. The checkpoint is loaded
+    a second time while somebody looks, by transformers in a process of its own."""
+    public: bool = False
+    """Serve /chat/stream and /inspect/full_attn without a key. /v1/inspect always needs one."""
+    requests_per_minute: int = Field(10, ge=1)
+    """Requests to those two routes that one address may make in a minute."""
+    burst: int = Field(3, ge=1)
+    """How many of them it may make at once."""
+    max_prompt_bytes: int = Field(16_384, ge=1)
+    """Longest prompt, as the chat template renders it, in UTF-8."""
+    max_new_tokens: int = Field(512, ge=1)
+    """Most tokens of one request."""
+    max_attention_tokens: int = Field(1024, ge=1)
+    """Most tokens that a whole attention matrix covers, the last ones; 1024 of them make 8 MB of JSON."""
+    max_queued_requests: int = Field(4, ge=0)
+    """Requests that may wait for the one that runs; more get 503."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the checkpoint runs. On `cuda` its weights take GPU memory that the engine must leave free."""
+    threads: int = Field(1, ge=1)
+    """Threads on the CPU; the engine needs the others."""
+    idle_s: float = Field(300.0, gt=0)
+    """The process ends when nobody has looked for so long."""
+    load_timeout_s: float = Field(300.0, gt=0)
+    """How long loading the checkpoint may take."""
+    stall_s: float = Field(60.0, gt=0)
+    """A step that takes longer has hung: the process is killed, and the next request gets another."""
+    max_request_s: float = Field(120.0, gt=0)
+    """How long one request may have the process to itself."""
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of `engine.transformers_inspector.TransformersInspector`, but for the checkpoints."""
+        return self.model_dump(exclude={"enabled", "public", "requests_per_minute", "burst", "max_new_tokens"})
+
+
 class Config(_Settings):
     engines: dict[str, EngineSettings]
     """By name. Models refer to these names."""
@@ -352,8 +593,16 @@ class Config(_Settings):
     """How URLs are fetched that clients name."""
     images: ImageSettings = ImageSettings()
     """Images in messages."""
+    tools: ToolSettings = ToolSettings()
+    """What agents may call."""
+    resume: ResumeSettings = ResumeSettings()
+    """Chat streams that can be taken up again."""
+    jobs: JobSettings = JobSettings()
+    """Jobs that are submitted for a stream."""
     server: ServerSettings = ServerSettings()
     """The HTTP side."""
+    inspector: InspectorSettings = InspectorSettings()
+    """Looking into models."""
     weights: WeightsSettings = WeightsSettings()
     """Where checkpoints from a hub lie."""
 

@@ -39,9 +39,14 @@ log = logging.getLogger(__name__)
 Address = IPv4Address | IPv6Address
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 """Host and port to addresses. Raises OSError."""
+Admit = Callable[[httpx.URL], Awaitable[None]]
+"""Called before a URL is asked for, each redirect's included. Raises FetchError where it must not be."""
+
+USER_AGENT = f"shannon-gateway/{__version__}"
 
 _MAX_URL_CHARACTERS = 8192
 _HOST = re.compile(rb"[a-z0-9_.-]{1,255}|[0-9a-f:.]{2,45}")  # a name or IPv4, or IPv6 without its brackets
+_CHARSET = re.compile(r"""(?:^|;)\s*charset\s*=\s*["']?([a-z0-9_.:+-]{1,40})""")
 _CONNECT_S = 3.0
 """For one of several addresses: one that is not reachable must not use up the time of the next."""
 _MAX_ADDRESSES = 4
@@ -71,11 +76,12 @@ class TooLarge(FetchError):
 
 
 class FetchFailed(FetchError):
-    """It did not work; `reason` is for the log."""
+    """It did not work; `reason` is for the log. `status` is what the server answered, if it was one we may ask."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, status: int | None = None) -> None:
         super().__init__("it could not be fetched")
         self.reason = reason
+        self.status = status
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +91,8 @@ class Fetched:
     url: str
     media_type: str
     content: bytes
+    charset: str = ""
+    """In lower case, where the server names one."""
 
 
 def parse_url(text: str, ports: Sequence[int] = ()) -> httpx.URL:
@@ -204,12 +212,12 @@ class Fetcher:
         # Made at the first use, because it reads hundreds of certificates.
         return self._given_ssl_context or httpx.create_ssl_context()
 
-    async def fetch(self, text: str, *, max_bytes: int, accept: str = "*/*") -> Fetched:
+    async def fetch(self, text: str, *, max_bytes: int, accept: str = "*/*", admit: Admit | None = None) -> Fetched:
         """Return what the URL `text` holds. Raises FetchError; cancelling closes the connection."""
         url = parse_url(text, self._settings.ports)
         try:
-            async with asyncio.timeout(self._settings.timeout_s), self._room:
-                return await self._follow(url, max_bytes, accept)
+            async with asyncio.timeout(self._settings.timeout_s):
+                return await self._follow(url, max_bytes, accept, admit)
         except TimeoutError:
             failure = FetchFailed(f"no answer within {self._settings.timeout_s:g} s")
         except FetchFailed as error:
@@ -217,13 +225,16 @@ class Fetcher:
         log.info("could not fetch from %s: %s", url.host, failure.reason)
         raise failure
 
-    async def _follow(self, url: httpx.URL, max_bytes: int, accept: str) -> Fetched:
+    async def _follow(self, url: httpx.URL, max_bytes: int, accept: str, admit: Admit | None) -> Fetched:
         for _ in range(self._settings.max_redirects + 1):
-            async with self._get(url, accept) as response:
+            if admit is not None:
+                await admit(url)  # holds no place meanwhile: it may fetch something itself
+            async with self._room, self._get(url, accept) as response:
                 if response.status not in _REDIRECTS:
                     content = await _read(response, max_bytes)
-                    media_type = _header(response, b"content-type").partition(";")[0].strip().lower()
-                    return Fetched(str(url), media_type, content)
+                    media_type, _, parameters = _header(response, b"content-type").lower().partition(";")
+                    charset = _CHARSET.search(parameters)
+                    return Fetched(str(url), media_type.strip(), content, charset[1] if charset else "")
                 location = _header(response, b"location")
             url = self._redirected(url, location)
         raise FetchFailed("too many redirects")
@@ -247,7 +258,7 @@ class Fetcher:
             (b"Host", url.netloc),
             (b"Accept", accept.encode()),
             (b"Accept-Encoding", b"identity"),
-            (b"User-Agent", f"shannon-gateway/{__version__}".encode()),
+            (b"User-Agent", USER_AGENT.encode()),
             (b"Connection", b"close"),
         ]
         ssl_context = self._ssl_context if url.scheme == "https" else None
@@ -285,7 +296,7 @@ class Fetcher:
 async def _read(response: httpcore.Response, max_bytes: int) -> bytes:
     """Return the body. Raises TooLarge, before reading where the server says how long it is, and FetchFailed."""
     if response.status != 200:
-        raise FetchFailed(f"status {response.status}")
+        raise FetchFailed(f"status {response.status}", response.status)
     if _header(response, b"content-encoding").lower() not in ("", "identity"):
         raise FetchFailed("the content is compressed")  # we asked for it plain, and it could be any size
     announced = _header(response, b"content-length")

@@ -31,7 +31,7 @@ from gateway.errors import (
 from gateway.frames.responses import RUNNING, ResponseFrames
 from gateway.metrics import Metrics
 from gateway.sessions import Message, Session
-from gateway.stored_responses import StoredResponse, StoredResponses
+from gateway.stored_responses import Path, StoredResponse, StoredResponses
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class LiveResponse:
     known: bool
     """The client learns the id before the response is complete: as soon as it has `started`, or is `announced`."""
     input: list[dict[str, Any]]
-    path: list[str]
+    path: Path
     turn: list[Message] = field(default_factory=list)
     """What the request said."""
     refine: Callable[[GatewayError], GatewayError] = lambda error: error

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -28,12 +28,13 @@ from engine.base import (
 )
 from gateway.auth import Principal
 from gateway.catalog import ModelSpec
-from gateway.errors import GatewayError, from_engine
-from gateway.limits import Limits, Reservation, Standing, allowance_of
+from gateway.errors import GatewayError, InternalError, from_engine
+from gateway.limits import Allowance, Limits, Reservation, Standing, allowance_of
 from gateway.metrics import Metrics
 from gateway.sessions import Session, prepare_with_history
 from gateway.usage import Entry, Ledger
 
+_NOTHING = Reservation(Standing(Allowance(0, 0), 0, 0, 0, 0), 0, 0)
 _Request = TypeVar("_Request", GenerationRequest, EmbeddingRequest)
 
 
@@ -72,6 +73,9 @@ class Meter:
         self._counted = False  # by the limits
         self._noted = False  # by the ledger
         self._aborted = False
+        self._first = asyncio.Lock()
+        self._whole: Prepared | None = None
+        """Stands for the whole request while `counted` holds it."""
         self._running: dict[int, Prepared] = {}
         self._reserved: dict[int, Reservation] = {}
         """Room taken ahead, by the generation that it is for."""
@@ -90,7 +94,8 @@ class Meter:
     @property
     def waiting(self) -> QueuePosition | None:
         """Where the request stands in the engine's queue, while none of its generations is further."""
-        positions = [prepared.waiting for prepared in self._running.values()]
+        running = (prepared for prepared in self._running.values() if prepared is not self._whole)
+        positions = [prepared.waiting for prepared in running]
         return None if None in positions else next(iter(positions), None)
 
     async def prepare(self, request: GenerationRequest, session: Session | None = None) -> Prepared:
@@ -109,6 +114,64 @@ class Meter:
             return await prepare_with_history(engine, request, session or Session(), most_input)
         except EngineError as error:
             raise await self._refusal(error) from error
+
+    async def prepare_first(self, requests: Iterable[GenerationRequest]) -> Prepared:
+        """Prepare the first of `requests` that fits the context and leaves room for its answer; the last must fit.
+
+        For prompts that can be had in several lengths, longest first. Raises what `prepare` raises of the last one.
+        """
+        most = self._allowance.most_tokens if self._limits.enabled else None
+        most_input = self.model.settings.max_input_tokens
+        failure: EngineError | None = None
+        for request in requests:
+            try:
+                request = self._capped(dataclasses.replace(self._marked(request), max_total_tokens=most))
+                prepared = await self.model.engine.prepare(request)
+            except EngineError as error:
+                failure = error
+                if isinstance(error, InvalidRequest) and error.code == "context_length_exceeded":
+                    continue
+                break
+            wanted = request.max_tokens or request.default_max_tokens or 1
+            leaves_room = prepared.max_tokens >= min(wanted, self.model.engine.max_model_len // 4)
+            if leaves_room and (most_input is None or prepared.prompt_tokens <= most_input):
+                return prepared
+            what = "The conversation leaves no room for an answer."
+            failure = InvalidRequest(what, "messages", "context_length_exceeded")
+        assert failure is not None
+        raise await self._refusal(failure) from failure
+
+    @contextlib.asynccontextmanager
+    async def counted(self) -> AsyncIterator[None]:
+        """Hold everything in here to be one request, however many generations it makes, and note how it ends.
+
+        The first generation, or `count`, counts it; a generation that fails without ending it is no failed request.
+        """
+        self._whole = whole = _free(self.request_id)
+        self._running[id(whole)] = whole
+        failure: GatewayError | None = None
+        aborted = True
+        try:
+            yield
+            aborted = False
+        except GatewayError as error:
+            aborted, failure = False, error
+            raise
+        except Exception:
+            aborted, failure = False, InternalError("The server had an error while processing your request.")
+            raise
+        finally:
+            self._whole = None
+            del self._running[id(whole)]
+            await self._settle(whole, _NOTHING, failure, aborted, 0.0)
+
+    async def count(self) -> None:
+        """Count the request, if no generation has yet: before it does anything else that costs somebody.
+
+        Raises what `Limits.reserve` raises.
+        """
+        if not self._counted:
+            await self._reserve([_free(self.request_id)])
 
     def _capped(self, request: GenerationRequest) -> GenerationRequest:
         """Hold the completion to the model's maximum. Raises InvalidRequest when the client asks for more."""
@@ -204,8 +267,12 @@ class Meter:
             await self._settle(prepared, reservation, failure, aborted, streaming_s)
 
     async def _reserve(self, several: list[Prepared]) -> Reservation:
-        tokens = sum(map(_most_tokens, several))
-        requests = 0 if self._counted else 1
+        if self._counted:
+            return await self._take(0, sum(map(_most_tokens, several)))
+        async with self._first:  # of several at once, one counts the request
+            return await self._take(0 if self._counted else 1, sum(map(_most_tokens, several)))
+
+    async def _take(self, requests: int, tokens: int) -> Reservation:
         try:
             reservation = await self._limits.reserve(
                 self.principal, self.model, self.request_id, requests=requests, tokens=tokens
@@ -231,20 +298,21 @@ class Meter:
         unused = reservation.tokens - usage.prompt_tokens - usage.completion_tokens
         self.usage.add(usage)
         self._metrics.tokens(self.model.id, usage)
-        self._metrics.generation(
-            self.model.id,
-            queue_s=prepared.queue_s,
-            unused_tokens=unused,
-            tokens=usage.completion_tokens,
-            streaming_s=streaming_s,
-        )
+        if reservation.tokens:
+            self._metrics.generation(
+                self.model.id,
+                queue_s=prepared.queue_s,
+                unused_tokens=unused,
+                tokens=usage.completion_tokens,
+                streaming_s=streaming_s,
+            )
         entry = self._entry(failure)
         entry.prompt_tokens = usage.prompt_tokens
         entry.cached_tokens = usage.cached_tokens
         entry.completion_tokens = usage.completion_tokens
         entry.bucket = reservation.bucket
         entry.refund = unused
-        if aborted and not self._aborted:
+        if aborted and not self._aborted and self._whole is None:
             self._aborted = True
             entry.aborted_requests = 1
         if not self._running and not self._reserved:
@@ -268,13 +336,14 @@ class Meter:
 
     async def _settle_failure(self, failure: GatewayError) -> None:
         """Note a request that failed before it reached the engine."""
-        await self._write(self._entry(failure))
+        if self._whole is None:
+            await self._write(self._entry(failure))
 
     def _entry(self, failure: GatewayError | None) -> Entry:
         entry = Entry(key_id=self.principal.key_id, model_id=self.model.id, allowance=self._allowance)
         entry.requests = 0 if self._noted else 1
         self._noted = True
-        if failure is not None:
+        if failure is not None and self._whole is None:
             entry.error = failure.code
         return entry
 

@@ -158,6 +158,8 @@ class GenerationResponse(Response):
                 await self._start(send)
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
         self._ended = True
+        if not self._started:  # there was nothing to send
+            await self._start(send)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_body(self, chunks: AsyncGenerator[bytes, None], send: Send) -> None:

@@ -241,7 +241,7 @@ class Sessions:
                     answer.add(event)
                 yield event
         if session.number:
-            await self._append(session, [*messages, answer.message()])
+            await self._append(session, [*messages, answer.remembered()])
 
     async def _append(self, session: Session, turn: list[Message]) -> None:
         # The number makes equal turns different members of the set.

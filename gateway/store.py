@@ -24,6 +24,11 @@ Keys, all under `sh:`; the braces are hash tags, so that what one script touches
     sh:{r:<response id>}:t           what was said in it, as JSON
     sh:{r:<response id>}:l           there while a gateway is making it
     sh:responses:cancelled           set of response ids that are to be cancelled, for a minute
+    sh:{l:<log id>}                  hash: an event log's owner, writer, newest reader, and how far it is; the id is a
+                                     completion's, or <key id>:<client id>
+    sh:{l:<log id>}:e                stream: its frames in batches, under the number of the last of each
+    sh:{l:<log id>}:q                list: a client's jobs as JSON, the one that runs first
+    sh:{p:<gateway process>}:pokes   set of log ids that this process is to look at, for a minute
 """
 
 from __future__ import annotations

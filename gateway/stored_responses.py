@@ -30,6 +30,10 @@ _CANCELLED_S = 60  # far longer than it takes any gateway to look
 _CONTINUABLE = ("completed", "incomplete")
 
 
+Path = list[tuple[str, int]]
+"""Responses by id, oldest first, each with the size of what was said in it."""
+
+
 @dataclass(slots=True)
 class StoredResponse:
     """What is kept of a response. `response` is the object as clients see it, `input` its items."""
@@ -37,8 +41,10 @@ class StoredResponse:
     tenant: str
     response: dict[str, Any]
     input: list[dict[str, Any]]
-    path: list[str] = field(default_factory=list)
-    """Ids of the responses before it in the conversation, oldest first."""
+    path: Path = field(default_factory=list)
+    """The responses before it in the conversation."""
+    turn_bytes: int = 0
+    """Size of what was said in it; 0 while nothing of it is kept."""
 
     @property
     def id(self) -> str:
@@ -51,9 +57,9 @@ class StoredResponse:
 
 @dataclass(slots=True)
 class Conversation:
-    """What came before a request: the ids of its responses and what was said, turn by turn, oldest first."""
+    """What came before a request: its responses and what was said in them, turn by turn, oldest first."""
 
-    path: list[str] = field(default_factory=list)
+    path: Path = field(default_factory=list)
     turns: list[list[Message]] = field(default_factory=list)
 
 
@@ -79,29 +85,35 @@ class StoredResponses:
         if record.status not in _CONTINUABLE:
             message = f"Previous response with id {response_id!r} can't be continued: its status is {record.status!r}."
             raise BadRequest(message, param)
-        path = [*record.path, record.id]
-        ttl_s = self._settings.ttl_s
-        found = await self._store.run_in_order([("GETEX", _turn_key(id_), "EX", ttl_s) for id_ in path])
-        if found[-1] is None:
+        if not record.turn_bytes:
             raise BadRequest(f"What was said in the response {response_id!r} was too long to be kept.", param)
-        turns: list[list[Message]] = []
-        size = 0
-        for text in reversed(found):
-            size += len(text or "")
-            if text is None or size > self._settings.max_bytes or len(turns) == self._settings.max_turns:
-                break
-            turns.insert(0, orjson.loads(text))
+        path = self._bounded([*record.path, (record.id, record.turn_bytes)])
+        ttl_s = self._settings.ttl_s
+        found = await self._store.run_in_order([("GETEX", _turn_key(id_), "EX", ttl_s) for id_, _ in path])
+        turns = [orjson.loads(text) for text in _after_last_gap(found)]
         while turns and turns[0][0]["role"] == "tool":
             del turns[0]  # its call is in a turn that is gone
-        return Conversation(path[-self._settings.max_turns :], turns)
+        return Conversation(path, turns)
+
+    def _bounded(self, path: Path) -> Path:
+        """Return the newest of `path` that are within the bounds."""
+        size = 0
+        bounded: Path = []
+        for response_id, turn_bytes in reversed(path[-self._settings.max_turns :]):
+            size += turn_bytes
+            if not turn_bytes or size > self._settings.max_bytes:
+                break
+            bounded.insert(0, (response_id, turn_bytes))
+        return bounded
 
     async def keep(self, record: StoredResponse, turn: list[Message] | None = None) -> bool:
         """Store a response, and what was said in it once it is complete. Returns whether it is stored."""
         ttl_s = self._settings.ttl_s
-        body = orjson.dumps(asdict(record)).decode()
-        commands: list[Command] = [("SET", _key(record.id), body, "EX", ttl_s)]
+        commands: list[Command] = []
         if turn is not None and (text := self._turn_text(turn)) is not None:
+            record.turn_bytes = len(text)
             commands.append(("SET", _turn_key(record.id), text, "EX", ttl_s))
+        commands.append(("SET", _key(record.id), orjson.dumps(asdict(record)).decode(), "EX", ttl_s))
         if record.status in RUNNING:
             commands.append(("SET", _lease_key(record.id), "", "EX", LEASE_S))
         try:
@@ -166,6 +178,13 @@ class StoredResponses:
         leases: list[Command] = [("SET", _lease_key(id_), "", "EX", LEASE_S) for id_ in response_ids]
         asked, *_ = await self._store.run_in_order([("SMEMBERS", _CANCELLED_KEY), *leases])
         return set(asked)
+
+
+def _after_last_gap(texts: list[str | None]) -> list[str]:
+    after: list[str] = []
+    for text in texts:
+        after = [] if text is None else [*after, text]
+    return after
 
 
 def _key(response_id: str) -> str:

@@ -225,7 +225,8 @@ def build_app(
     variables = {"SHANNON_BOOTSTRAP_KEY": KEY} | (environment or {})
     store = build_store(settings, variables)
     authenticator = build_authenticator(settings, store, variables)
-    return create_app(settings, {"main": engine}, store, authenticator, clock=lambda: NOW), engine, mocks
+    app = create_app(settings, {"main": engine}, store, authenticator, clock=lambda: NOW, environment=variables)
+    return app, engine, mocks
 
 
 @contextlib.asynccontextmanager
@@ -236,12 +237,14 @@ async def _in_process(*, ready: bool = True, **options: Any) -> AsyncGenerator[G
     async with httpx.AsyncClient(transport=transport, base_url=url, headers=AUTHORIZATION) as client:
         services: Services = app.state.services
         await services.store.start()
+        await services.tools.start()
         if ready:
             await engine.start()
         try:
             yield Gateway(app, engine, mocks, client, url)
         finally:
             await engine.close()
+            await services.tools.close()
             await services.ledger.close()
             await services.store.close()
 

@@ -22,6 +22,8 @@ from gateway.keys import make_key
 
 ROOT = Path(__file__).resolve().parents[1]
 START_TIMEOUT_S = 180
+ENVIRONMENT = dict(os.environ)
+"""As the tests were started with: engines in this process add variables of their own, which no child should get."""
 UNLIMITED = {"requests_per_minute": 10**9, "tokens_per_minute": 10**12}
 """Limits that no test reaches."""
 
@@ -92,7 +94,7 @@ def serve(folder: Path, tree: dict[str, Any], key: str | None = None, **environm
         process = subprocess.Popen(
             [sys.executable, "-m", "gateway.cli", "serve", "--config", str(path), "--port", "0"],
             cwd=ROOT,
-            env=os.environ | {"SHANNON_BOOTSTRAP_KEY": key} | environment,
+            env=ENVIRONMENT | {"SHANNON_BOOTSTRAP_KEY": key} | environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

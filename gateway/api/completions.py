@@ -6,7 +6,7 @@ import secrets
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 from starlette.responses import Response
 
 from engine.base import GenerationRequest
@@ -28,8 +28,28 @@ Text = Annotated[str, Field(min_length=1)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(min_length=1)]
 
 
+def _shape(value: Any) -> str | None:
+    """Tell text, token ids and several of them apart, so that an error is about what the client meant."""
+    if isinstance(value, str):
+        return "text"
+    if not isinstance(value, list):
+        return None
+    return "tokens" if value and isinstance(value[0], (int, float)) else "several"
+
+
+BY_SHAPE = Discriminator(
+    _shape, custom_error_type="shape", custom_error_message="must be text or an array of token ids"
+)
+Prompt = Annotated[Annotated[Text, Tag("text")] | Annotated[TokenIds, Tag("tokens")], BY_SHAPE]
+
+
 class CompletionRequest(SamplingFields):
-    prompt: Text | TokenIds | Annotated[list[Text | TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+    prompt: Annotated[
+        Annotated[Text, Tag("text")]
+        | Annotated[TokenIds, Tag("tokens")]
+        | Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS), Tag("several")],
+        BY_SHAPE,
+    ]
     """Text or token ids, or a list of either: one completion each."""
     echo: bool | None = None
     """Put the prompt in front of the text."""

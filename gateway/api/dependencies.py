@@ -8,7 +8,9 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from engine.inspector import Inspector
 from engine.supervisor import SupervisedEngine
+from gateway.address_limit import AddressLimit
 from gateway.auth import Authenticator, Principal
 from gateway.cache_salts import CacheSalts
 from gateway.catalog import Catalog
@@ -17,12 +19,15 @@ from gateway.drain import Drain
 from gateway.errors import AdminOnly
 from gateway.events import Clock
 from gateway.images import Images
+from gateway.jobs import Jobs
 from gateway.keys import Keys
 from gateway.limits import Limits
 from gateway.live_responses import LiveResponses
 from gateway.metrics import Metrics
+from gateway.resumable import ResumableStreams
 from gateway.sessions import Sessions
 from gateway.store import Store
+from gateway.tools.base import Toolbox
 from gateway.usage import Ledger
 
 
@@ -39,11 +44,18 @@ class Services:
     ledger: Ledger
     sessions: Sessions
     responses: LiveResponses
+    resumable: ResumableStreams
+    jobs: Jobs
     images: Images
     cache_salts: CacheSalts
+    tools: Toolbox
     store: Store
     metrics: Metrics
     drain: Drain
+    inspector: Inspector | None
+    """None where it is turned off."""
+    address_limit: AddressLimit
+    """Of the inspector's plain routes."""
     clock: Clock
 
 

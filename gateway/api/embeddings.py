@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal
 
 import orjson
 from fastapi import APIRouter, Depends
-from pydantic import Field
+from pydantic import Field, Tag
 from starlette.responses import Response
 
 from engine.base import EmbeddingRequest
-from gateway.api.completions import Text, TokenIds
+from gateway.api.completions import BY_SHAPE, Prompt, Text, TokenIds
 from gateway.api.generation import Call, call
 from gateway.api.sampling import parse_body
 from gateway.api.tooling import Schema
@@ -30,7 +30,12 @@ MAX_INPUTS = 2048
 class EmbeddingBody(Schema):
     model: Annotated[str, Field(max_length=256)] | None = None
     """Model id; the server's default when left out."""
-    input: Text | TokenIds | Annotated[list[Text | TokenIds], Field(min_length=1, max_length=MAX_INPUTS)]
+    input: Annotated[
+        Annotated[Text, Tag("text")]
+        | Annotated[TokenIds, Tag("tokens")]
+        | Annotated[list[Prompt], Field(min_length=1, max_length=MAX_INPUTS), Tag("several")],
+        BY_SHAPE,
+    ]
     """Text or token ids, or a list of either: one vector each."""
     encoding_format: Literal["float", "base64"] | None = None
     """`float` when left out."""

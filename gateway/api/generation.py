@@ -17,6 +17,7 @@ from starlette.responses import Response
 
 from engine.base import GenerationRequest
 from gateway.api.dependencies import Services, authenticate, services
+from gateway.api.options import ShannonOptions
 from gateway.auth import Principal
 from gateway.catalog import ModelSpec
 from gateway.chunking import rechunk
@@ -28,17 +29,77 @@ from gateway.response import GenerationResponse, RenderError, queue_comment, ren
 from gateway.sessions import Session
 from gateway.sse import Encoder, collect, stream
 from gateway.workflows.chat import chat
+from gateway.workflows.registry import WORKFLOWS
+from gateway.workflows.run import Budget, Run, conduct
 
 _Body = TypeVar("_Body")
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """One HTTP request that generates: who calls, and what the app offers."""
+class Caller:
+    """Who calls, and what the app offers: what generating takes, on behalf of a request or after it."""
 
-    request: Request
     principal: Principal
     services: Services
+
+    def admit(self, model_id: str | None) -> ModelSpec:
+        """Return the model that was asked for. Raises what the drain and the catalog raise."""
+        self.services.drain.admit()
+        return self.services.catalog.resolve(model_id, self.principal)
+
+    def meter(self, request_id: str, model: ModelSpec) -> Meter:
+        """Return the model's engine as this caller may use it."""
+        app = self.services
+        salt = app.cache_salts.salt_of(self.principal.tenant)
+        return Meter(request_id, self.principal, model, app.limits, app.ledger, app.metrics, salt)
+
+    def work(
+        self,
+        generation: GenerationRequest,
+        meter: Meter,
+        session: Session,
+        ready: Callable[[GenerationRequest], GenerationRequest] = lambda generation: generation,
+        options: ShannonOptions | None = None,
+    ) -> AsyncGenerator[Event, None]:
+        """Return the events of the model's workflow. `ready` gets the request once its images are in it as data, and
+        may change it."""
+        app = self.services
+        generation = replace(generation, affinity=session.id)
+
+        def run(generation: GenerationRequest) -> AsyncGenerator[Event, None]:
+            events = self._workflow(ready(generation), meter, session, options or ShannonOptions())
+            return app.sessions.record(events, session, generation.messages)
+
+        return with_images(run, generation, meter, app.images)
+
+    def _workflow(
+        self, generation: GenerationRequest, meter: Meter, session: Session, options: ShannonOptions
+    ) -> AsyncGenerator[Event, None]:
+        app = self.services
+        settings = meter.model.settings
+        if settings.workflow == "chat":
+            return chat(generation, meter, session, app.clock)
+        tools = app.tools if options.tools is None else app.tools.only(options.tools)
+        budget = Budget(**settings.budget.model_dump())
+        chosen = options.model_dump(exclude_none=True, exclude={"tools"})
+        run = Run(generation, meter, session, tools, budget, app.clock, chosen)
+        return conduct(WORKFLOWS[settings.workflow], run)
+
+    def encode(
+        self, events: AsyncGenerator[Event, None], encoder: Encoder, *, streamed: bool
+    ) -> AsyncGenerator[bytes, None]:
+        """Return `events` as bytes in the encoder's form."""
+        chars = self.services.config.server.stream_chunk_chars
+        if streamed and chars is not None:
+            events = rechunk(events, chars)
+        return stream(events, encoder) if streamed else collect(events, encoder)
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Caller):
+    """One HTTP request that generates."""
+
+    request: Request
 
     async def read(self, parse: Callable[[bytes], _Body]) -> _Body:
         """Read the body and parse it. Raises RequestTimeout, and what `parse` raises."""
@@ -52,44 +113,17 @@ class Call:
         async with self.telling_standing(self.services.catalog.default_for(self.principal)):
             return parse(body)
 
-    def admit(self, model_id: str | None) -> ModelSpec:
-        """Return the model that was asked for. Raises what the drain and the catalog raise."""
-        self.services.drain.admit()
-        return self.services.catalog.resolve(model_id, self.principal)
-
-    def meter(self, request_id: str, model: ModelSpec) -> Meter:
-        """Return the model's engine as this caller may use it."""
-        app = self.services
-        salt = app.cache_salts.salt_of(self.principal.tenant)
-        return Meter(request_id, self.principal, model, app.limits, app.ledger, app.metrics, salt)
-
     async def converse(
-        self, generation: GenerationRequest, meter: Meter
+        self, generation: GenerationRequest, meter: Meter, options: ShannonOptions | None = None
     ) -> tuple[AsyncGenerator[Event, None], Session]:
         """Return the events of the model's workflow within the caller's session, which takes note of the turn."""
         app = self.services
         given_id = self.request.headers.get("x-session-id")
         async with self.telling_standing(meter.model):
+            if options is not None:
+                options.check(meter.model, app.tools)
             session = await app.sessions.open(self.principal, given_id, generation.messages)
-        return self.work(generation, meter, session), session
-
-    def work(
-        self,
-        generation: GenerationRequest,
-        meter: Meter,
-        session: Session,
-        ready: Callable[[GenerationRequest], GenerationRequest] = lambda generation: generation,
-    ) -> AsyncGenerator[Event, None]:
-        """Return the events of the model's workflow. `ready` gets the request once its images are in it as data, and
-        may change it."""
-        app = self.services
-        generation = replace(generation, affinity=session.id)
-
-        def run(generation: GenerationRequest) -> AsyncGenerator[Event, None]:
-            events = chat(ready(generation), meter, session, app.clock)
-            return app.sessions.record(events, session, generation.messages)
-
-        return with_images(run, generation, meter, app.images)
+        return self.work(generation, meter, session, options=options), session
 
     def answer(
         self,
@@ -102,9 +136,6 @@ class Call:
         render_error: RenderError = render_openai,
     ) -> Response:
         """Return the response that sends `events` in the encoder's form."""
-        chars = self.services.config.server.stream_chunk_chars
-        if streamed and chars is not None:
-            events = rechunk(events, chars)
         return self.send(
             self.encode(events, encoder, streamed=streamed),
             meter,
@@ -113,12 +144,6 @@ class Call:
             render_error=render_error,
         )
 
-    def encode(
-        self, events: AsyncGenerator[Event, None], encoder: Encoder, *, streamed: bool
-    ) -> AsyncGenerator[bytes, None]:
-        """Return `events` as bytes in the encoder's form."""
-        return stream(events, encoder) if streamed else collect(events, encoder)
-
     def send(
         self,
         chunks: AsyncGenerator[bytes, None],
@@ -126,16 +151,17 @@ class Call:
         *,
         streamed: bool,
         session: Session | None = None,
+        headers: Callable[[], dict[str, str]] = dict,
         render_error: RenderError = render_openai,
     ) -> Response:
-        """Return the response that sends `chunks`."""
+        """Return the response that sends `chunks`. `headers` is asked for more headers when the status is sent."""
         return GenerationResponse(
             chunks,
             stream=streamed,
             drain=self.services.drain,
             metrics=self.services.metrics,
             keepalive_s=self.services.config.server.keepalive_s,
-            headers=lambda: (session.headers() if session is not None else {}) | meter.headers(),
+            headers=lambda: (session.headers() if session is not None else {}) | meter.headers() | headers(),
             comment=lambda: queue_comment(meter.waiting),
             render_error=render_error,
         )
@@ -163,4 +189,4 @@ async def call(
     services: Annotated[Services, Depends(services)],
 ) -> Call:
     """Return the call. For routes, as a dependency."""
-    return Call(request, principal, services)
+    return Call(principal, services, request)

@@ -62,7 +62,7 @@ async def create_message(call: Annotated[Call, Depends(call)]) -> Response:
     message_id = f"msg_{secrets.token_hex(12)}"
     meter = call.meter(message_id, model)
     generation = dataclasses.replace(body.for_engine(message_id), **body.sampling(model.settings.defaults))
-    events, session = await call.converse(generation, meter)
+    events, session = await call.converse(generation, meter, body.shannon_options)
     frames = MessageFrames(message_id, model.id, meter.spent, events=call.wants_events)
     return call.answer(
         events,

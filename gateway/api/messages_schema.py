@@ -13,6 +13,7 @@ import orjson
 from pydantic import Field, model_validator
 
 from engine.base import GenerationRequest
+from gateway.api.options import ShannonOptions
 from gateway.api.sampling import StopString
 from gateway.api.tooling import (
     MAX_TOOLS,
@@ -296,6 +297,8 @@ class MessagesRequest(CountTokensRequest):
     stop_sequences: Annotated[list[StopString], Field(max_length=16)] | None = None
     metadata: dict[str, Any] | None = None
     """Accepted for compatibility; the API key identifies the caller."""
+    shannon_options: ShannonOptions | None = None
+    """For models with agents."""
 
     @model_validator(mode="before")
     @classmethod

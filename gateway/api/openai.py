@@ -11,6 +11,7 @@ from starlette.responses import Response
 from gateway.api.generation import Call, call
 from gateway.api.schema import parse_chat_request
 from gateway.frames.chat import ChatFrames
+from gateway.resumable import Announced
 
 router = APIRouter()
 
@@ -29,7 +30,10 @@ async def create_chat_completion(call: Annotated[Call, Depends(call)]) -> Respon
     model = call.admit(body.model)
     completion_id = f"chatcmpl-{secrets.token_hex(16)}"
     meter = call.meter(completion_id, model)
-    events, session = await call.converse(body.for_engine(completion_id, model.settings.defaults), meter)
+    resumable = body.stream and call.services.resumable.wants(call.principal, body.resumable)
+    events, session = await call.converse(
+        body.for_engine(completion_id, model.settings.defaults), meter, body.shannon_options
+    )
     frames = ChatFrames(
         completion_id,
         int(call.services.clock()),
@@ -38,4 +42,14 @@ async def create_chat_completion(call: Annotated[Call, Depends(call)]) -> Respon
         include_usage=body.include_usage,
         events=call.wants_events,
     )
-    return call.answer(events, frames, meter, streamed=bool(body.stream), session=session)
+    if not resumable:
+        return call.answer(events, frames, meter, streamed=bool(body.stream), session=session)
+    completion = Announced(completion_id)
+    chunks = call.encode(events, frames, streamed=True)
+    return call.send(
+        call.services.resumable.stream(call.principal, completion, chunks),
+        meter,
+        streamed=True,
+        session=session,
+        headers=completion.headers,
+    )

@@ -29,7 +29,7 @@ from gateway.live_responses import LiveResponse
 from gateway.meter import Meter
 from gateway.response import GenerationResponse
 from gateway.sessions import Session, derive_id, text_of
-from gateway.stored_responses import Conversation
+from gateway.stored_responses import Conversation, Path
 
 router = APIRouter()
 
@@ -51,12 +51,14 @@ async def create_response(call: Annotated[Call, Depends(call)]) -> Response:
     """Create a response: whole, streamed, or in the background."""
     body = await call.read(lambda data: parse_body(ResponseRequest, data))
     model = call.admit(body.model)
-    async with call.telling_standing(model):
-        asked = await _read(call, body)
     meter = call.meter(f"resp_{secrets.token_hex(24)}", model)
-    live = _live_response(call, body, asked, meter)
-    generation = body.for_engine(meter.request_id, asked.messages, model.settings.defaults)
-    events = call.work(generation, meter, asked.session, _ready(live, asked))
+    async with call.telling_standing(model):
+        if body.shannon_options is not None:
+            body.shannon_options.check(model, call.services.tools)
+        asked = await _read(call, body)
+        live = _live_response(call, body, asked, meter)
+        generation = body.for_engine(meter.request_id, asked.messages, model.settings.defaults)
+        events = call.work(generation, meter, asked.session, _ready(live, asked), body.shannon_options)
     chunks = call.encode(events, live.frames, streamed=bool(body.stream or body.background))
     if body.background:
         return await _detach(call, live, chunks, meter)
@@ -133,7 +135,7 @@ class _Asked:
     items: list[InputItem]
     messages: list[Message]
     own: list[Message]
-    path: list[str]
+    path: Path
     session: Session
     cut: bool
     """The oldest turns may be left out."""

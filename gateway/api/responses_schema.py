@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from engine.base import GenerationRequest
+from gateway.api.options import ShannonOptions
 from gateway.api.response_items import Input, InputItem, Message, check_images, items_of
 from gateway.api.sampling import SamplingFields
 from gateway.api.tooling import (
@@ -137,6 +138,8 @@ class ResponseRequest(SamplingFields):
         | None
     ) = None
     """Given back as it came."""
+    shannon_options: ShannonOptions | None = None
+    """For models with agents."""
 
     @model_validator(mode="before")
     @classmethod

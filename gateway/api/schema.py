@@ -11,6 +11,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from engine.base import GenerationRequest
 from gateway.api.content import Content, check_images, content_for_engine
+from gateway.api.options import ShannonOptions
 from gateway.api.sampling import SamplingFields, parse_body
 from gateway.api.tooling import NamedToolChoice, Schema, ToolCall, ToolChoice, Tools, check_tool_choice
 from gateway.config import DefaultSettings
@@ -32,7 +33,7 @@ def _of_role(*roles: str, required: tuple[str, ...] = ("content",), **fields: An
 
 
 class ChatMessage(Schema):
-    # What `_check_role` asks for, in the words of the OpenAPI document.
+    # What `check_role` asks for, in the words of the OpenAPI document.
     model_config = ConfigDict(
         json_schema_extra={
             "oneOf": [
@@ -69,6 +70,8 @@ class ChatMessage(Schema):
 
 
 class ChatCompletionRequest(SamplingFields):
+    shannon_options: ShannonOptions | None = None
+    """For models with agents."""
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -80,17 +83,22 @@ class ChatCompletionRequest(SamplingFields):
     """False allows one call per answer at most."""
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     """How much a reasoning model should think, where its chat template knows."""
+    resumable: bool | None = None
+    """Keep the stream for a while, so that it can be taken up again after it was cut; the completion is then made to
+    its end even while nobody is there. The server's setting for the key when left out."""
 
     @model_validator(mode="after")
     def _fields_must_agree(self) -> ChatCompletionRequest:
         if self.top_logprobs and not self.logprobs:
             raise BadRequest("'top_logprobs' needs 'logprobs': true.", "top_logprobs")
+        if self.resumable and not self.stream:
+            raise BadRequest("'resumable' is only allowed with 'stream': true.", "resumable")
         try:
             check_tool_choice(self.tool_choice, self.tools)
         except ValueError as error:
             raise BadRequest(f"'tool_choice' {error}.", "tool_choice") from error
         for number, message in enumerate(self.messages):
-            _check_role(message, f"messages[{number}]")
+            check_role(message, f"messages[{number}]")
         self._tool_messages_must_answer_calls()
         return self
 
@@ -127,7 +135,7 @@ class ChatCompletionRequest(SamplingFields):
         return self.tool_choice.model_dump() if isinstance(self.tool_choice, NamedToolChoice) else self.tool_choice
 
 
-def _check_role(message: ChatMessage, where: str) -> None:
+def check_role(message: ChatMessage, where: str) -> None:
     """Raise BadRequest where a message has what its role may not have, or lacks what it must."""
     if message.tool_calls and message.role != "assistant":
         raise BadRequest(f"Only a message of role 'assistant' may have '{where}.tool_calls'.", f"{where}.tool_calls")

@@ -18,7 +18,7 @@ from engine.base import GenerationRequest
 from gateway.api.completions import Text, TokenIds
 from gateway.api.generation import Call, call
 from gateway.api.sampling import parse_body
-from gateway.api.schema import ChatMessage
+from gateway.api.schema import ChatMessage, check_role
 from gateway.api.tooling import Schema, Tools
 from gateway.errors import BadRequest
 from gateway.images import inlined
@@ -41,6 +41,8 @@ class TokenizeRequest(Schema):
     def _must_be_one(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
             raise BadRequest("Send either 'prompt' or 'messages'.", "prompt")
+        for number, message in enumerate(self.messages or ()):
+            check_role(message, f"messages[{number}]")
         return self
 
     def for_engine(self, request_id: str) -> GenerationRequest:

@@ -14,7 +14,7 @@ import orjson
 
 from engine.base import Delta, FinishReason, ToolCallDelta, Usage
 from gateway.answers import Answer
-from gateway.errors import GatewayError
+from gateway.errors import GatewayError, Overloaded
 from gateway.events import ShannonEvent
 from gateway.sse import event_fields
 
@@ -34,7 +34,6 @@ _ERROR_TYPES = {
     408: "timeout_error",
     413: "request_too_large",
     429: "rate_limit_error",
-    503: "overloaded_error",
 }
 
 
@@ -194,8 +193,8 @@ def usage_fields(usage: Usage) -> dict[str, Any]:
 
 def error_body(error: GatewayError) -> bytes:
     """Return Anthropic's error object as JSON."""
-    fields = {"type": _ERROR_TYPES.get(error.status, "api_error"), "message": str(error)}
-    return orjson.dumps({"type": "error", "error": fields})
+    kind = "overloaded_error" if isinstance(error, Overloaded) else _ERROR_TYPES.get(error.status, "api_error")
+    return orjson.dumps({"type": "error", "error": {"type": kind, "message": str(error)}})
 
 
 def render_error(error: GatewayError, in_stream: bool) -> bytes:

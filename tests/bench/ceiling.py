@@ -31,7 +31,7 @@ async def _generate(engine: EmbeddedEngine, scenario: Scenario, number: int) -> 
             temperature=0,
         )
     )
-    engine_input, sampling_params, _ = prepared.payload
+    engine_input, sampling_params = prepared.payload.rendered.engine_input, prepared.payload.sampling_params
     started = time.perf_counter()
     first: float | None = None
     async for _output in llm.generate(engine_input, sampling_params, prepared.request_id):

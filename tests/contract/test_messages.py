@@ -312,7 +312,7 @@ async def test_failure_in_the_middle_of_a_stream_is_an_error_event(gateway: Gate
     gateway.mock.faults.append(Fault(at_token=1, error=EngineDied("The engine failed.")))
     last = read((await send(gateway, stream=True)).content)[-1]
 
-    assert last == {"type": "error", "error": {"type": "overloaded_error", "message": "The engine failed."}}
+    assert last == {"type": "error", "error": {"type": "api_error", "message": "The engine failed."}}
 
 
 async def test_tokens_are_counted_exactly_and_cost_none(gateway: Gateway) -> None:
@@ -368,7 +368,7 @@ async def test_sdk_reads_all_of_it(serve: Start) -> None:
             await asyncio.wait_for(_drain(client, arguments), 5)
 
     assert whole.content[0].text == "You said: hello there"
-    assert (whole.usage.input_tokens, whole.usage.output_tokens) == (5, 4)
+    assert (whole.usage.input_tokens, whole.usage.output_tokens) == (6, 4)
     assert whole._request_id.startswith("req_")
     assert texts == ["Let me see."]
     assert streamed.content[1].input == {"city": "Paris"}

@@ -23,6 +23,7 @@ async def test_list_has_openais_shape_and_our_description(gateway: Gateway) -> N
                 "created": 1703318400,
                 "owned_by": "shannon",
                 "description": "General chat completion",
+                "takes_images": False,
             },
             {
                 "id": "shannon-complex",
@@ -30,6 +31,7 @@ async def test_list_has_openais_shape_and_our_description(gateway: Gateway) -> N
                 "created": 1703318400,
                 "owned_by": "shannon",
                 "description": "Multi-agent orchestration",
+                "takes_images": False,
             },
         ],
     }

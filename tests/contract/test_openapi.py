@@ -18,6 +18,7 @@ from tests.conftest import AUTHORIZATION, Gateway, build_app
 from tests.store_server import StoreServer
 
 REQUEST_FIELDS = {
+    *("shannon_options", "resumable"),
     *("model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature", "top_p"),
     *("stop", "user", "seed", "n", "presence_penalty", "frequency_penalty", "logprobs", "top_logprobs", "logit_bias"),
     *("response_format", "top_k", "min_p", "repetition_penalty", "ignore_eos", "min_tokens", "stop_token_ids"),
@@ -85,7 +86,7 @@ def api(store_server: StoreServer, tmp_path_factory: pytest.TempPathFactory) -> 
     store = {"data_dir": str(tmp_path_factory.mktemp("data")), "command_timeout_ms": 2000}
     app, _, _ = build_app(
         mock=lambda: MockEngine(max_model_len=512),
-        config={"store": store, "limits": {"enabled": False}},
+        config={"store": store, "limits": {"enabled": False}, "jobs": {"max_idle_s": 0.01}},
         environment={"SHANNON_REDIS_URL": store_server.url},
     )
     yield schemathesis.openapi.from_asgi("/openapi.json", app, headers=AUTHORIZATION)

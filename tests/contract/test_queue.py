@@ -13,11 +13,13 @@ import openai
 import pytest
 
 from engine.admission import QueuedEngine
+from engine.base import EngineOverloaded
 from engine.mock import Fault, MockEngine
 from gateway.app import build_engines
 from gateway.config import parse_config
-from gateway.keys import KeySpec
-from tests.conftest import KEY_ID, Gateway, Start, chunks, until
+from gateway.errors import from_engine
+from gateway.keys import KeySpec, make_key, split_key
+from tests.conftest import HELLO, KEY_ID, Gateway, Start, chunks, until
 
 pytestmark = pytest.mark.anyio
 
@@ -257,6 +259,33 @@ async def test_those_who_wait_for_an_engine_that_dies_are_told(queue: Any) -> No
     assert (await line.gateway.chat()).status_code == 200
 
 
+@pytest.mark.parametrize(("predicted_s", "told_s"), [(None, 1), (0.01, 1), (7.5, 7.5), (1000, 120)])
+def test_retry_after_is_one_that_sdks_obey(predicted_s: float | None, told_s: float) -> None:
+    assert from_engine(EngineOverloaded("9 wait", predicted_s)).retry_after_s == told_s
+
+
+@pytest.mark.parametrize(("priority", "value"), [("high", -1), ("normal", 0), ("low", 1)])
+async def test_configured_key_has_a_priority_as_well(start: Start, priority: str, value: int) -> None:
+    key = make_key()
+    gateway = await start(
+        config={"keys": [{"name": "own", "key_env": "OWN", "priority": priority}]}, environment={"OWN": key}
+    )
+    await gateway.client.post(
+        "/v1/chat/completions", json={"messages": HELLO}, headers={"Authorization": f"Bearer {key}"}
+    )
+    await gateway.chat()
+
+    asked = [(request.flow, request.priority) for request in gateway.mock.requests]
+    assert asked == [(split_key(key)[0], value), (KEY_ID, 0)]
+
+
+async def test_key_of_an_unknown_priority_is_refused(gateway: Gateway) -> None:
+    response = await gateway.client.post("/admin/keys", json={"name": "ci", "priority": "urgent"})
+
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "priority"
+
+
 async def test_deployment_decides_about_the_queue() -> None:
     def engine_of(**admission: Any) -> Any:
         engines: dict[str, Any] = {"main": {"kind": "mock", "args": {"max_num_seqs": 4}, "admission": admission}}
@@ -265,4 +294,5 @@ async def test_deployment_decides_about_the_queue() -> None:
 
     assert isinstance(engine_of(), QueuedEngine)
     assert isinstance(engine_of(enabled=False), MockEngine)
-    assert engine_of(policy="fifo", max_in_flight=2, in_flight_per_key=1, max_queued_requests=5, max_wait_s=9)
+    settings = {"policy": "fifo", "max_in_flight": 2, "in_flight_per_key": 1, "max_queued_requests": 5, "max_wait_s": 9}
+    assert isinstance(engine_of(**settings), QueuedEngine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import signal
 from pathlib import Path
@@ -582,7 +583,8 @@ async def test_usage_is_metered_limited_and_in_the_ledger(start: Start) -> None:
     for response, left in ((whole, "2"), (streamed, "1"), (background, "0")):
         assert response.headers["x-ratelimit-limit-requests"] == "3"
         assert response.headers["x-ratelimit-remaining-requests"] == left
-    for fields in ({}, {"stream": True}, {"background": True}):
+    several: list[dict[str, Any]] = [{}, {"stream": True}, {"background": True}]
+    for fields in several:
         refused = await respond(gateway, **fields)
         assert refused.status_code == 429
         assert refused.json()["error"]["code"] == "rate_limit_exceeded"
@@ -807,3 +809,43 @@ async def test_closing_ends_what_is_made_in_the_background(start: Start) -> None
 
     failed = await fetched(gateway, body["id"])
     assert failed["error"]["message"] == str(Unavailable("The server shut down before the response was complete."))
+
+
+async def test_books_balance_under_a_crowd_that_comes_goes_and_cancels(serve: Start) -> None:
+    gateway = await serve(
+        mock=lambda: MockEngine(reply="word " * 40, token_s=0.001, max_model_len=4096),
+        config={"limits": {"enabled": False}},
+    )
+
+    async def visit(number: int) -> None:
+        if number % 3 == 0:
+            body = await response_to(gateway, background=True)
+            if number % 2:
+                await gateway.client.post(f"/v1/responses/{body['id']}/cancel")
+            else:
+                await until_status(gateway, body["id"], "completed")
+        elif number % 3 == 1:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.01 + 0.002 * number):
+                    await respond(gateway)
+        else:
+            url, body = "/v1/responses", {"input": "one", "stream": True}
+            async with gateway.client.stream("POST", url, json=body) as response:
+                response_id, lines = await first_event(response)
+                if number % 2:
+                    await gateway.client.post(f"{url}/{response_id}/cancel")
+                    assert [line async for line in lines][-2].startswith("data: ")
+
+    await asyncio.gather(*(visit(number) for number in range(60)))
+
+    await until(lambda: gateway.mock.unfinished_requests == 0)
+    await until(lambda: gateway.requests_in_progress() == 0)
+    assert await gateway.metered() == gateway.spent()
+    assert await gateway.services.drain.run(1) == 0, "nothing is left running"
+
+
+async def test_frames_may_have_a_fixed_size(start: Start) -> None:
+    gateway = await start(mock=answering, server={"stream_chunk_chars": 5})
+    events = events_of((await respond(gateway, stream=True)).content)
+
+    assert [event["delta"] for event in events if "delta" in event] == ["certa", "inly ", "so"]

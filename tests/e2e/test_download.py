@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -15,7 +14,7 @@ import httpx
 import pytest
 
 from engine.demo import WEIGHTS, corpus
-from tests.gateway_process import ROOT, UNLIMITED, GatewayProcess, serve
+from tests.gateway_process import ENVIRONMENT, ROOT, UNLIMITED, GatewayProcess, serve
 from tests.hub_stub import Fault, HubStub, run_hub
 
 MODEL = "shannon-ai/demo"
@@ -51,7 +50,7 @@ def start_download(hub: HubStub, cache: Path, *arguments: str) -> subprocess.Pop
     return subprocess.Popen(
         [sys.executable, "-m", "gateway.cli", "download", *arguments],
         cwd=ROOT,
-        env=os.environ | environment(hub, cache),
+        env=ENVIRONMENT | environment(hub, cache),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -162,7 +161,7 @@ def test_gemma3n_port_is_where_the_process_listens(tmp_path: Path) -> None:
     with subprocess.Popen(
         command,
         cwd=tmp_path,
-        env=os.environ | {"GEMMA3N_PORT": str(port), "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+        env=ENVIRONMENT | {"GEMMA3N_PORT": str(port), "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -1,8 +1,9 @@
 """One key's flood does not become another's wait, and equal keys get equal shares; plain FIFO fails at both.
 
 Two gateways with the same real engine, one with the fair queue and one with a FIFO, take turns under the same crowds.
-Only ratios are judged. The engine is given eight slots: on a CPU a step grows with the batch, as on a GPU it does at
-some hundreds. The key that is watched asks one thing at a time, with a prompt of a thousand tokens that is in no cache.
+Only ratios are judged. The key that is watched asks one thing at a time, with a prompt of a thousand tokens that is in
+no cache, as a conversation with some history is. Short prompts would measure the CPU instead: a step of a full batch
+takes it three times as long as a step of one sequence.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from tests.gateway_process import UNLIMITED
 
 pytestmark = [pytest.mark.anyio, pytest.mark.vllm, pytest.mark.slow]
 
-SLOTS = 8
+SLOTS = 32
 FLOOD = 500
 POLICIES: tuple[Policy, ...] = ("fair", "fifo")
 KEYS = {f"KEY_{name}": make_key() for name in ("WATCHED", "FLOOD", "A", "B", "C", "D")}
@@ -40,11 +41,11 @@ KEYS = {f"KEY_{name}": make_key() for name in ("WATCHED", "FLOOD", "A", "B", "C"
 WATCHED = {"key": KEYS["KEY_WATCHED"], "clients": 1, "tokens": 8, "words": 1000, "late": True}
 FLOODING = {"key": KEYS["KEY_FLOOD"], "clients": FLOOD, "tokens": 1000}
 # Equal keys that ask for very different amounts, all of them for more than their share.
-EQUAL = [
-    {"key": KEYS["KEY_A"], "clients": 60, "tokens": 120},
-    {"key": KEYS["KEY_B"], "clients": 16, "tokens": 60},
-    {"key": KEYS["KEY_C"], "clients": 16, "tokens": 30},
-    {"key": KEYS["KEY_D"], "clients": 8, "tokens": 60},
+EQUAL: list[dict[str, Any]] = [
+    {"key": KEYS["KEY_A"], "clients": 200, "tokens": 120},
+    {"key": KEYS["KEY_B"], "clients": 60, "tokens": 60},
+    {"key": KEYS["KEY_C"], "clients": 80, "tokens": 30},
+    {"key": KEYS["KEY_D"], "clients": 40, "tokens": 60},
 ]
 
 
@@ -90,7 +91,7 @@ class Arena:
         scene = {"port": int(gate.server.url.rpartition(":")[2]), "groups": groups, "duration_s": duration_s}
         self.crowd.stdin.write(json.dumps(scene).encode() + b"\n")
         early = sum(group["clients"] for group in groups if not group.get("late"))
-        await until(lambda: gate.engine.unfinished_requests > 0.98 * early, within_s=60)
+        await until(lambda: gate.engine.unfinished_requests >= 0.98 * early, within_s=60)
         self.crowd.stdin.write(b"begin\n")
         seen: list[dict[str, list[float]]] = json.loads(await self.crowd.stdout.readline())
         await until(lambda: not gate.server.server_state.tasks, within_s=30)
@@ -165,12 +166,14 @@ async def test_flood_of_one_key_does_not_move_the_first_token_of_another(arena: 
             (seen,) = await arena.play(policy, [WATCHED], 1.5)
             alone += seen["first_token_s"]
             _, seen = await arena.play(policy, [FLOODING, WATCHED], 3.0)
-            # Who is cut off has waited at least so long.
-            flooded[policy] += seen["first_token_s"] + (seen["unanswered_s"] if policy == "fifo" else [])
+            flooded[policy] += seen["first_token_s"]
+            # Who was cut off has waited at least so long; where that is short it tells nothing.
+            flooded[policy] += [wait_s for wait_s in seen["unanswered_s"] if wait_s > percentile(alone, 0.95)]
 
     p95 = {name: percentile(values, 0.95) for name, values in [("alone", alone), *flooded.items()]}
-    print({n: f"{1000 * v:.1f} ms" for n, v in p95.items()}, len(alone), {p: len(v) for p, v in flooded.items()})
-    print({n: f"{1000 * percentile(v, 0.5):.1f} ms" for n, v in [("alone", alone), *flooded.items()]})
+    for name, values in [("alone", alone), *flooded.items()]:
+        ratios = [percentile(values, part) / percentile(alone, part) for part in (0.5, 0.95)]
+        print(f"{name}: {len(values)} first tokens, x alone: p50 {ratios[0]:.2f}, p95 {ratios[1]:.2f}")
     assert p95["fair"] <= 2 * p95["alone"]
     assert p95["fifo"] > 10 * p95["alone"]
 
@@ -183,7 +186,7 @@ async def test_equal_keys_are_served_equal_tokens(arena: Arena) -> None:
             before = [await gate.tokens(group["key"]) for group in EQUAL]
             await arena.play(policy, EQUAL, 4.0)
             served = [await gate.tokens(group["key"]) - b for group, b in zip(EQUAL, before, strict=True)]
-            print(policy, served, jain(served))
+            print(f"{policy}: {served}, Jain {jain(served):.3f}")
             indices[policy].append(jain(served))
 
     median = {policy: percentile(values, 0.5) for policy, values in indices.items()}

@@ -1,8 +1,4 @@
-"""An engine that is closed lets go of everything.
-
-In a file of its own, after the others: a second engine in a process takes over vLLM's Prometheus counters, which the
-tests of the shared one read.
-"""
+"""An engine that is closed lets go of everything, and another can follow in the same process."""
 
 from __future__ import annotations
 

@@ -62,8 +62,8 @@ class Front:
 
     async def ask(self, request_id: str, **fields: Any) -> asyncio.Task[str]:
         """Ask for a generation of the flow that the id begins with, and let it come as far as it can."""
-        fields = {"flow": request_id[0], "messages": HELLO, "stream": True} | fields
-        prepared = await self.engine.prepare(GenerationRequest(request_id=request_id, **fields))
+        given: dict[str, Any] = {"flow": request_id[0], "messages": HELLO, "stream": True} | fields
+        prepared = await self.engine.prepare(GenerationRequest(request_id=request_id, **given))
         self.prepared[request_id] = prepared
         self.tasks[request_id] = asyncio.create_task(self._generate(prepared))
         await settle()

@@ -64,10 +64,10 @@ def test_create_takes_every_setting(shell: Shell) -> None:
         *("keys", "create", "ci", "--tenant", "acme", "--models", "shannon-chat,shannon-complex", "--admin"),
         *("--requests-per-minute", "shannon-chat=5", "--tokens-per-minute", "shannon-chat=500"),
         *("--concurrent-requests", "shannon-complex=2", "--max-concurrent-requests", "9"),
-        *("--tokens-per-day", "12345", "--expires-in-days", "0.5"),
+        *("--tokens-per-day", "12345", "--expires-in-days", "0.5", "--priority", "high"),
     )
 
-    assert (made["name"], made["tenant"], made["admin"]) == ("ci", "acme", True)
+    assert (made["name"], made["tenant"], made["admin"], made["priority"]) == ("ci", "acme", True, "high")
     assert made["models"] == ["shannon-chat", "shannon-complex"]
     assert made["limits"]["shannon-chat"]["requests_per_minute"] == 5
     assert made["limits"]["shannon-chat"]["tokens_per_minute"] == 500

@@ -35,7 +35,7 @@ class Shelf(Fetcher):
         self.asked: list[str] = []
         self.left: list[str] = []
 
-    async def fetch(self, text: str, *, max_bytes: int, accept: str = "*/*") -> Fetched:
+    async def fetch(self, text: str, *, max_bytes: int, accept: str = "*/*", admit: Any = None) -> Fetched:
         self.asked.append(text)
         if text not in self.files:
             try:

@@ -238,7 +238,11 @@ async def test_events_held_back_go_out_before_the_next_delta() -> None:
 
 
 async def test_kept_object_lists_all_events_unless_they_are_off() -> None:
-    events = [event("AGENT_STARTED", deferrable=True), Delta("one", finish_reason="stop"), event("AGENT_COMPLETED")]
+    events: list[Event] = [
+        event("AGENT_STARTED", deferrable=True),
+        Delta("one", finish_reason="stop"),
+        event("AGENT_COMPLETED"),
+    ]
     frames = make_frames()
     shown = await stream(*events, frames=frames)
 

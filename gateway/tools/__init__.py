@@ -1,0 +1,1 @@
+"""What agents may call, one module per tool."""

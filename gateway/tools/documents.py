@@ -1,0 +1,163 @@
+"""What a file or a page says: its title, its date and its text, out of HTML, PDF, Markdown or plain text.
+
+Text comes back as Markdown as far as the source has structure, with a form feed between the pages of a PDF. Leaves
+out images, scripts and the text in pictures. This code meets what strangers made, and the parsers that it calls can
+take minutes, gigabytes or the whole process down over a few bytes: it runs in processes of their own, which
+`gateway.tools.reader` bounds. Fails with Unreadable; whatever else a parser raises is for the caller to catch.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+import re
+import unicodedata
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Kind = Literal["html", "pdf", "markdown", "text"]
+
+PAGE_BREAK = "\f"
+_MAX_HTML_CHARS = 4 * 2**20
+"""The rest is left out: what a page says stands at its beginning, and parsers' trees take a hundred times as much."""
+_MAX_TITLE_CHARS = 200
+_MIN_EXTRACTED_CHARS = 80
+"""Less than this is rarely what a page is about: then everything that it says is taken."""
+# Characters that people don't see and models do: tags, zero-width marks, direction overrides, and controls.
+_INVISIBLE = re.compile(
+    "[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\U000e0000-\U000e007f]"
+)
+_LIGATURES = {0xFB00: "ff", 0xFB01: "fi", 0xFB02: "fl", 0xFB03: "ffi", 0xFB04: "ffl", 0xFB05: "st", 0xFB06: "st"}
+"""PDFs write these for the letters that they stand for, and nobody searches for them."""
+_BOMS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),  # begins like UTF-16's
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+_FRONT_MATTER = re.compile(r"\A---[ \t]*\n(.*?)\n(?:---|\.\.\.)[ \t]*(?:\n|\Z)", re.S)
+_FRONT_FIELD = re.compile(r"^(title|date)[ \t]*:[ \t]*[\"']?(.*?)[\"']?[ \t]*$", re.M | re.I)
+_DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
+_FIRST_HEADING = re.compile(r"^#{1,2}[ \t]+(\S.*?)[ \t#]*$|^(\S.*)\n(?:={3,}|-{3,})[ \t]*$", re.M)
+
+
+class Unreadable(Exception):
+    """The document can't be read. The message says why, for agents and operators."""
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """What a document says."""
+
+    text: str
+    title: str = ""
+    published: str = ""
+    """ISO date, where it is known."""
+
+
+def read_document(content: bytes, kind: Kind, charset: str = "", max_chars: int = 2**21) -> Document:
+    """Return what `content` says, at most `max_chars` of it. Raises Unreadable, and what parsers raise."""
+    if kind == "pdf":
+        document = _read_pdf(content, max_chars)
+    elif kind == "html":
+        document = _read_html(_decoded(content, charset)[:_MAX_HTML_CHARS])
+    else:
+        document = _read_text(_decoded(content, charset), kind)
+    text = _tidy(document.text)[:max_chars]
+    if not text.strip():
+        raise Unreadable("it holds no text" + (", perhaps only pictures of it" if kind == "pdf" else ""))
+    title = " ".join(_tidy(document.title).split())[:_MAX_TITLE_CHARS]
+    return Document(text, title, document.published)
+
+
+def _decoded(content: bytes, charset: str) -> str:
+    """Return text from bytes: what they begin with tells most, then what the server said, then a guess."""
+    for bom, encoding in _BOMS:
+        if content.startswith(bom):
+            return content[len(bom) :].decode(encoding, "replace")
+    for encoding in filter(None, (charset, _declared(content), "utf-8")):
+        try:
+            return content.decode(encoding)
+        except (LookupError, UnicodeError, ValueError):
+            continue
+    from charset_normalizer import from_bytes
+
+    guess = from_bytes(content[: 2**16]).best()
+    return content.decode(guess.encoding if guess else "cp1252", "replace")
+
+
+def _declared(content: bytes) -> str:
+    """Return the encoding that an HTML page names in its head."""
+    found = re.search(rb"""<meta[^>]{0,200}?charset\s*=\s*["']?([A-Za-z0-9_.:-]{1,40})""", content[:2048], re.I)
+    return found[1].decode("ascii") if found else ""
+
+
+def _read_html(html: str) -> Document:
+    from trafilatura import extract, html2txt
+    from trafilatura.metadata import extract_metadata
+    from trafilatura.utils import load_html
+
+    tree = load_html(html)
+    if tree is None:
+        raise Unreadable("it is not HTML")
+    # The extensive search takes any year in the text for a date.
+    metadata = extract_metadata(tree, date_config={"extensive_search": False, "original_date": True})
+    text = extract(tree, output_format="markdown", include_comments=False, include_links=False, favor_recall=True)
+    if not text or len(text) < _MIN_EXTRACTED_CHARS:
+        text = html2txt(html) or text
+    return Document(text or "", metadata.title or "", _iso_date(metadata.date))
+
+
+def _read_pdf(content: bytes, max_chars: int) -> Document:
+    from pypdf import PdfReader
+    from pypdf.errors import DependencyError, FileNotDecryptedError, PyPdfError
+
+    try:
+        reader = PdfReader(io.BytesIO(content), strict=False)
+        if reader.is_encrypted and not reader.decrypt(""):
+            raise Unreadable("it is protected by a password")
+        pages: list[str] = []
+        for page in reader.pages:
+            pages.append(page.extract_text())
+            if (max_chars := max_chars - len(pages[-1])) <= 0:
+                break
+        title = str((reader.metadata and reader.metadata.title) or "")
+        return Document(PAGE_BREAK.join(page.replace(PAGE_BREAK, "\n") for page in pages), title, _pdf_date(reader))
+    except (FileNotDecryptedError, DependencyError, NotImplementedError):
+        raise Unreadable("it is protected by a password") from None
+    except PyPdfError:
+        raise Unreadable("it is not a whole PDF") from None
+
+
+def _pdf_date(reader: Any) -> str:
+    try:
+        created = reader.metadata and reader.metadata.creation_date
+    except ValueError:  # dates are often written badly
+        return ""
+    return created.date().isoformat() if created else ""
+
+
+def _read_text(text: str, kind: Kind) -> Document:
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    title = published = ""
+    if kind == "markdown":
+        if front := _FRONT_MATTER.match(text):
+            fields = {name.lower(): value for name, value in _FRONT_FIELD.findall(front[1])}
+            title, published = fields.get("title", ""), _iso_date(fields.get("date", ""))
+            text = text[front.end() :]
+        heading = _FIRST_HEADING.search(text[:4096])
+        title = title or (heading[1] or heading[2] if heading else "")
+    return Document(text, title, published)
+
+
+def _iso_date(text: str | None) -> str:
+    found = _DATE.match(text or "")
+    return found[0] if found else ""
+
+
+def _tidy(text: str) -> str:
+    text = _INVISIBLE.sub("", unicodedata.normalize("NFC", text.translate(_LIGATURES)))
+    text = re.sub(r"[ \t]+\n", "\n", text)
+    text = re.sub(r"\n{4,}", "\n\n\n", text)
+    return text.encode("utf-8", "replace").decode()  # lone surrogates, which nothing further on can write

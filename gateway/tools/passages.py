@@ -1,0 +1,129 @@
+"""Cuts a document's text into passages to search in, each with an anchor to find it again.
+
+Passages follow the text's own joints: pages, headings, paragraphs, sentences. None is left out and none overlaps, so
+that passages in a row are the text again. An anchor is a page (`page=3`) or a heading (`results`), numbered where
+several passages share it. Leaves out tables of contents and footnotes: they are paragraphs like others.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from gateway.tools.documents import PAGE_BREAK
+
+PASSAGE_CHARS = 1500
+"""About 350 tokens of English: small enough to say one thing, large enough to be understood alone."""
+_MAX_SLUG_CHARS = 60
+_MAX_HEADING_CHARS = 300
+"""A longer line is none, whatever it begins with."""
+_HEADING = re.compile(r"#{1,6}[ \t]+(\S.*?)[ \t#]*")
+_UNDERLINE = re.compile(r"([=~^-])\1{2,}[ \t]*")
+_FENCE = re.compile(r"```|~~~")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n")
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A piece of a document."""
+
+    anchor: str
+    """Unique in the document; empty for the beginning of a text without headings."""
+    heading: str
+    """The heading that it stands under."""
+    text: str
+
+
+def passages(text: str) -> list[Passage]:
+    """Return the passages of a text, in order."""
+    pages = text.split(PAGE_BREAK)
+    found: list[Passage] = []
+    seen: dict[str, int] = {}
+    heading = ""
+    for number, page in enumerate(pages, 1):
+        for under, piece in _pieces(page, heading):
+            name = f"page={number}" if len(pages) > 1 else _slug(under)
+            found.append(Passage(_unique(name, seen), under, piece))
+            heading = under
+    return found
+
+
+def _pieces(page: str, heading: str) -> Iterator[tuple[str, str]]:
+    """Yield the passages of a page, each behind the heading that it stands under."""
+    gathered: list[str] = []
+    size = 0
+    only_headings = True
+    for block, own_heading in _blocks(page):
+        starts_section = own_heading is not None and not only_headings
+        if gathered and (starts_section or size + len(block) > PASSAGE_CHARS):
+            yield heading, "\n\n".join(gathered)
+            gathered, size, only_headings = [], 0, True
+        heading = heading if own_heading is None else own_heading
+        only_headings = only_headings and own_heading is not None
+        gathered.append(block)
+        size += len(block)
+    if gathered:
+        yield heading, "\n\n".join(gathered)
+
+
+def _blocks(page: str) -> Iterator[tuple[str, str | None]]:
+    """Yield headings with what they say, and paragraphs with None, none longer than a passage."""
+    paragraph: list[str] = []
+    fenced = False
+    for line in page.split("\n"):
+        short = len(line) <= _MAX_HEADING_CHARS
+        heading = _HEADING.fullmatch(line) if short else None
+        if _FENCE.match(line):
+            fenced = not fenced
+        if not fenced and short and _UNDERLINE.fullmatch(line) and (title := _underlined(paragraph)):
+            yield "\n".join([*paragraph, line]), title
+            paragraph = []
+        elif fenced or (line.strip() and heading is None):
+            paragraph.append(line)
+        else:
+            for piece in _cut("\n".join(paragraph)):
+                yield piece, None
+            paragraph = []
+            if heading is not None:
+                yield line, heading[1]
+    for piece in _cut("\n".join(paragraph)):
+        yield piece, None
+
+
+def _underlined(paragraph: list[str]) -> str:
+    """Return the heading that a line below makes of a paragraph: its only line, or one below a line as well."""
+    lines = paragraph[1:] if paragraph and _UNDERLINE.fullmatch(paragraph[0]) else paragraph
+    is_heading = len(lines) == 1 and sum(map(len, paragraph)) <= 2 * _MAX_HEADING_CHARS
+    return lines[0].strip() if is_heading else ""
+
+
+def _cut(block: str) -> Iterator[str]:
+    """Yield `block` in pieces that fit a passage, cut between sentences where there are any."""
+    begin, end = 0, len(block)
+    while end - begin > PASSAGE_CHARS:
+        window = block[begin : begin + PASSAGE_CHARS]
+        least = PASSAGE_CHARS // 3
+        ends = [match.end() for match in _SENTENCE_END.finditer(window) if match.end() > least]
+        size = ends[-1] if ends else window.rfind(" ", least) + 1 or PASSAGE_CHARS
+        yield window[:size].rstrip()
+        begin += size
+    if rest := block[begin:end].rstrip():
+        yield rest
+
+
+def _slug(heading: str) -> str:
+    return re.sub(r"\W+", "-", heading.lower()).strip("-")[:_MAX_SLUG_CHARS].rstrip("-")
+
+
+def _unique(name: str, seen: dict[str, int]) -> str:
+    """Return `name`, or with a number behind it one that is still free."""
+    if name not in seen:
+        seen[name] = 1
+        return name
+    while True:
+        seen[name] += 1
+        numbered = f"{name}-{seen[name]}" if name else f"part-{seen[name]}"
+        if numbered not in seen:
+            seen[numbered] = 1
+            return numbered

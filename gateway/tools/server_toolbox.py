@@ -1,0 +1,71 @@
+"""A toolbox with MCP servers in it, whose tools are only known once they are connected.
+
+Its tools are named `server__tool`; where tools are chosen by name, a server's own name stands for all of its tools.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from gateway.tools.base import Resource, Tool, Toolbox
+from gateway.tools.mcp_servers import SEPARATOR, McpServer
+
+
+class ServerToolbox(Toolbox):
+    """A box that holds servers too, whose tools are only known once they are connected: see `stocked`."""
+
+    def __init__(
+        self,
+        tools: Iterable[Tool] = (),
+        servers: Sequence[McpServer] = (),
+        *,
+        meant: frozenset[str] | None = None,
+        resources: Sequence[Resource] = (),
+        **kept: Any,
+    ) -> None:
+        """`meant` are the names of servers, or of single tools of theirs, that count; None means all."""
+        super().__init__(tools, resources=[*resources, *servers], **kept)
+        self._servers = {server.name: server for server in servers}
+        self._meant = meant
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or (isinstance(name, str) and server_of(name) in self._servers)
+
+    @property
+    def names(self) -> list[str]:
+        return [*super().names, *self._servers]
+
+    def only(self, names: Iterable[str]) -> ServerToolbox:
+        """Return the box of those tools, and servers, among `names`. Closing it closes nothing."""
+        wanted = frozenset(names)
+        tools = [tool for name, tool in self._tools.items() if name in wanted]
+        servers = [server for server in self._servers.values() if any(server_of(n) == server.name for n in wanted)]
+        share = ServerToolbox(tools, servers, meant=wanted, **self._shared())
+        share._lent = True
+        return share
+
+    async def stocked(self) -> Toolbox:
+        """Return the box with the tools of its servers, connecting them. Never raises but when cancelled."""
+        found = await asyncio.gather(*(server.tools() for server in self._servers.values()))
+        tools = [tool for tools in found for tool in tools if self._means(tool.name)]
+        share = Toolbox([*self._tools.values(), *tools], **self._shared())
+        share._lent = True
+        return share
+
+    def _means(self, name: str) -> bool:
+        return self._meant is None or name in self._meant or server_of(name) in self._meant
+
+    def _shared(self) -> dict[str, Any]:
+        return {"clock": self._clock, "breakers": self._breakers, "backoff_s": self._backoff_s}
+
+
+async def stocked(toolbox: Toolbox) -> Toolbox:
+    """Return `toolbox` with the tools of its servers, if it has any."""
+    return await toolbox.stocked() if isinstance(toolbox, ServerToolbox) else toolbox
+
+
+def server_of(name: str) -> str:
+    """Return the server that a tool's name begins with; a name without one is returned as it is."""
+    return name.partition(SEPARATOR)[0]

@@ -1,0 +1,17 @@
+// What screen readers are told, at a pace that they can follow: whole sentences, never tokens.
+
+import { byId } from "./dom.js";
+
+const PAUSE_MS = 600;
+let waiting = [];
+let timer = null;
+
+// Says `text` politely, together with whatever else comes within the next moment.
+export function announce(text) {
+  waiting.push(text);
+  timer ??= setTimeout(() => {
+    byId("announcer").textContent = waiting.join(" ");
+    waiting = [];
+    timer = null;
+  }, PAUSE_MS);
+}

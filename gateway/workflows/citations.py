@@ -1,0 +1,285 @@
+"""The sources of an answer: numbered as they are read, named only if they were, listed at the end.
+
+A model may write any marker and any address. What it writes passes through a filter that lets `[n]` stand only for a
+source that was fetched, addresses only if they were seen, and a list of sources not at all: the list is ours. Code is
+left as it is. The filter works on a stream: it holds back what may yet become one of these, and nothing else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+from gateway.tools.base import Source
+
+_TRACKING = re.compile(r"^(utm_|fbclid$|gclid$|mc_[ce]id$|ref$|ref_src$)")
+_REMOVED = "[address removed]"
+_MAX_MARKER_CHARS = 80
+_MAX_TITLE_CHARS = 200
+_MARKER_WORDS = ("source", "sources", "ref", "refs")
+# [1], [1, 2], [1-3], [^1], [Source 1], and what models trained on others' products write: 【1†source】.
+_MARKER = re.compile(
+    r" ?(?:\[\^?(?:(?:sources?|refs?) ?)?#?([1-9]\d{0,2}(?: ?[,;–-] ?[1-9]\d{0,2}){0,9})\]"
+    r"|【([1-9]\d{0,2})[^】\n]{0,40}】)",
+    re.I,
+)
+_MARKER_BEGINNING = re.compile(r" ?\[\^?([a-z]*) ?#?[\d ,;–-]*$", re.I)
+_OTHER_MARKER_BEGINNING = re.compile(r" ?【[^】\n]{0,43}$")
+_ADDRESS_CHARS = r"(?:[^\s<>\"')\](`|]|\([^\s()<>\"`]{0,200}\)){1,2000}"
+_ADDRESS = re.compile(rf"(?:https?://|www\.){_ADDRESS_CHARS}|(?:doi: ?)?10\.\d{{4,9}}/{_ADDRESS_CHARS}", re.I)
+_ADDRESS_GOES_ON = re.compile(r"(?:\([^\s()<>\"`]{0,200})?$")
+_ADDRESS_BEGINNING = re.compile(
+    r"(?:h|ht|htt|https?|https?:|https?:/|https?://|w|ww|www|www\.|d|do|doi|(?:doi: ?)?(?:1|10|10\.\d{0,9}/?)?)$", re.I
+)
+_ADDRESS_END = ".,;:!?*_~"
+_LISTS = (
+    *("sources", "references", "bibliography", "works cited", "citations", "quellen", "literatur", "références"),
+    *("bibliographie", "fuentes", "referencias", "bibliografía", "fonti", "riferimenti", "fontes", "referências"),
+    *("источники", "литература", "参考文献", "参考资料", "来源", "出典", "출처", "참고문헌"),
+)
+"""Headings of lists of sources, in the languages of most questions."""
+_MAX_HEADING_CHARS = 80
+_HEADING_HEAD = re.compile(r" {0,3}(?P<mark>#{0,6}) *\**(?:\d{1,2}[.)]?)? *\**")
+_HEADING_TAIL = re.compile(r"[ :*]*\r?")
+_HEADING = re.compile(r" {0,3}#{1,6} ")
+_FENCE = re.compile(r" {0,3}(```|~~~)")
+_ENTRY = re.compile(r"\s*(?:$|[\[【*•-]|\d{1,3}[.)\]]|https?://)")
+_CODE_SPAN = re.compile(r"`[^`\n]{1,200}`")
+_CODE_SPAN_BEGINNING = re.compile(r"`[^`\n]{0,200}$")
+_WORD = re.compile(r"[A-Za-z0-9]+")
+_BETWEEN = re.compile(r"[^A-Za-z0-9\n`\[【 ]+")
+
+
+def normal_url(url: str) -> str:
+    """Return a URL in the form by which sources are told apart: no tracking, no trailing slash, and no fragment, but
+    for documents, whose passages are sources of their own."""
+    url = url.strip()
+    try:
+        parts = urlsplit(url)
+        port = f":{parts.port}" if parts.port and parts.port not in (80, 443) else ""
+    except ValueError:  # models and pages write anything
+        return url
+    if parts.scheme not in ("http", "https"):
+        return url
+    query = urlencode([(name, value) for name, value in parse_qsl(parts.query) if not _TRACKING.match(name.lower())])
+    host = (parts.hostname or "").removeprefix("www.")
+    return urlunsplit(("https", f"{host}{port}", parts.path.rstrip("/"), query, ""))
+
+
+@dataclass(slots=True)
+class Sources:
+    """The sources of one run."""
+
+    fetched: dict[str, tuple[int, Source]] = field(default_factory=dict)
+    """By normal URL: number and source, in the order in which they were read."""
+    seen: dict[str, Source] = field(default_factory=dict)
+    """Found by a search, perhaps not read."""
+
+    def add(self, sources: Iterable[Source]) -> None:
+        """Take in what a tool found. A fetched source gets the next number."""
+        for source in sources:
+            key = normal_url(source.url)
+            if source.fetched and key not in self.fetched:
+                self.fetched[key] = (len(self.fetched) + 1, source)
+            self.seen.setdefault(key, source)
+
+    def number(self, url: str) -> int | None:
+        """Return the number of a fetched source."""
+        entry = self.fetched.get(normal_url(url))
+        return entry[0] if entry else None
+
+    def knows(self, address: str) -> bool:
+        """Return whether an address, perhaps a DOI or one without its scheme, was seen."""
+        address = address.lower().removeprefix("doi:").strip()
+        if address.startswith("10."):
+            return any(address in url.lower() for url in self.seen)
+        return normal_url(address if "://" in address else f"https://{address}").lower() in map(str.lower, self.seen)
+
+    def listing(self, text: str) -> list[dict[str, Any]]:
+        """Return the sources that `text` names, or all that were read where it names none, in machine form."""
+        named = {number for marker in _MARKER.finditer(text) for number in _numbers(marker)}
+        entries = [entry for entry in self.fetched.values() if entry[0] in named] or list(self.fetched.values())
+        return [
+            {
+                "number": number,
+                "title": _title(source),
+                "url": source.url,
+                "domain": source.domain or source.url.partition(":")[0],
+            }
+            for number, source in entries
+        ]
+
+    @staticmethod
+    def markdown(listing: list[dict[str, Any]]) -> str:
+        """Return the list that ends an answer."""
+        lines = [f"[{entry['number']}] {entry['title']} ({entry['url']}) - {entry['domain']}" for entry in listing]
+        return "\n\n## Sources\n\n" + "\n\n".join(lines)
+
+
+class AnswerFilter:
+    """Lets an answer through piece by piece, but for what the module says. `flush` at the end returns what is held."""
+
+    def __init__(self, sources: Sources, conversation: str = "") -> None:
+        """Addresses that stand in `conversation` are the user's own and may be repeated."""
+        self._sources = sources
+        self._own = {_bare(match[0]) for match in _ADDRESS.finditer(conversation)}
+        self._held = ""
+        self._before = ""
+        """The character before what is held."""
+        self._line_start = True
+        self._in_code = False
+        """Between two fences."""
+        self._skipping: Literal["", "section", "entries"] = ""
+
+    def __call__(self, piece: str) -> str:
+        """Return what may be sent by now."""
+        return self._release(piece, final=False)
+
+    def flush(self) -> str:
+        """Return the rest, and what closes a block of code that was left open."""
+        return self._release("", final=True) + ("\n```" if self._in_code else "")
+
+    def _release(self, piece: str, *, final: bool) -> str:
+        text = self._before + self._held + piece
+        at = len(self._before)
+        out: list[str] = []
+        while at < len(text):
+            step = self._begin_line(text, at, final) if self._line_start else self._go_on(text, at, final)
+            if step is None:
+                break
+            at, said = step
+            out.append(said)
+        self._before, self._held = text[max(0, at - 1) : at], text[at:]
+        return "".join(out)
+
+    def _begin_line(self, text: str, at: int, final: bool) -> tuple[int, str] | None:
+        """Look at a line's beginning: it may be the edge of code, or the heading of a list of sources.
+
+        Returns where to go on and what may be sent, None to wait for more.
+        """
+        end = text.find("\n", at)
+        line = text[at:] if end < 0 else text[at:end]
+        whole = end >= 0 or final
+        after = len(text) if end < 0 else end + 1
+        if not whole and (self._skipping or _may_be_fence(line) or (not self._in_code and _may_be_heading(line))):
+            return None
+        if self._skipping and not self._resumes(line):
+            return after, ""
+        self._skipping = ""
+        if _FENCE.match(line):
+            self._in_code = not self._in_code
+            self._line_start = end >= 0
+            return after, text[at:after]
+        if not self._in_code and whole and (kind := _list_heading(line)):
+            self._skipping = kind
+            return after, ""
+        self._line_start = False
+        return at, ""
+
+    def _resumes(self, line: str) -> bool:
+        if self._skipping == "section":
+            return _HEADING.match(line) is not None and not _list_heading(line)
+        return _ENTRY.match(line) is None
+
+    def _go_on(self, text: str, at: int, final: bool) -> tuple[int, str] | None:
+        """Take what comes next within a line. Returns what `_begin_line` does."""
+        character = text[at]
+        if character == "\n":
+            self._line_start = True
+            return at + 1, character
+        if self._in_code:
+            end = text.find("\n", at)
+            return (len(text), text[at:]) if end < 0 else (end, text[at:end])
+        if character == "`":
+            if span := _CODE_SPAN.match(text, at):
+                return span.end(), _ADDRESS.sub(lambda match: self._address(match[0]), span[0])
+            return None if not final and _CODE_SPAN_BEGINNING.match(text, at) else (at + 1, character)
+        if character in " [【":
+            if marker := _MARKER.match(text, at):
+                return marker.end(), self._marker(marker)
+            return None if not final and _may_be_marker(text, at) else (at + 1, character)
+        if at == 0 or not _WORD.match(text, at - 1):
+            if address := _ADDRESS.match(text, at):
+                if not final and _ADDRESS_GOES_ON.match(text, address.end()):
+                    return None
+                return address.end(), self._address(address[0])
+            if not final and _ADDRESS_BEGINNING.match(text, at):
+                return None
+        plain = _WORD.match(text, at) or _BETWEEN.match(text, at)
+        assert plain is not None
+        return plain.end(), plain[0]
+
+    def _marker(self, marker: re.Match[str]) -> str:
+        kept = [str(number) for number in _numbers(marker) if number <= len(self._sources.fetched)]
+        space = " " if marker[0].startswith(" ") else ""
+        return f"{space}[{', '.join(kept)}]" if kept else ""
+
+    def _address(self, written: str) -> str:
+        address = _bare(written)
+        known = address in self._own or self._sources.knows(address)
+        return written if known else _REMOVED + written[len(address) :]
+
+
+def _bare(address: str) -> str:
+    return address.rstrip(_ADDRESS_END)
+
+
+def _title(source: Source) -> str:
+    """Return the title as one line that can't be taken for markup or a marker."""
+    title = " ".join(source.title.split())[:_MAX_TITLE_CHARS].translate(str.maketrans("[]<>`", "()‹›'"))
+    return title or source.url
+
+
+def _numbers(marker: re.Match[str]) -> list[int]:
+    """Return the numbers that a marker names, ranges written out."""
+    numbers: list[int] = []
+    for part in re.split("[,;]", marker[1] or marker[2]):
+        first, *rest = (int(number) for number in re.split("[–-]", part))
+        last = rest[-1] if rest else first
+        numbers += range(first, min(last, first + 20) + 1)
+    return list(dict.fromkeys(numbers))
+
+
+def _may_be_marker(text: str, at: int) -> bool:
+    if len(text) - at > _MAX_MARKER_CHARS:
+        return False
+    if text[at:] == " " or _OTHER_MARKER_BEGINNING.match(text, at):
+        return True
+    beginning = _MARKER_BEGINNING.match(text, at)
+    return beginning is not None and any(word.startswith(beginning[1].lower()) for word in _MARKER_WORDS)
+
+
+def _may_be_fence(line: str) -> bool:
+    stripped = line.lstrip(" ")
+    return (
+        len(line) - len(stripped) < 4
+        and len(stripped) < 3
+        and any(mark.startswith(stripped) for mark in ("```", "~~~"))
+    )
+
+
+def _may_be_heading(line: str) -> bool:
+    """Tell whether a line that has only begun may still become the heading of a list of sources."""
+    if len(line) > _MAX_HEADING_CHARS:
+        return False
+    head = _HEADING_HEAD.match(line)
+    assert head is not None  # it may be empty
+    rest = line[head.end() :].lower()
+    return any(
+        word.startswith(rest) or (rest.startswith(word) and _HEADING_TAIL.fullmatch(rest, len(word)) is not None)
+        for word in _LISTS
+    )
+
+
+def _list_heading(line: str) -> Literal["", "section", "entries"]:
+    """Return how far the list goes that a line is the heading of: to the next heading, or as long as it has entries."""
+    head = _HEADING_HEAD.match(line)
+    assert head is not None
+    rest = line[head.end() :].lower() if len(line) <= _MAX_HEADING_CHARS else ""
+    for word in _LISTS:
+        if rest.startswith(word) and _HEADING_TAIL.fullmatch(rest, len(word)):
+            return "section" if head["mark"] or "*" in line else "entries"
+    return ""

@@ -1,0 +1,56 @@
+"""The parts of a long text that bear on a question, so that agents need not read, and pay for, all of it.
+
+Passages are weighed by the words that they share with the question, rare ones counting more. Leaves out meaning: a
+passage that says the same in other words is found only beside one that does not.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+from gateway.tools.passages import passages
+
+_GAP = "\n\n[...]\n\n"
+_UNSPACED = re.compile("[\u0e00-\u0eff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]{2,}")
+"""Scripts that put nothing between words: pairs of characters stand for them."""
+_MIN_WORD_CHARS = 3
+_MOST_OF_A_WORD = 3
+"""Occurrences of one word in a passage that count: more of them say nothing more."""
+
+
+def excerpt(text: str, question: str, most_chars: int) -> str:
+    """Return the passages of `text` that bear most on `question`, in their order, `most_chars` in all at most."""
+    if len(text) <= most_chars:
+        return text
+    pieces = [passage.text for passage in passages(text)]
+    weights = _weights(pieces, question)
+    chosen: list[int] = []
+    left = most_chars
+    for number in sorted(range(len(pieces)), key=lambda number: -weights[number]):
+        if len(pieces[number]) + len(_GAP) <= left:
+            chosen.append(number)
+            left -= len(pieces[number]) + len(_GAP)
+    if not chosen:
+        return text[:most_chars]
+    out: list[str] = []
+    for number, before in zip(sorted(chosen), [-1, *sorted(chosen)], strict=False):
+        out += [_GAP if number != before + 1 else "\n\n" if out else "", pieces[number]]
+    return "".join(out).lstrip()
+
+
+def _weights(pieces: list[str], question: str) -> list[float]:
+    """Return how much each piece bears on the question; the first, which says what the text is about, a little more."""
+    lowered = [piece.casefold() for piece in pieces]
+    weights = [0.5 / (number + 1) for number in range(len(pieces))]
+    for word in _words(question.casefold()):
+        holding = [piece.count(word) for piece in lowered]
+        rarity = math.log(1 + len(pieces) / (1 + sum(map(bool, holding))))
+        for number, count in enumerate(holding):
+            weights[number] += rarity * min(count, _MOST_OF_A_WORD)
+    return weights
+
+
+def _words(text: str) -> set[str]:
+    pairs = {run[place : place + 2] for run in _UNSPACED.findall(text) for place in range(len(run) - 1)}
+    return pairs | {word for word in re.findall(r"\w+", _UNSPACED.sub(" ", text)) if len(word) >= _MIN_WORD_CHARS}

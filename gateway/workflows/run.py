@@ -1,0 +1,282 @@
+"""One run of a workflow: its agents, its budget, and the stream of events that a client follows.
+
+A workflow is a coroutine over a `Run`; `conduct` turns it into the generator of events that routes know. Everything
+that it starts is a task below it: when the client leaves, the generator is closed, the tasks are cancelled, and each
+generation leaves the engine and is settled. Every generation goes through the meter. Leaves out what workflows do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import re
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from typing import Any, TypeVar
+
+import orjson
+
+from engine.base import Delta, GenerationRequest
+from gateway.errors import BadRequest, Overloaded, Unavailable
+from gateway.events import Clock, Event, EventType, ShannonEvent
+from gateway.meter import Meter
+from gateway.sessions import Session, text_of
+from gateway.tools.base import Toolbox
+from gateway.workflows.budget import Budget, OutOfBudget
+from gateway.workflows.stations import stations
+
+__all__ = ["AGENTS_SHARE", "ORCHESTRATOR", "Budget", "OutOfBudget", "Run", "Workflow", "check_for_agents", "conduct"]
+
+T = TypeVar("T")
+
+ORCHESTRATOR = "orchestrator"
+"""The agent id of events about the workflow as a whole."""
+AGENTS_SHARE = 0.85
+"""Of a run's time, for everything but the answer."""
+_GRACE_S = 0.25
+"""For agents whose time is up to hand on what they have, before they are stopped."""
+_CONVERSATION_CHARS = 2000
+"""Of the earlier turns, for prompts that only need to know of them."""
+_OWN_SOURCES = re.compile(r"\n## Sources\n.*", re.S)
+_OWN_MARKERS = re.compile(r" ?\[\d{1,3}(?:, \d{1,3})*\]")
+
+
+class Run:
+    """What a workflow is given."""
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        meter: Meter,
+        session: Session,
+        tools: Toolbox,
+        budget: Budget,
+        clock: Clock,
+        options: dict[str, Any],
+    ) -> None:
+        self.request = request
+        self.meter = meter
+        self.session = session
+        self.tools = tools
+        self.budget = budget
+        self.options = options
+        self.result: dict[str, Any] = {"sources": []}
+        """What WORKFLOW_COMPLETED tells in machine form."""
+        self.begun = False
+        """Something was generated or called. Until then the client may still be refused with a status of its own."""
+        self.running = 0
+        """Generations that the limits have let in."""
+        self.numbers = itertools.count()
+        """Tell the run's generations and tool calls apart."""
+        self.effort = request.reasoning_effort
+        """How much agents that plan and judge should think; lowered when a model is seen to think."""
+        self.thought_tokens = 0
+        """More completion tokens for each of them, where a model can't help thinking."""
+        self._clock = clock
+        self._events: asyncio.Queue[Event | None] = asyncio.Queue()
+        self._stations = stations()
+        self._places = asyncio.Semaphore(budget.concurrency)
+        self._share = AGENTS_SHARE
+        self._settled = asyncio.Event()
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The conversation: what the session remembers, then what the client sent."""
+        return self.session.messages(self.request.messages, len(self.session.history))
+
+    @property
+    def system_prompt(self) -> str:
+        """The client's own instructions; they shape the answer, not the agents' roles."""
+        return "\n\n".join(text_of(message) for message in self.messages if message["role"] == "system")
+
+    @property
+    def question(self) -> str:
+        """The last thing that the user said."""
+        return text_of(self._last_message)
+
+    @property
+    def images(self) -> list[dict[str, Any]]:
+        """The images that came with the question."""
+        content = self._last_message.get("content")
+        return [part for part in content if part["type"] == "image_url"] if isinstance(content, list) else []
+
+    @property
+    def _last_message(self) -> dict[str, Any]:
+        users = [message for message in self.messages if message["role"] == "user"]
+        return (users or self.messages)[-1]
+
+    @property
+    def earlier_turns(self) -> list[dict[str, Any]]:
+        """The conversation before the question, as text. Sources of earlier answers are left out: they are numbered
+        otherwise."""
+        turns = [message for message in self.messages if message["role"] in ("user", "assistant")]
+        last = max((number for number, message in enumerate(turns) if message["role"] == "user"), default=0)
+        return [{"role": turn["role"], "content": _without_sources(turn)} for turn in turns[:last] if text_of(turn)]
+
+    @property
+    def conversation(self) -> str:
+        """The end of the earlier turns as text, for prompts that only need to know of them."""
+        text = "\n".join(f"{turn['role']}: {turn['content']}" for turn in self.earlier_turns)
+        return text[-_CONVERSATION_CHARS:] or "(nothing)"
+
+    @property
+    def context(self) -> str:
+        """What the client gives agents to go by, beside the conversation."""
+        context = self.options.get("context") or ""
+        return context if isinstance(context, str) else orjson.dumps(context).decode()
+
+    @property
+    def constrained(self) -> bool:
+        """Whether the client binds the answer to a grammar: nothing may be added to it, or taken from it."""
+        wanted = (self.request.response_format or {}).get("type", "text")
+        return wanted != "text" or self.request.structured_outputs is not None
+
+    def emit(
+        self, event_type: EventType, agent_id: str, message: str, *, deferrable: bool = False, **payload: Any
+    ) -> None:
+        """Send an event to the client. One agent's events arrive in the order in which they were emitted."""
+        deferrable = deferrable or not self.begun
+        self._events.put_nowait(
+            ShannonEvent(event_type, agent_id, message, int(self._clock()), payload, deferrable=deferrable)
+        )
+
+    def send(self, event: Event) -> None:
+        """Send a delta of the answer to the client."""
+        self._events.put_nowait(event)
+
+    def station(self) -> str:
+        """Return the next sub-agent's name."""
+        return next(self._stations)
+
+    def left_s(self) -> float:
+        """Return the seconds that agents have left for what they are at."""
+        return self.budget.left_s(self._share)
+
+    @contextlib.contextmanager
+    def generating(self) -> Iterator[None]:
+        """Note that a generation runs in here; when it ends, what waits for a limit may try again."""
+        self.running += 1
+        ran = True
+        try:
+            yield
+        except Overloaded:
+            ran = False  # others that wait for the same engine would only wake each other in turns
+            raise
+        finally:
+            self.running -= 1
+            if ran:
+                self._settled.set()
+
+    async def wait_for_room(self, most_s: float) -> None:
+        """Wait until the next generation of this run ends, which gives back what it did not use, or `most_s`."""
+        self._settled.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(most_s):
+                await self._settled.wait()
+
+    async def gather(
+        self,
+        jobs: Sequence[Callable[[], Coroutine[Any, Any, T]]],
+        *,
+        share: float = AGENTS_SHARE,
+        ready: Callable[[int], Awaitable[None]] | None = None,
+    ) -> list[T | None]:
+        """Run jobs side by side, as many at once as the budget allows, for at most `share` of the run's time.
+
+        `ready` is awaited with a job's number before it takes one of the places; a job may not gather others.
+        Returns their results in order, None for those that ran out of time.
+        Raises what a job raises, and ends the others: it concerns the run, since agents keep their own failures.
+        """
+        before, self._share = self._share, share
+        tasks = [asyncio.ensure_future(self._in_turn(job, number, ready)) for number, job in enumerate(jobs)]
+        try:
+            if tasks:
+                timeout = max(0.0, self.left_s()) + _GRACE_S
+                await asyncio.wait(tasks, timeout=timeout, return_when=asyncio.FIRST_EXCEPTION)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._share = before
+        for task in tasks:
+            if not task.cancelled():
+                task.result()
+        late = sum(task.cancelled() for task in tasks)
+        if late:
+            message = f"Out of time: going on without {late} of {len(tasks)} agents."
+            self.emit("PROGRESS", ORCHESTRATOR, message, done=len(tasks) - late, total=len(tasks))
+        return [None if task.cancelled() else task.result() for task in tasks]
+
+    async def _in_turn(
+        self, job: Callable[[], Coroutine[Any, Any, T]], number: int, ready: Callable[[int], Awaitable[None]] | None
+    ) -> T:
+        if ready is not None:
+            await ready(number)
+        async with self._places:
+            if self.left_s() <= 0:
+                raise asyncio.CancelledError  # too late to begin
+            return await job()
+
+
+Workflow = Callable[[Run], Awaitable[None]]
+
+
+def check_for_agents(request: GenerationRequest) -> None:
+    """Raise BadRequest where a request asks for what only a single generation can give."""
+    for wanted, param in ((request.n > 1, "n"), (bool(request.tools), "tools"), (request.logprobs, "logprobs")):
+        if wanted:
+            raise BadRequest(f"'{param}' is for models without agents, such as shannon-chat. Leave it out.", param)
+
+
+async def conduct(workflow: Workflow, run: Run) -> AsyncGenerator[Event, None]:
+    """Yield the events of `workflow` as they happen. Raises what it raises; closing cancels all that it started."""
+    model_id = run.meter.model.id
+
+    async def to_the_end() -> None:
+        try:
+            async with run.meter.counted():
+                async with run.meter.noting_refusal():
+                    await _within_budget(workflow, run)
+            run.emit(
+                "WORKFLOW_COMPLETED",
+                ORCHESTRATOR,
+                f"{model_id} has finished.",
+                deferrable=True,
+                model=model_id,
+                **run.result,
+            )
+        finally:
+            run._events.put_nowait(None)
+
+    # What the engine would refuse of a single generation is refused before anything is spent on agents.
+    async with run.meter.noting_refusal():
+        check_for_agents(run.request)
+    await run.meter.prepare(run.request, run.session)
+    run.emit("WORKFLOW_STARTED", ORCHESTRATOR, f"{model_id} has started.", deferrable=True, model=model_id)
+    task = asyncio.create_task(to_the_end(), name=f"workflow {run.meter.request_id}")
+    try:
+        while (event := await run._events.get()) is not None:
+            if not run.begun and isinstance(event, Delta):
+                await run.meter.count()  # said without asking a model, and a request all the same
+                run.begun = True
+            yield event
+        await task
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+        if not task.cancelled():
+            task.exception()  # raised above, or by a client that left in nobody's interest any more
+
+
+async def _within_budget(workflow: Workflow, run: Run) -> None:
+    try:
+        await workflow(run)
+    except OutOfBudget as error:
+        raise Unavailable(f"The request ended before it could be answered: {error}.") from error
+
+
+def _without_sources(turn: dict[str, Any]) -> str:
+    text = text_of(turn)
+    if turn["role"] == "user" or not _OWN_SOURCES.search(text):
+        return text
+    return _OWN_MARKERS.sub("", _OWN_SOURCES.sub("", text)).rstrip()

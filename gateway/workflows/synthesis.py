@@ -1,0 +1,73 @@
+"""The last step of every workflow with agents: one answer, streamed as it is written, and the sources that it names.
+
+Where the client binds the answer to a grammar, nothing is put in front of it, taken out of it or added to it: then
+the sources stand in the payload only. Where the key's limits leave no room for the answer, what was found is sent as
+it is. Fails with GatewayError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from engine.base import Delta, FinishReason
+from gateway.errors import BadRequest, GatewayError
+from gateway.sessions import text_of
+from gateway.workflows.agents import Agent, Prompt
+from gateway.workflows.citations import AnswerFilter, Sources
+from gateway.workflows.run import OutOfBudget, Run
+
+_NO_ROOM = "The limits of this API key left no room to write an answer. This is what was found.\n\n"
+
+
+async def answer(
+    run: Run,
+    prompt: Prompt,
+    sources: Sources,
+    *,
+    opening: str = "",
+    closing: Callable[[str], str] = lambda text: "",
+    instead: str = "",
+) -> None:
+    """Write the answer to `prompt`, end the stream of it, and leave its sources in the run's result.
+
+    `opening` is put before it, what `closing` makes of it behind it. `instead` is what was found, as text.
+    """
+    said = "\n".join([*map(text_of, run.messages), run.context])
+    answer_filter = AnswerFilter(sources, said)
+    text, tail = "", ""
+    async with Agent(run, "synthesis", "writer") as writer:
+        writer.think("Pulling it all together.")
+        try:
+            if run.constrained:
+                _, finish_reason = await writer.speak(prompt)
+            else:
+                text, finish_reason = await writer.speak(prompt, answer_filter, opening)
+        except (BadRequest, OutOfBudget) as error:
+            text, finish_reason = _without_writer(run, error, writer, answer_filter, opening, instead)
+    if not run.constrained:
+        tail = answer_filter.flush()
+        text += tail
+        # What is put behind may be of a model's making as well.
+        last_filter = AnswerFilter(sources, said)
+        tail += last_filter(closing(text)) + last_filter.flush()
+    listing = sources.listing(text) if sources.fetched else []
+    if listing:
+        async with Agent(run, "citation", "librarian") as librarian:
+            librarian.think(f"The answer rests on {len(listing)} of {len(sources.fetched)} sources.", sources=listing)
+        tail += "" if run.constrained else Sources.markdown(listing)
+    run.send(Delta(tail, finish_reason=finish_reason, stop_reason=writer.stop_reason))
+    run.result["sources"] = listing
+
+
+def _without_writer(
+    run: Run, error: GatewayError | OutOfBudget, writer: Agent, answer_filter: AnswerFilter, opening: str, instead: str
+) -> tuple[str, FinishReason]:
+    """Send what was found in place of an answer. Raises where the client is better served by the error."""
+    if run.constrained or not run.begun:
+        if isinstance(error, OutOfBudget) and isinstance(error.__cause__, GatewayError):
+            raise error.__cause__
+        raise error
+    run.emit("PROGRESS", writer.id, f"No answer can be written: {error}", role=writer.role)
+    text = answer_filter(instead or "Nothing was found.")
+    run.send(Delta(opening + _NO_ROOM + text))
+    return text, "length"

@@ -1,0 +1,163 @@
+"""Structured outputs by vLLM's own backend: text that keeps to a schema, a pattern, a choice or a grammar."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from typing import Any
+
+import pytest
+
+from engine.base import EngineDied, InvalidRequest, Usage
+from engine.embedded import EmbeddedEngine
+from engine.rendering import ChoiceReader
+from tests.engine.test_embedded import STORY, answer, request
+
+pytestmark = [pytest.mark.anyio, pytest.mark.vllm]
+
+ASK = [{"role": "user", "content": "Name a city."}]
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Paris", "Tokyo"]}, "sunny": {"type": "boolean"}},
+    "required": ["city", "sunny"],
+    "additionalProperties": False,
+}
+both_ways = pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+
+
+def json_schema(schema: Any, **fields: Any) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": schema} | fields}}
+
+
+@both_ways
+@pytest.mark.parametrize("messages", [ASK, STORY], ids=["a question", "a story"])
+@pytest.mark.parametrize(
+    "fields",
+    [json_schema(SCHEMA, strict=True), json_schema(SCHEMA), {"structured_outputs": {"json": SCHEMA}}],
+    ids=["strict", "not strict", "structured_outputs"],
+)
+async def test_json_schema_is_kept(engine: EmbeddedEngine, messages: Any, fields: dict[str, Any], stream: bool) -> None:
+    text, _ = await answer(engine, messages, stream=stream, **fields)
+    value = json.loads(text)
+
+    assert value.keys() == {"city", "sunny"}
+    assert value["city"] in ("Paris", "Tokyo")
+    assert isinstance(value["sunny"], bool)
+    assert " " not in text, "no white space between fields, which a small model would write for ever"
+
+
+@both_ways
+async def test_regular_expression_is_kept(engine: EmbeddedEngine, stream: bool) -> None:
+    pattern = r"(call|text) [0-9]{3}-[0-9]{4}!"
+    text, _ = await answer(engine, ASK, structured_outputs={"regex": pattern}, temperature=1.5, seed=4, stream=stream)
+
+    assert re.fullmatch(pattern, text)
+
+
+@both_ways
+@pytest.mark.parametrize(
+    "choice", [["positive", "negative"], ['with "quotes"\n', "back\\slash"], ["東京", "京都"]], ids=str
+)
+async def test_one_of_the_choices_is_said(engine: EmbeddedEngine, choice: list[str], stream: bool) -> None:
+    text, _ = await answer(engine, ASK, structured_outputs={"choice": choice}, stream=stream)
+
+    assert text in choice
+
+
+async def test_grammar_is_kept(engine: EmbeddedEngine) -> None:
+    grammar = 'root ::= "yes, " reason | "no"\nreason ::= "it " ("is" | "was")'
+    text, _ = await answer(engine, ASK, structured_outputs={"grammar": grammar})
+
+    assert text in ("yes, it is", "yes, it was", "no")
+
+
+async def test_bare_prompt_is_bound_as_well(engine: EmbeddedEngine) -> None:
+    prepared = await engine.prepare(request([], prompt="The city is", structured_outputs={"choice": ["Oslo", "Lima"]}))
+
+    assert "".join([delta.text async for delta in engine.generate(prepared)]) in ("Oslo", "Lima")
+
+
+async def test_choices_of_one_request_are_bound_alike(engine: EmbeddedEngine) -> None:
+    prepared = await engine.prepare(request(ASK, n=3, temperature=1.5, seed=3, **json_schema(SCHEMA)))
+    texts = [delta.text async for delta in engine.generate(prepared)]
+
+    assert len(texts) == 3
+    assert all(json.loads(text)["city"] in ("Paris", "Tokyo") for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "reason"),
+    [
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex", "parenthesis"),
+        ({"structured_outputs": {"regex": "(?=a)b"}}, "structured_outputs.regex", "Lookahead"),
+        ({"structured_outputs": {"regex": "a\x00b"}}, "structured_outputs.regex", "NUL"),
+        ({"structured_outputs": {"grammar": "root ::= nowhere"}}, "structured_outputs.grammar", "grammar"),
+        ({"structured_outputs": {"json": {"type": 3}}}, "structured_outputs.json", "Type should be a string"),
+        (
+            {"structured_outputs": {"json": {"type": "string", "format": "phone"}}},
+            "structured_outputs.json",
+            "not supported",
+        ),
+        (json_schema({"type": 3}), "response_format.json_schema.schema", "Type should be a string"),
+        (json_schema({"type": 3}, strict=True), "response_format.json_schema.schema", "Type should be a string"),
+    ],
+    ids=str,
+)
+@both_ways
+async def test_what_cannot_be_compiled_is_refused_by_name(
+    engine: EmbeddedEngine, fields: dict[str, Any], param: str, reason: str, stream: bool
+) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        await answer(engine, ASK, stream=stream, **fields)
+
+    assert refusal.value.param == param
+    text = str(refusal.value)
+    assert text.startswith(f"Invalid value for '{param}': ")
+    assert reason in text
+    assert ".cc" not in text, "where in its source a compiler gave up is nobody's business"
+    assert engine.unfinished_requests == 0
+
+
+async def test_grammar_that_is_long_to_compile_holds_up_nobody_else(engine: EmbeddedEngine) -> None:
+    """The core compiles it, in a thread, for up to five seconds; whether it gets through depends on the machine."""
+    heavy = {"regex": "a?" * 1365 + "a" * 1365}
+    prepared = await engine.prepare(request(ASK, structured_outputs=heavy, stream=True, max_tokens=1))
+
+    async def generate() -> str:
+        try:
+            return "".join([delta.text async for delta in engine.generate(prepared)])
+        except InvalidRequest as refusal:
+            return str(refusal.param)
+
+    compiling = asyncio.create_task(generate())
+    others = 0
+    while not compiling.done():
+        text, _ = await answer(engine, [{"role": "user", "content": "Say hello."}])
+        assert text == "Hello! I am the Shannon demo model."
+        await engine.check_health()
+        others += 1
+
+    assert compiling.result() in ("a", "structured_outputs.regex")
+    assert others > 2
+    assert engine.unfinished_requests == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "refused"),
+    [({"structured_outputs": {"regex": "a"}}, "structured_outputs.regex"), ({}, None)],
+    ids=["with a grammar", "without"],
+)
+async def test_grammar_that_the_core_gives_up_is_the_clients_fault(
+    engine: EmbeddedEngine, fields: dict[str, Any], refused: str | None
+) -> None:
+    from vllm.outputs import CompletionOutput
+
+    rendered = await engine._renderer.render(request(ASK, **fields))
+    output = CompletionOutput(0, "", [], cumulative_logprob=None, logprobs=None, finish_reason="error")
+    reader = ChoiceReader(rendered, None, None, Usage())
+    with pytest.raises(InvalidRequest if refused else EngineDied) as failure:
+        reader.read(output, None, stream=True)
+
+    assert getattr(failure.value, "param", None) == refused
+    assert ("too complex" in str(failure.value)) == bool(refused)
