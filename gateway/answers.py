@@ -71,7 +71,7 @@ class Answer:
 
     def remembered(self) -> dict[str, Any]:
         """Return the answer as a message that may stand in a later request: without calls that were cut off."""
-        whole = {index: call for index, call in self.calls.items() if _is_object("".join(call.arguments))}
+        whole = {index: call for index, call in self.calls.items() if _is_object("".join(call.arguments) or "{}")}
         return replace(self, calls=whole).message()
 
 

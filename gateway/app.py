@@ -104,6 +104,7 @@ _BODIES = (
 EXPOSED_HEADERS = [
     "X-Session-ID",
     "X-Request-ID",
+    "X-Shannon-Resume",
     "Retry-After",
     *(f"X-RateLimit-{kind}-{of}" for kind in ("Limit", "Remaining", "Reset") for of in ("Requests", "Tokens")),
 ]
@@ -315,7 +316,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         if services.inspector is not None:
             await services.inspector.close()
         await services.tools.close()
-        await asyncio.gather(*(engine.close() for engine in services.engines.values()))
+        # One that fails to close must not keep the ledger from being written.
+        await asyncio.gather(*(engine.close() for engine in services.engines.values()), return_exceptions=True)
         await services.authenticator.close()
         await services.ledger.close()
         await services.store.close()

@@ -27,8 +27,8 @@ PRESENT_S = 5.0
 """How long a reader that asks the store counts as there after it has asked."""
 PATIENCE_S = 10.0
 """How long a reader waits for a store that is away."""
-MAX_NUMBER = 2**53
-"""Numbers of frames stay below: up to here every language's numbers are exact."""
+MAX_NUMBER = 2**52
+"""Numbers that clients name stay below: as much again is left to count on, before numbers are no longer exact."""
 _RETRY_S = 0.25
 _ENTRIES = 64
 _LEAST_WAIT_S, _MOST_WAIT_S = 0.02, 0.25

@@ -299,6 +299,8 @@ class Jobs:
         reader = self._forget(queue)
         await queue.stop(Unavailable("The server shut down before the job was done."))
         await queue.writer.flush(_GIVE_AWAY_S)
+        while queue.looking:  # a lease that is being renewed would outlive this
+            await asyncio.sleep(_LOOK_S / 10)
         with suppress(StoreUnavailable):
             await self._logs.renew(queue.writer, self._ttl_s, lease_s=0)
         self._end(queue, reader, "shutdown")

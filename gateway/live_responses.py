@@ -15,18 +15,16 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from engine.base import EngineError
 from gateway.auth import Principal
+from gateway.background import Background, Detached, told
 from gateway.drain import Drain
 from gateway.errors import (
     BadRequest,
     Cancelled,
     GatewayError,
-    InternalError,
     Overloaded,
     StoreUnavailable,
     Unavailable,
-    from_engine,
 )
 from gateway.frames.responses import RUNNING, ResponseFrames
 from gateway.metrics import Metrics
@@ -87,28 +85,14 @@ class LiveResponse:
         return StoredResponse(self.tenant, self.frames.response(), self.input, self.path)
 
 
-class _Background:
-    """A response whose client does not wait for it, as the drain sees it."""
-
-    def __init__(self) -> None:
-        self.reason: GatewayError | None = None
-        self.task: asyncio.Task[None] | None = None
-
-    def interrupt(self, reason: GatewayError) -> None:
-        if self.reason is None and self.task is not None:
-            self.reason = reason
-            self.task.cancel()
-
-
 class LiveResponses:
     """See the module."""
 
     def __init__(self, stored: StoredResponses, drain: Drain, metrics: Metrics) -> None:
         self.stored = stored
-        self._drain = drain
         self._metrics = metrics
         self._live: dict[str, LiveResponse] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._background = Background(drain)
         self._watcher: asyncio.Task[None] | None = None
 
     async def run(self, live: LiveResponse, chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
@@ -123,7 +107,7 @@ class LiveResponses:
                         await self._keep(live)
                     yield chunk
         except Exception as error:
-            live.failure = live.refine(_told(error))
+            live.failure = live.refine(told(error))
             await self._stop(live, opening)
             if live.failure is error:
                 raise
@@ -175,13 +159,11 @@ class LiveResponses:
 
     async def detach(self, live: LiveResponse, chunks: AsyncGenerator[bytes, None]) -> dict[str, Any]:
         """Make the response in the background, and return its object. Raises what ends it right at the start."""
-        if len(self._tasks) >= MAX_BACKGROUND:
+        if len(self._background) >= MAX_BACKGROUND:
             raise Overloaded("Too many responses are being made in the background. Try again shortly.")
         live.frames.status = "queued"
-        live.exchange = background = _Background()
-        task = background.task = asyncio.create_task(self._run_detached(background, live, chunks))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        live.exchange = exchange = Detached()
+        self._background.start(exchange, lambda: self._run_detached(live, chunks))
         waiters = [asyncio.create_task(event.wait()) for event in (live.started, live.ended)]
         try:
             await asyncio.wait(waiters, timeout=_EARLY_S, return_when=asyncio.FIRST_COMPLETED)
@@ -200,18 +182,15 @@ class LiveResponses:
             )
         return live.frames.response()
 
-    async def _run_detached(
-        self, background: _Background, live: LiveResponse, chunks: AsyncGenerator[bytes, None]
-    ) -> None:
-        with self._drain.track(background), suppress(asyncio.CancelledError):
-            try:
-                async with aclosing(self.run(live, chunks)) as kept:
-                    async for _ in kept:
-                        pass
-            except GatewayError as error:
-                if live.announced or live.started.is_set():  # else it is told, and counted, as the request's
-                    self._metrics.error(error.code)
-                    log.log(error.log_level, "background response ended with %s: %s", error.code, error)
+    async def _run_detached(self, live: LiveResponse, chunks: AsyncGenerator[bytes, None]) -> None:
+        try:
+            async with aclosing(self.run(live, chunks)) as kept:
+                async for _ in kept:
+                    pass
+        except GatewayError as error:
+            if live.announced or live.started.is_set():  # else it is told, and counted, as the request's
+                self._metrics.error(error.code)
+                log.log(error.log_level, "background response ended with %s: %s", error.code, error)
 
     async def cancel(self, principal: Principal, response_id: str) -> dict[str, Any]:
         """End a response, on whichever gateway it is being made, and return it.
@@ -247,11 +226,12 @@ class LiveResponses:
 
     async def close(self) -> None:
         """End what is still being made in the background."""
+        reason = Unavailable("The server shut down before the response was complete.")
         for live in list(self._live.values()):
-            live.interrupt(Unavailable("The server shut down before the response was complete."))
+            live.interrupt(reason)
         if self._watcher is not None:
             self._watcher.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._background.close(reason)
 
     async def _watch(self) -> None:
         looks = 0
@@ -267,13 +247,3 @@ class LiveResponses:
                 continue
             for response_id in asked & self._live.keys():
                 self._live[response_id].interrupt(Cancelled("The response was cancelled."))
-
-
-def _told(error: Exception) -> GatewayError:
-    """Return what a client may be told of `error`."""
-    if isinstance(error, GatewayError):
-        return error
-    if isinstance(error, EngineError):
-        return from_engine(error)
-    log.error("request failed", exc_info=error)
-    return InternalError("The server had an error while processing your request.")

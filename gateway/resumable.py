@@ -49,9 +49,13 @@ class Announced:
 
     id: str
     announced: bool = False
+    failed: bool = False
+    """It ended before there was anything to take up."""
 
     def headers(self) -> dict[str, str]:
         """Return the header that tells where the stream can be taken up; it is being sent."""
+        if self.failed:
+            return {}
         self.announced = True
         return {"X-Shannon-Resume": f"/v1/chat/completions/{self.id}/stream"}
 
@@ -89,20 +93,27 @@ class ResumableStreams:
         self, principal: Principal, completion: Announced, chunks: AsyncGenerator[bytes, None]
     ) -> AsyncGenerator[bytes, None]:
         """Make a completion in the background, and yield its numbered frames as they come."""
-        if len(self._background) >= MAX_RESUMABLE:
-            raise Overloaded("Too many resumable completions are being made. Try again shortly.")
         reader = Reader(completion.id, principal.tenant)
-        live = await self._open(reader)
+        try:
+            live = await self._open(reader)
+        except GatewayError:
+            completion.failed = True
+            raise
         self._background.start(live.exchange, lambda: self._make(live, chunks))
         try:
             async with aclosing(self._follow(reader)) as frames:
                 async for frame in frames:
                     yield frame
+        except GatewayError:
+            completion.failed = True
+            raise
         finally:
             if not completion.announced:
                 live.exchange.interrupt(Cancelled("The client left before it was told the completion's id."))
 
     async def _open(self, reader: Reader) -> _Live:
+        if len(self._background) >= MAX_RESUMABLE:
+            raise Overloaded("Too many resumable completions are being made. Try again shortly.")
         try:
             _, writer = await self._logs.open(
                 reader,

@@ -138,7 +138,7 @@ export class Inspector {
     this.attention.hide();
     this.intro.hidden = true;
     this.reply.hidden = false;
-    this.summary.textContent = "generating";
+    this.summary.textContent = "The model is loaded when somebody looks; the first time takes some seconds.";
     this.run.disabled = true;
     this.halt.hidden = false;
   }
@@ -157,8 +157,10 @@ export class Inspector {
     if (frame.comment !== undefined || frame.data === "[DONE]") return;
     const data = JSON.parse(frame.data);
     if (data.error) throw new Error(data.error.message);
-    if (frame.event === "token") this.strip.add(data);
-    else if (frame.event === "trace") this.strip.trace(data.step, { ...data, entropy: data.entropy / Math.LN2 }); // nats
+    if (frame.event === "token") {
+      this.summary.textContent = "generating";
+      this.strip.add(data);
+    } else if (frame.event === "trace") this.strip.trace(data.step, { ...data, entropy: data.entropy / Math.LN2 }); // nats
     else if (frame.event === "done") this.replyText = data.reply;
   }
 

@@ -20,7 +20,6 @@ export class Answer {
   state = "waiting"; // writing, done, stopped, failed
   sources = [];
   usage = null;
-  error = null;
 
   #started = performance.now();
   #firstAt = null;
@@ -34,7 +33,7 @@ export class Answer {
     this.body = h("div", { class: "prose" });
     this.after = h("div");
     this.footer = h("footer", { hidden: true });
-    this.node = h("article", { class: "answer" },
+    this.node = h("article", { class: "answer", "aria-busy": "true" },
       h("header", {}, h("h2", { class: "name small" }, model), this.status), this.body, this.after, this.footer);
     this.stream = new MarkdownStream(this.body, announce);
   }
@@ -72,7 +71,7 @@ export class Answer {
   // Ends the answer. `state` is done, stopped or failed; `error` is what failed.
   end(state, error = null) {
     this.state = state;
-    this.error = error;
+    this.node.setAttribute("aria-busy", "false");
     this.endedAt = performance.now();
     this.lanes.end(state === "done" ? "done" : "failed");
     const listed = this.sources.length ? this.text.lastIndexOf(SOURCES_HEADING) : -1;
@@ -91,6 +90,7 @@ export class Answer {
     this.stream.append(text);
     this.stream.finish();
     this.state = "done";
+    this.node.setAttribute("aria-busy", "false");
     this.status.textContent = "";
     this.#showFooter();
   }

@@ -89,6 +89,8 @@ class _Analysis:
         failures = await self._run_plans(plans, [self._explorer(servers, explored)] if servers else [])
         if menu and failures:
             failures = await self._run_plans(await self._plan(menu, failures), [])
+        if menu and failures and not self._reports:
+            failures += await self._run_plans(menu.usual(), [])
         self._failed += [title for title, _ in failures]
         for tool, arguments, found in explored:
             if found.ok:
@@ -120,7 +122,7 @@ class _Analysis:
             "most": str(MOST_REPORTS),
             "today": self._today.isoformat(),
             "realtime": menu.realtime_rule,
-            "failures": "\n".join(f"- {title}: {reason}" for title, reason in failures) or "(nothing)",
+            "failures": fenced("errors", "\n".join(map(": ".join, failures))) if failures else "(nothing)",
         }
         plans: list[ReportPlan] = []
         try:
@@ -128,7 +130,7 @@ class _Analysis:
                 planner.think("Choosing metrics and dimensions." if not failures else "Choosing again.")
                 prompt = Prompt("analytics_plan", fields, [fenced("what can be reported", menu.text)])
                 decision = await planner.decide(prompt, menu.schema, 170 * MOST_REPORTS)
-                plans = menu.plans(decision)
+                plans = menu.plans(decision, self._today)
                 planner.think("; ".join(plan.title for plan in plans) or "No reports.")
         except AGENT_FAILURES:
             pass  # reported by the agent itself; there is a report that suits most questions
@@ -189,12 +191,8 @@ class _Analysis:
         users = [turn["content"] for turn in run.earlier_turns if turn["role"] == "user"]
         for said in (run.question, run.system_prompt, run.context, *users):
             self._figures.add_all(said)
-        run.emit(
-            "DATA_PROCESSING",
-            ORCHESTRATOR,
-            f"{len(self._reports)} reports to answer from.",
-            reports=[{"number": report.number, "tool": report.tool, "title": report.title} for report in self._reports],
-        )
+        titles = "; ".join(f"[R{report.number}] {report.title}" for report in self._reports)
+        run.emit("DATA_PROCESSING", ORCHESTRATOR, f"Reports to answer from: {titles}.")
         prompt = Prompt(
             "analytics_answer",
             {"question": run.question, "failed": "; ".join(self._failed) or "none"},
@@ -207,7 +205,7 @@ class _Analysis:
         await checked_answer(run, prompt, Sources(), [checked], opening)
         if checked.removed:
             message = f"{checked.removed} figures were taken out: no report holds them."
-            run.emit("DATA_PROCESSING", ORCHESTRATOR, message, removed=checked.removed)
+            run.emit("DATA_PROCESSING", ORCHESTRATOR, message)
         run.result |= {"reports": self._machine_form(), "figures_removed": checked.removed}
 
     def _machine_form(self) -> list[dict[str, Any]]:
@@ -261,10 +259,9 @@ async def _explore(agent: Agent, tools: list[str], calls: list[Call], today: dat
 
 
 def _arguments(text: str) -> dict[str, Any] | None:
-    """Return a call's arguments, None where the text is no JSON object that a call can be made of."""
+    """Return a call's arguments, None where the text is no JSON object."""
     try:
         arguments = json.loads(text or "{}")
     except ValueError:
         return None
-    # `Agent.use` has a parameter of that name.
-    return arguments if isinstance(arguments, dict) and not {"tool", "self"} & arguments.keys() else None
+    return arguments if isinstance(arguments, dict) else None

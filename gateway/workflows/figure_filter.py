@@ -18,9 +18,10 @@ from gateway.workflows.number_words import word_value
 from gateway.workflows.sentences import SentenceFilter
 
 REMOVED = "(figure removed: not in any report)"
-_MAX_TEXTS = 600
 _MOST_PLAIN_WORDS = 10
 _MOST_NAME_DIGITS = 2
+_TOKEN = re.compile(TOKEN, re.IGNORECASE | re.VERBOSE)
+_GOES_ON = re.compile(r"[^\W_]|%|[.,]\d")
 _TAIL = re.compile(r"(?:[.!?:;,\u3002\uff01\uff1f]+[\"')*_]*)?\s*$")
 _CHOICE = re.compile(r"(?:top|bottom|first|last|best|worst)[\s-]+(?:the\s+)?$", re.IGNORECASE)
 _REPORT = re.compile(r"reports?\s+(?:R\d+\s*(?:,|and)\s*)*(?:no\.\s*)?$", re.IGNORECASE)
@@ -38,16 +39,28 @@ class FigureFilter(SentenceFilter):
         self._found: list[set[int]] = []
         """Of the sentence in hand: the reports of each figure."""
         self._marked: set[int] = set()
-        texts = sorted(figures.texts, key=len, reverse=True)[:_MAX_TEXTS]
-        known = "|".join(map(re.escape, texts)) or "(?!)"
-        self._token = re.compile(
-            rf"(?P<known>(?<![A-Za-z0-9])(?:{known})(?![A-Za-z0-9%]|[.,]\d)) | {TOKEN}", re.IGNORECASE | re.VERBOSE
-        )
+        self._known: list[tuple[int, int, set[int]]] = []
+        """Where in it texts of reports stand word for word: from, to, and the reports."""
 
     def check(self, sentence: str) -> str:
         """Return the sentence with the figures that can be found, and markers for them."""
         self._found, self._marked = [], set()
-        return self._with_markers(self._token.sub(self._looked_up, sentence))
+        self._known = self._texts_in(sentence)
+        return self._with_markers(_TOKEN.sub(self._looked_up, sentence))
+
+    def _texts_in(self, sentence: str) -> list[tuple[int, int, set[int]]]:
+        lowered = sentence.lower()
+        if len(lowered) != len(sentence):  # a few letters become two
+            return []
+        found = []
+        for text, reports in self._figures.texts.items():
+            at = lowered.find(text)
+            while at >= 0:
+                end = at + len(text)
+                if not (at and lowered[at - 1].isalnum()) and not _GOES_ON.match(lowered, end):
+                    found.append((at, end, reports))
+                at = lowered.find(text, end)
+        return found
 
     def _with_markers(self, sentence: str) -> str:
         missing: set[int] = set()
@@ -85,12 +98,13 @@ class FigureFilter(SentenceFilter):
     def _reports(self, match: re.Match[str]) -> set[int] | None:
         """Return the reports that hold a figure, none where it needs none; None where there should be one."""
         figures = self._figures
-        if match["known"]:
-            return figures.texts.get(match[0].casefold(), {QUESTION})
+        for start, end, reports in self._known:
+            if start <= match.start() and match.end() <= end:
+                return reports
         if match["date"]:
             return set() if figures.find_day(day_of(match)) else None
         if match["clock"]:
-            return None  # those that reports hold are known as texts
+            return None  # those that reports hold were found as texts
         if match["span"]:
             parts = (match["hours"] or 0, match["minutes"], match["seconds"])
             hours, minutes, seconds = map(int, parts)

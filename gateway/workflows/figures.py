@@ -108,6 +108,10 @@ class Figures:
             self._add_match(match, report)
         self._add_words(text, report)
 
+    def add_name(self, text: str, report: int) -> None:
+        """Note what a report is called, without its numbers: a model has chosen them, no tool has counted them."""
+        self._add_words(text, report)
+
     def add_text(self, text: str, report: int) -> None:
         """Note what a report says in words, with the dates and numbers that are words of it, not parts of words."""
         if re.fullmatch(r"(?:19|20)\d{6}", text):  # the form of GA4's dates
@@ -129,7 +133,7 @@ class Figures:
     def _add_words(self, text: str, report: int) -> None:
         for word in {text, *(word.strip(_PUNCTUATION) for word in _WORD_WITH_DIGITS.findall(text))}:
             if 2 < len(word) <= 200 and any(character.isdigit() for character in word) and not _is_plain(word):
-                self.texts.setdefault(word.casefold(), set()).add(report)
+                self.texts.setdefault(word.lower(), set()).add(report)
 
     def holds(self, value: float, *, percent: bool = False) -> bool:
         """Tell whether any report holds just this number."""
@@ -152,7 +156,7 @@ class Figures:
         known = self.percents if percent else self.plain
         if len(self._sorted.get(percent, ())) != len(known):
             self._sorted[percent] = sorted(known)
-        numbers = self._sorted[percent]
+        numbers = self._sorted.get(percent, [])
         first = bisect.bisect_left(numbers, value / (1 + 2 * _ROUNDING))
         return numbers[first : bisect.bisect_right(numbers, value / (1 - 2 * _ROUNDING))]
 

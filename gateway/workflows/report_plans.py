@@ -33,21 +33,14 @@ _USUAL_DIMENSIONS = (
     *("sessionSource", "sessionMedium", "sessionSourceMedium", "sessionCampaignName", "firstUserDefaultChannelGroup"),
     *("landingPage", "pagePath", "pageTitle", "pageReferrer", "eventName", "itemName", "itemCategory"),
 )
-_DAY = r"^(today|yesterday|[0-9]{1,3}daysAgo|[0-9]{4}-[0-9]{2}-[0-9]{2})$"
+_DAY = r"^(today|yesterday|[0-9]{1,3}daysAgo|20[0-9]{2}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01]))$"
+_USUAL_DAYS = ("28daysAgo", "yesterday")
+_FIRST_DAY = datetime.date(2015, 8, 14)
+"""Earliest that the Data API takes."""
 _RELATIVE = re.compile(r"([0-9]{1,3})daysAgo")
 _FIRST_METRICS = ("activeUsers", "sessions", "screenPageViews")
 
 Compare = Literal["nothing", "previous_period", "previous_year"]
-
-
-class _Choice(Decision):
-    """What the menu's schema has in common, whatever is on it."""
-
-    start_date: Annotated[str, Field(pattern=_DAY)]
-    end_date: Annotated[str, Field(pattern=_DAY)]
-    compare_with: Compare
-    filter_value: Annotated[str, Field(max_length=80)]
-    rows: Annotated[int, Field(ge=1, le=50)]
 
 
 class ReportPlan:
@@ -58,8 +51,7 @@ class ReportPlan:
         metrics: list[str],
         dimensions: list[str],
         *,
-        start_date: str = "28daysAgo",
-        end_date: str = "yesterday",
+        days: tuple[str, str] = _USUAL_DAYS,
         compare_with: Compare = "nothing",
         filter_dimension: str = "",
         filter_value: str = "",
@@ -69,7 +61,7 @@ class ReportPlan:
         self.tool = "ga4_realtime" if realtime else "ga4_report"
         self._metrics = metrics
         self._dimensions = dimensions
-        self._days = (start_date, end_date)
+        self._days = days
         self._compare_with: Compare = compare_with
         self._filter = (filter_dimension, filter_value) if filter_dimension and filter_value else None
         self._rows = rows
@@ -127,20 +119,22 @@ class Menu:
             "metrics": (Annotated[list[metric], Field(min_length=1, max_length=4)], ...),
             "dimensions": (Annotated[list[dimension], Field(max_length=2 if dimensions else 0)], ...),
             "filter_dimension": (Literal[("", *dimensions)], ...),
+            "filter_value": (Annotated[str, Field(max_length=80)], ...),
+            "start_date": (Annotated[str, Field(pattern=_DAY)], ...),
+            "end_date": (Annotated[str, Field(pattern=_DAY)], ...),
+            "compare_with": (Compare, ...),
+            "rows": (Annotated[int, Field(ge=1, le=50)], ...),
         }
         if self._has_realtime:
             fields = {"when": (Literal["days", "last_minutes"], ...)} | fields
-        choice = create_model("Choice", __base__=_Choice, **fields)
+        choice = create_model("Choice", __base__=Decision, **fields)
         several: Any = Annotated[list[choice], Field(min_length=1, max_length=MOST_REPORTS)]
         return create_model("Choices", __base__=Decision, reports=(several, ...))
 
-    def plans(self, decision: Decision | None) -> list[ReportPlan]:
+    def plans(self, decision: Decision | None, today: datetime.date) -> list[ReportPlan]:
         """Return the reports that a decision of `schema` chose, none twice."""
-        plans: dict[str, ReportPlan] = {}
-        for choice in getattr(decision, "reports", []):
-            plan = self._chosen(choice)
-            plans.setdefault(repr(plan.arguments(datetime.date.min + datetime.timedelta(days=2000))) + plan.tool, plan)
-        return list(plans.values())
+        chosen = [self._chosen(choice, today) for choice in getattr(decision, "reports", [])]
+        return list({f"{plan.tool} {plan.arguments(today)}": plan for plan in chosen}.values())
 
     def usual(self) -> list[ReportPlan]:
         """Return the reports for a question that nothing could be chosen for."""
@@ -148,7 +142,7 @@ class Menu:
         dimensions = [name for name in ("date",) if name in self._dimensions]
         return [ReportPlan(metrics, dimensions, rows=28)]
 
-    def _chosen(self, choice: Any) -> ReportPlan:
+    def _chosen(self, choice: Any, today: datetime.date) -> ReportPlan:
         metrics, dimensions = list(dict.fromkeys(choice.metrics)), list(dict.fromkeys(choice.dimensions))
         if getattr(choice, "when", "days") == "last_minutes":
             metrics = [name for name in metrics if name in REALTIME_METRICS] or ["activeUsers"]
@@ -157,13 +151,25 @@ class Menu:
         return ReportPlan(
             [name for name in metrics if name in self._metrics] or self._metrics[:1],
             [name for name in dimensions if name in self._dimensions],
-            start_date=choice.start_date,
-            end_date=choice.end_date,
+            days=sensible(choice.start_date, choice.end_date, today),
             compare_with=choice.compare_with,
             filter_dimension=choice.filter_dimension if choice.filter_dimension in self._dimensions else "",
             filter_value=choice.filter_value,
             rows=choice.rows,
         )
+
+
+def sensible(start: str, end: str, today: datetime.date) -> tuple[str, str]:
+    """Return a range that can be reported on: as it is, turned round, cut at today, or else the usual one."""
+    try:
+        first, last = _absolute(start, today), _absolute(end, today)
+    except ValueError:
+        return _USUAL_DAYS
+    if first > last:
+        start, end, first, last = end, start, last, first
+    if first < _FIRST_DAY or first > today:
+        return _USUAL_DAYS
+    return start, "today" if last > today else end
 
 
 def earlier(start: str, end: str, how: Compare, today: datetime.date) -> tuple[str, str] | None:

@@ -67,23 +67,29 @@ def ga4_report(number: int, tool: str, data: Mapping[str, Any], figures: Figures
         values = derived.cells(row, before)
         rows.append([*(cell(row.get(name, "")) for name in dimensions), *values])
         lines.append(" | ".join([*(str(row.get(name, "")) for name in dimensions), *values]))
+    notes = _rows_left_out(data, number, figures)
+    del rows[MAX_TABLE_ROWS:]
     if data["totals"] and dimensions:
         values = derived.cells(data["totals"], data["previous_totals"])
         rows.append(["**Total**", *[""] * (len(dimensions) - 1), *values])
         lines.append(" | ".join(["total", *values]))
     header = [cell(name) for name in (*dimensions, *derived.columns)]
-    shown = rows if len(rows) <= MAX_TABLE_ROWS + 1 else [*rows[:MAX_TABLE_ROWS], *rows[-1:]]
-    whole = table(header, shown, len(dimensions)) if data["rows"] else "(no data)"
-    notes = list(data["notes"])
-    if (data["row_count"] or 0) > len(data["rows"]):
-        notes.insert(0, f"{len(data['rows'])} rows of {data['row_count']}.")
-        figures.add(data["row_count"], number)
+    whole = table(header, rows, len(dimensions)) if data["rows"] else "(no data)"
     for name in filter(None, (data["time_zone"], data["currency"])):
         figures.add_text(name, number)
     title = _ga4_title(data)
-    figures.add_text(title, number)
+    figures.add_name(title, number)
     lines = [title, " | ".join((*dimensions, *derived.columns)), *lines, *notes, *derived.lines()]
     return Report(number, tool, title, whole, "\n".join(lines), dict(data), notes)
+
+
+def _rows_left_out(data: Mapping[str, Any], number: int, figures: Figures) -> list[str]:
+    """Return what the report says about itself, and how many rows stand in the table of how many."""
+    shown, there = min(len(data["rows"]), MAX_TABLE_ROWS), data["row_count"] or len(data["rows"])
+    if there <= shown:
+        return list(data["notes"])
+    figures.add(there, number)
+    return [f"{shown} rows of {there}.", *data["notes"]]
 
 
 def _ga4_title(data: Mapping[str, Any]) -> str:
@@ -198,8 +204,8 @@ def other_report(
     figures.reports.add(number)
     asked = json.dumps(dict(arguments), ensure_ascii=False) if arguments else ""
     title = f"{tool} {asked[:200]}".strip()
-    for part in (title, text[: _MAX_VALUES * 4]):
-        figures.add_text(part, number)
+    figures.add_name(title, number)
+    figures.add_text(text[: _MAX_VALUES * 4], number)
     _note_values(data, number, figures, [_MAX_VALUES])
     rows = _rows(data)
     figures.most_rows = max(figures.most_rows, len(rows))

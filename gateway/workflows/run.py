@@ -234,9 +234,8 @@ async def conduct(workflow: Workflow, run: Run) -> AsyncGenerator[Event, None]:
 
     async def to_the_end() -> None:
         try:
-            async with run.meter.counted():
-                async with run.meter.noting_refusal():
-                    await _within_budget(workflow, run)
+            async with run.meter.counted(), run.meter.noting_refusal():
+                await _within_budget(workflow, run)
             run.emit(
                 "WORKFLOW_COMPLETED",
                 ORCHESTRATOR,

@@ -61,9 +61,14 @@ class Visit:
         playwright.expect(self.message).to_be_focused()
 
     @property
+    def talk(self) -> Any:
+        """The part of the chat where messages are written and read."""
+        return self.page.get_by_role("region", name="Conversation")
+
+    @property
     def message(self) -> Any:
         """The field that a message is written in."""
-        return self.page.get_by_label("Conversation").get_by_label("Message", exact=True)
+        return self.talk.get_by_label("Message", exact=True)
 
     def ask(self, text: str) -> None:
         """Send a message, without waiting for the answer."""
@@ -74,14 +79,14 @@ class Visit:
         """Return an answer, once it has ended."""
         answers = self.page.locator(".answer")
         answer = answers.last if number < 0 else answers.nth(number)
-        playwright.expect(answer.locator("footer")).to_be_visible(timeout=60_000)
+        playwright.expect(answer).to_have_attribute("aria-busy", "false", timeout=60_000)
         return answer
 
     def settings(self, **values: str) -> None:
         """Fill in settings of the chat, by their labels."""
         self.page.get_by_role("button", name="Settings").click()
         for label, value in values.items():
-            self.page.get_by_label(label.replace("_", " ")).fill(value)
+            self.talk.get_by_label(label.replace("_", " ")).fill(value)
 
     def check(self) -> None:
         """Assert that nothing went wrong, and that no other host was asked."""
@@ -192,5 +197,3 @@ def visit(chromium: Any) -> Iterator[Open]:
         opened.page.context.close()
     for opened in visits:
         opened.check()
-
-

@@ -87,7 +87,9 @@ def _plan(request: GenerationRequest) -> Mapping[str, Any]:
 
 
 def _notes(request: GenerationRequest) -> str:
-    numbers = {title: number for number, title in re.findall(r'<source number="(\d+)"[^>]*title="([^"]*)"', _all(request))}
+    numbers = {
+        title: number for number, title in re.findall(r'<source number="(\d+)"[^>]*title="([^"]*)"', _all(request))
+    }
     found = [f"{text} [{numbers[title]}]." for title, text in _FINDINGS.items() if title in numbers]
     return "\n".join(f"- {line}" for line in found) or "Nothing on this."
 
@@ -109,7 +111,9 @@ def _all(request: GenerationRequest) -> str:
 
 def _engine() -> SupervisedEngine:
     model = ScriptedModel(plan=_plan, notes=_notes, answer=_answer)
-    return SupervisedEngine("scripted", lambda: MockEngine(reply=model, max_model_len=32_768, first_token_s=0.12, token_s=0.012))
+    return SupervisedEngine(
+        "scripted", lambda: MockEngine(reply=model, max_model_len=32_768, first_token_s=0.12, token_s=0.012)
+    )
 
 
 def _config(folder: Path, *, demo: bool) -> Path:

@@ -28,6 +28,7 @@ TREE: dict[str, Any] = {
     "engines": {"main": {"kind": "mock", "args": {"token_s": 0.02, "max_model_len": 4096}}},
     "models": {"shannon-chat": {"limits": UNLIMITED}},
     "jobs": {"resume_s": 30},
+    "store": {"command_timeout_ms": 2000},
 }
 WORDS = " ".join(map(str, range(150)))
 WITHIN_S = 20

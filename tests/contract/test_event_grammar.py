@@ -15,7 +15,10 @@ from tests.scripted import FakeFetch, FakeSearch, ScriptedModel, steps
 
 pytestmark = pytest.mark.anyio
 
-WORKFLOWS = ("chat", "quick_research", "standard_research", "deep_research", "academic_research", "complex")
+WORKFLOWS = (
+    *("chat", "quick_research", "standard_research", "deep_research", "academic_research", "complex"),
+    *("ads_research", "analytics"),  # here without their tools; with them in tests of their own
+)
 Events = list[dict[str, Any]]
 
 

@@ -469,6 +469,55 @@ async def test_idle_stream_is_ended(serve: Start) -> None:
         await until(lambda: client.ended(job_id))
 
 
+async def test_stream_too_far_behind_is_told_what_it_lost(serve: Start) -> None:
+    gateway = await serve(
+        mock=lambda: MockEngine(reply=" ".join(["x" * 2000] * 400), token_s=0.0001, max_model_len=8192),
+        config={"jobs": {"max_log_bytes": 262_144}},
+    )
+    client = JobClient("c")
+    async with client.connected(gateway):
+        job_id = await submitted(gateway, "c")
+        await until(lambda: client.ended(job_id))
+        end = client.last
+    client.last, client.events = 1, []
+    async with client.connected(gateway):
+        await until(lambda: len(client.opened) == 3)
+        assert [opened["resumed"] for opened in client.opened] == [False, True, False]
+        assert (client.last, client.events) == (end, [])
+        job_id = await submitted(gateway, "c")
+        await until(lambda: client.ended(job_id))
+
+
+async def test_number_of_another_time_is_not_taken_for_one_of_this_log(serve: Start) -> None:
+    gateway = await serve()
+    first, second = JobClient("c"), JobClient("c", last=5_000)
+    async with first.connected(gateway):
+        job_id = await submitted(gateway, "c")
+        await until(lambda: first.ended(job_id))
+    async with second.connected(gateway):
+        assert second.opened == [{"client_id": "c", "resumed": False}]
+        job_id = await submitted(gateway, "c")
+        await until(lambda: second.ended(job_id))
+
+
+async def test_store_that_forgot_a_client_ends_its_stream(
+    serve: Start, store_server: StoreServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.jobs.RENEW_S", 0.05)
+    gateway = await serve(mock=slow)
+    client = JobClient("c")
+    async with client.connected(gateway):
+        job_id = await submitted(gateway, "c")
+        await until(lambda: client.text(job_id) != "")
+        store_server.client().flushall()
+        await until(lambda: client.ends == ["lost"])
+    await assert_settled(gateway)
+    async with client.connected(gateway):
+        assert client.opened[-1]["resumed"] is False
+        job_id = await submitted(gateway, "c", max_tokens=3)
+        await until(lambda: client.ended(job_id))
+
+
 async def test_silent_stream_is_kept_alive(serve: Start) -> None:
     gateway = await serve(server={"keepalive_s": 0.01})
     async with gateway.client.stream("GET", "/api/v1/chat/stream/c") as response:

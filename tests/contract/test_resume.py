@@ -251,6 +251,7 @@ async def test_early_failure_has_its_status_and_leaves_no_log(serve: Start, stor
 
     assert (failed.status_code, too_long.status_code) == (500, 400)
     assert too_long.json()["error"]["param"] == "max_tokens"
+    assert "X-Shannon-Resume" not in failed.headers.keys() | too_long.headers.keys()
     await until(lambda: not store_server.client().keys("sh:{l:*"))
 
 

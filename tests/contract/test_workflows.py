@@ -293,6 +293,22 @@ async def test_concurrent_requests_are_counted_while_agents_are_between_generati
     assert (await here.gateway.chat()).status_code == 200
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("workflow", ["ads_research", "analytics"])
+async def test_answer_that_asks_no_model_is_a_request_all_the_same(start: Start, workflow: str, stream: bool) -> None:
+    here = await place(start, workflow, settings={"limits": {"requests_per_minute": 2}})
+    responses = [await here.gateway.chat(stream=stream) for _ in range(3)]
+    assert [response.status_code for response in responses] == [200, 200, 429]
+    assert [remaining(response)[0] for response in responses] == [1, 0, 0]
+    for response in responses:
+        assert_six(response)
+    assert b"configured" in responses[0].content
+    assert here.gateway.spent().completion_tokens == 0
+    refused = await here.gateway.chat(stream=stream, response_format={"type": "json_object"})
+    assert refused.status_code == 400
+    assert_six(refused)
+
+
 # Failures
 
 

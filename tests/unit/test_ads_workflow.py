@@ -26,7 +26,6 @@ from gateway.workflows.offers import Profile, checked, stands_in
 from gateway.workflows.run import Budget, conduct
 from gateway.workflows.tables import cell, table
 from tests.conftest import until
-from tests.event_grammar import PAYLOADS
 from tests.scripted import FakeFetch, FakeTool, Outcome, make_run, outcome_of, outside_fences, text_of, tokens
 from tests.unit.conftest import Metered, metered
 
@@ -116,13 +115,6 @@ class Model:
 
     def texts(self, kind: str) -> list[str]:
         return [text_of(request) for asked, request in self.asked if asked == kind]
-
-
-@pytest.fixture(autouse=True)
-def payloads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What this workflow adds to the grammar of events."""
-    always, perhaps = PAYLOADS["WORKFLOW_COMPLETED"]
-    monkeypatch.setitem(PAYLOADS, "WORKFLOW_COMPLETED", (always, perhaps | {"ads": list}))
 
 
 async def asked(model: Model, *tools: FakeTool, over: Metered | None = None, **more: Any) -> Outcome:

@@ -29,10 +29,9 @@ from gateway.tools.mcp_servers import McpServer
 from gateway.tools.server_toolbox import ServerToolbox
 from gateway.workflows.analytics import analytics
 from gateway.workflows.figure_filter import REMOVED
-from gateway.workflows.report_plans import Menu, earlier
+from gateway.workflows.report_plans import Menu, earlier, sensible
 from gateway.workflows.run import Budget
 from tests.conftest import NOW, ROOT, FakeClock
-from tests.event_grammar import PAYLOADS
 from tests.scripted import FakeTool, Outcome, make_run, outcome_of, outside_fences, text_of, tokens
 from tests.unit.conftest import Metered, metered
 from tests.unit.test_ga4 import METADATA, PROPERTY, REPORT, TOKEN_URL, row
@@ -90,17 +89,6 @@ class Model:
 
     def request(self, kind: str, number: int = 0) -> GenerationRequest:
         return [request for asked, request in self.asked if asked == kind][number]
-
-
-@pytest.fixture(autouse=True)
-def payloads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What this workflow adds to the grammar of events."""
-    for event_type, more in (
-        ("DATA_PROCESSING", {"reports": list, "removed": int}),
-        ("WORKFLOW_COMPLETED", {"reports": list, "figures_removed": int}),
-    ):
-        always, perhaps = PAYLOADS[event_type]
-        monkeypatch.setitem(PAYLOADS, event_type, (always, perhaps | more))
 
 
 @pytest.fixture
@@ -266,7 +254,16 @@ async def test_report_that_google_refuses_is_planned_again(google: respx.Router)
         return {"reports": [BY_COUNTRY | ({"metrics": ["sessions"]} if again else {})]}
 
     outcome = await asked(Model(plan=plan, answer="There were 1,300."), Toolbox(ga4()))
+    assert len(calls(outcome)) == 3
     assert [params.get("metrics") for _, params in calls(outcome)] == [None, ["sessions", "bounceRate"], ["sessions"]]
+    assert outcome.text.endswith("There were 1,300 [R1].")
+
+
+async def test_plans_that_google_refuses_twice_leave_the_usual_report(google: respx.Router) -> None:
+    refusals = [httpx.Response(400, json={"error": {"message": "They do not go together."}})] * 2
+    google["report"].side_effect = [*refusals, httpx.Response(200, json=REPORT)]
+    outcome = await asked(Model(answer="There were 1,300."), Toolbox(ga4()))
+    assert calls(outcome)[-1][1]["dimensions"] == ["date"]
     assert outcome.text.endswith("There were 1,300 [R1].")
 
 
@@ -356,8 +353,8 @@ async def test_server_that_can_not_be_reached_is_named(server: Callable[..., Mcp
     assert "Tried: the server 'ptengine', which can't be reached." in outcome.text
 
 
-@pytest.mark.parametrize("arguments", ["[1]", "no json", '{"tool": "x"}', '{"self": 1}'])
-async def test_arguments_that_no_call_can_be_made_of_are_told(server: Callable[..., McpServer], arguments: str) -> None:
+@pytest.mark.parametrize("arguments", ["[1]", "no json", '{"a": 1', '"text"'])
+async def test_arguments_that_are_no_object_are_told(server: Callable[..., McpServer], arguments: str) -> None:
     steps = iter([{"why": "x", "action": "call", "tool": "ptengine__add", "arguments": arguments}])
     finish = {"why": "", "action": "finish", "tool": "ptengine__add", "arguments": ""}
     model = Model(step=lambda request: next(steps, finish))
@@ -424,6 +421,25 @@ async def test_whole_answer_is_the_same_unstreamed(google: respx.Router) -> None
     assert whole.text == streamed.text
 
 
+async def test_number_that_the_model_itself_put_into_a_plan_is_no_figure(google: respx.Router) -> None:
+    plan = BY_COUNTRY | {"filter_dimension": "country", "filter_value": "4711"}
+    outcome = await asked(Model(plan={"reports": [plan]}, answer="There were 4,711."), Toolbox(ga4()))
+    assert "country contains '4711'" in outcome.text
+    assert outcome.text.endswith(f"There were {REMOVED}.")
+
+
+async def test_long_report_is_cut_in_the_answer_and_whole_for_the_model(google: respx.Router) -> None:
+    rows = [row([f"Country {n}"], str(1000 - n), "0.5") for n in range(50)]
+    google["report"].respond(json=REPORT | {"rows": rows, "rowCount": 50})
+    model = Model(plan={"reports": [BY_COUNTRY | {"rows": 50}]}, answer="The 50th had 951.")
+    outcome = await asked(model, Toolbox(ga4()))
+    assert "| Country 19 | 981 | 50.00 % |\n| **Total** | 1,300 |" in outcome.text
+    assert "Country 20" not in outcome.text
+    assert "*20 rows of 50.*" in outcome.text
+    assert "Country 49 | 951" in text_of(model.request("answer"))
+    assert outcome.text.endswith("The 50th had 951 [R1].")
+
+
 # What may be chosen
 
 TODAY = datetime.date(2024, 3, 1)
@@ -445,6 +461,22 @@ TODAY = datetime.date(2024, 3, 1)
 )
 def test_earlier_range_is_as_long(start: str, end: str, how: Any, before: tuple[str, str] | None) -> None:
     assert earlier(start, end, how, TODAY) == before
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "taken"),
+    [
+        ("7daysAgo", "today", ("7daysAgo", "today")),
+        ("2024-02-01", "2024-02-29", ("2024-02-01", "2024-02-29")),
+        ("yesterday", "7daysAgo", ("7daysAgo", "yesterday")),
+        ("2024-02-20", "2024-03-20", ("2024-02-20", "today")),
+        ("2024-03-02", "2024-03-20", ("28daysAgo", "yesterday")),
+        ("2024-02-31", "today", ("28daysAgo", "yesterday")),
+        ("2001-01-01", "2024-01-01", ("28daysAgo", "yesterday")),
+    ],
+)
+def test_range_that_can_not_be_reported_on_is_mended(start: str, end: str, taken: tuple[str, str]) -> None:
+    assert sensible(start, end, TODAY) == taken
 
 
 def entries(*names: str, custom: bool = False) -> list[dict[str, Any]]:

@@ -54,7 +54,10 @@ def test_markers_name_only_what_was_read(text: str, left: str) -> None:
         ("[Title](https://made.up/x_(y)) [T](https://one.example/a)", "[Title]([address removed]) [T](https://one.example/a)"),
         ("参照https://made.up/x。", "参照[address removed]"),
         ("In `https://made.up/x`.", "In `[address removed]`."),
-        ("doi:10.1234/made.up, DOI: 10.5678/x and 10.9999/y", "[address removed], [address removed] and [address removed]"),
+        (
+            "doi:10.1234/made.up, DOI: 10.5678/x and 10.9999/y",
+            "[address removed], [address removed] and [address removed]",
+        ),
         ("http://[bad http://a:99999/ https://", "[address removed] [address removed] https://"),
     ],
 )  # fmt: skip
@@ -76,8 +79,11 @@ def test_addresses_of_the_user_may_be_repeated_whole_only() -> None:
 
 @pytest.mark.parametrize(
     "heading",
-    ["## Sources", "# references:", "**Sources**", "**Works cited:**", "### 5. Bibliography ###", "## 参考文献", "## Quellen"],
-)  # fmt: skip
+    [
+        *("## Sources", "# references:", "**Sources**", "**Works cited:**"),
+        *("### 5. Bibliography ###", "## 参考文献", "## Quellen"),
+    ],
+)
 def test_lists_of_sources_are_left_out_up_to_the_next_heading(heading: str) -> None:
     heading = heading.removesuffix(" ###")
     text = f"Text.\n\n{heading}\n[1] Made up\nSmith (2021). Journal.\n\n## Limitations\nSome."

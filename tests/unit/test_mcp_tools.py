@@ -20,7 +20,9 @@ from mcp.server.mcpserver import MCPServer
 from pydantic import ValidationError
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway.config import ConfigError, McpServerSettings
+from gateway.config import ConfigError, McpServerSettings, parse_config
+from gateway.fetch import Fetcher
+from gateway.tools.assembly import build_toolbox
 from gateway.tools.base import Observation, Toolbox, ToolError
 from gateway.tools.json_arguments import arguments_model
 from gateway.tools.mcp_servers import McpServer
@@ -329,6 +331,31 @@ async def test_http_server_that_was_restarted_is_connected_anew(servers: Callabl
     async with http_server(int(url.split(":")[2].split("/")[0])) as _:
         assert (await tools.call("heat__clicks", {"page": "/"})).data == {"clicks": 100}
         await server.close()
+
+
+async def test_configured_servers_are_in_the_box_and_close_with_it() -> None:
+    config = parse_config(
+        {
+            "engines": {"main": {"kind": "mock"}},
+            "models": {"shannon-chat": {"description": "Chat"}},
+            "tools": {
+                "web_fetch": {"enabled": False},
+                "serp_ads": {"provider": "serper"},
+                "mcp": {"pt-engine": {"command": STUB, "tools": ["add", "environment"]}},
+            },
+        }
+    )
+    toolbox = build_toolbox(config, {"SERPER_API_KEY": "k"}, Fetcher(config.fetch))
+    await toolbox.start()
+    assert toolbox.names == ["serp_ads", "pt-engine"]
+    assert "pt-engine__add" in toolbox
+    tools = await stocked(toolbox)
+    assert tools.names == ["serp_ads", "pt-engine__add", "pt-engine__environment"]
+    pid = (await tools.call("pt-engine__environment", {})).data["pid"]
+    await tools.close()
+    assert alive(pid), "a share closes nothing"
+    await toolbox.close()
+    assert not alive(pid)
 
 
 def test_variable_that_is_not_set_is_named() -> None:

@@ -1,0 +1,89 @@
+"""Cut streams and submitted jobs with the real engine: the same words as in one go, and books that balance."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.conftest import until
+from tests.contract.test_jobs import JobClient, submitted
+from tests.contract.test_resume import Taken
+from tests.gateway_process import GatewayProcess
+
+pytestmark = pytest.mark.anyio
+
+STORY: dict[str, Any] = {"messages": [{"role": "user", "content": "Tell me a story."}], "temperature": 0}
+KINDS = ("prompt", "completion")
+
+
+class Client:
+    """The gateway as a client reaches it."""
+
+    def __init__(self, client: httpx.AsyncClient) -> None:
+        self.client = client
+
+
+@pytest.fixture
+async def reached(gateway: GatewayProcess) -> AsyncIterator[Client]:
+    async with httpx.AsyncClient(base_url=gateway.url, headers=gateway.authorization, timeout=60) as client:
+        yield Client(client)
+
+
+async def assert_books_balance(gateway: GatewayProcess) -> None:
+    """The gateway's count of tokens is the engine's, once nothing runs."""
+
+    async def counts() -> tuple[float, float]:
+        metrics = await asyncio.to_thread(gateway.metrics)
+        assert metrics.get(("shannon_engine_unfinished_requests", "main"), 0) == 0
+        ours = sum(
+            value
+            for key, value in metrics.items()
+            if key[0] == "shannon_tokens_total" and set(key) & {"prompt", "completion"}
+        )
+        theirs = sum(
+            value
+            for key, value in metrics.items()
+            if key[0] in ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
+        )
+        return ours, theirs
+
+    ours, theirs = await counts()
+    assert ours == theirs > 0
+
+
+async def test_stream_that_is_cut_says_what_it_would_have(reached: Client, gateway: GatewayProcess) -> None:
+    whole = (await reached.client.post("/v1/chat/completions", json=STORY)).json()
+    taken = Taken()
+    body = STORY | {"stream": True, "resumable": True}
+    async with reached.client.stream("POST", "/v1/chat/completions", json=body) as response:
+        path = response.headers["X-Shannon-Resume"]
+        await taken.take(response, 5)
+    while taken.events[taken.last] != "[DONE]":
+        async with reached.client.stream("GET", path, headers={"Last-Event-ID": str(taken.last)}) as response:
+            await taken.take(response, 10)
+
+    assert taken.text == whole["choices"][0]["message"]["content"]
+    assert taken.frames[-1]["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"]
+    await assert_books_balance(gateway)
+
+
+async def test_jobs_are_answered_in_turn(reached: Client, gateway: GatewayProcess) -> None:
+    whole = (await reached.client.post("/v1/chat/completions", json=STORY)).json()["choices"][0]["message"]["content"]
+    clients = [JobClient(f"client-{number}") for number in range(3)]
+
+    async def work(client: JobClient) -> None:
+        async with client.connected(reached, gateway.key):
+            jobs = [
+                await submitted(reached, client.id, "Tell me a story.", temperature=0, key=gateway.key)
+                for _ in range(3)
+            ]
+            await until(lambda: client.in_order() == jobs, within_s=60)
+        client.check_turns()
+        assert [client.text(job_id) for job_id in jobs] == [whole] * 3
+
+    await asyncio.gather(*(work(client) for client in clients))
+    await assert_books_balance(gateway)

@@ -1,0 +1,212 @@
+"""Every one of the eight models, with the real engine and the demo model, over a folder of real documents.
+
+The demo model writes word salad here, and must: whatever a small model plans, decides and says, the run completes, its
+events follow the grammar, and its usage is what vLLM counted. What is found and read is real.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.documents import pdf
+from tests.e2e.test_clients import CLIENTS, ROOT, _run
+from tests.event_grammar import check_events
+from tests.gateway_process import UNLIMITED, GatewayProcess, serve
+
+pytestmark = pytest.mark.slow
+
+MODELS = [
+    *("shannon-chat", "shannon-quick-research", "shannon-standard-research", "shannon-deep-research"),
+    *("shannon-academic-research", "shannon-ads-research", "shannon-analytics", "shannon-complex"),
+]
+RESEARCH = [model for model in MODELS if model.endswith("research") and "ads" not in model]
+QUESTION = "When did the harbour of Yokohama open, and what was traded there?"
+ASK: Any = [{"role": "user", "content": QUESTION}]
+
+
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
+    """A gateway with the demo model and a folder of documents."""
+    folder = tmp_path_factory.mktemp("documents")
+    filler = "The weather was mild that year, and the roads were dry. " * 60
+    (folder / "harbour.md").write_text(f"# Harbour of Yokohama\n\nThe harbour opened in 1859.\n\n{filler}")
+    (folder / "trade.txt").write_text("Silk and tea were traded in the harbour of Yokohama; silk came first.")
+    (folder / "railway.html").write_text("<title>Railway</title><p>The railway from Shimbashi opened in 1872.</p>" * 9)
+    (folder / "report.pdf").write_bytes(pdf("Customs report", ["", "In 1860 the harbour took in much silver."]))
+    tree = {
+        "engines": {"main": {"kind": "embedded", "model": "demo", "args": {"max_model_len": 2048}}},
+        "models": {model: {"limits": UNLIMITED} for model in MODELS},
+        "tools": {"web_fetch": {"enabled": False}, "local_search": {"folder": str(folder)}},
+    }
+    with serve(tmp_path_factory.mktemp("agents"), tree) as running:
+        running.wait_until_ready()
+        yield running
+
+
+def events_of(answer: Any) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = (answer.model_extra or {}).get("shannon_events", [])
+    return found
+
+
+def counted(gateway: GatewayProcess) -> tuple[float, float]:
+    """Return vLLM's own count of prompt and completion tokens."""
+    return gateway.metric("vllm:prompt_tokens_total"), gateway.metric("vllm:generation_tokens_total")
+
+
+def orphans(gateway: GatewayProcess) -> float:
+    return gateway.metric("vllm:num_requests_running") + gateway.metric("vllm:num_requests_waiting")
+
+
+def wait_until(condition: Callable[[], bool], what: str, within_s: float = 10.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+def wait_for_quiet(gateway: GatewayProcess) -> None:
+    wait_until(lambda: not orphans(gateway), "requests were left in the engine")
+
+
+def usage(gateway: GatewayProcess) -> tuple[float, float]:
+    """Return the ledger's count of prompt and completion tokens."""
+    rows = httpx.get(f"{gateway.url}/v1/usage", headers=gateway.authorization, timeout=10).json()["data"]
+    return sum(row["prompt_tokens"] for row in rows), sum(row["completion_tokens"] for row in rows)
+
+
+def books_balance(gateway: GatewayProcess) -> bool:
+    """Tell whether the ledger holds what vLLM counted: nothing but this module has used this gateway."""
+    return usage(gateway) == counted(gateway)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_completes(gateway: GatewayProcess, model: str, stream: bool) -> None:
+    client = openai.OpenAI(base_url=f"{gateway.url}/v1", api_key=gateway.key, max_retries=0)
+    before = counted(gateway)
+    events: list[dict[str, Any]] = []
+    text, usage, finish_reason = "", None, None
+    if stream:
+        for chunk in client.chat.completions.create(model=model, messages=ASK, max_tokens=120, stream=True):
+            events += events_of(chunk)
+            text += chunk.choices[0].delta.content or ""
+            usage = chunk.usage or usage
+            finish_reason = chunk.choices[0].finish_reason or finish_reason
+    else:
+        whole = client.chat.completions.create(model=model, messages=ASK, max_tokens=120)
+        events, text, usage = events_of(whole), whole.choices[0].message.content or "", whole.usage
+        finish_reason = whole.choices[0].finish_reason
+
+    check_events(events)
+    assert text
+    assert finish_reason in ("stop", "length")
+    assert usage is not None
+    after = counted(gateway)
+    assert (usage.prompt_tokens, usage.completion_tokens) == (after[0] - before[0], after[1] - before[1])
+    if model in RESEARCH:
+        sources = events[-1]["payload"]["sources"]
+        assert sources, "documents were found and read"
+        assert all(source["url"].startswith("local:") for source in sources)
+        assert f"## Sources\n\n[{sources[0]['number']}] {sources[0]['title']}" in text
+        named = {int(number) for number in re.findall(r"\[(\d+)\] .* \(local:", text)}
+        assert named == {source["number"] for source in sources}
+    wait_for_quiet(gateway)
+
+
+def test_deep_research_over_documents_reads_what_bears_on_the_question(gateway: GatewayProcess) -> None:
+    body = gateway.chat(model="shannon-deep-research", messages=ASK, max_tokens=60).json()
+    events = body["shannon_events"]
+    read = [e for e in events if e["type"] == "TOOL_OBSERVATION" and e["payload"]["tool"] == "local_read"]
+
+    assert any("The harbour opened in 1859." in event["message"] for event in read)
+    assert {"planner", "coverage", "synthesis", "citation"} <= {event["agent_id"] for event in events}
+    started = [e["agent_id"] for e in events if e["type"] == "AGENT_STARTED" and e["payload"]["role"] == "researcher"]
+    assert len(started) >= 5, "any model yields a plan that parses"
+    assert not [event for event in events if event["type"] == "ERROR_OCCURRED"]
+
+
+def test_agents_of_a_run_share_the_prefix_of_their_prompts(gateway: GatewayProcess) -> None:
+    """A question that nobody has asked before is computed once, however many agents are told it."""
+    question = f"In the year {time.time_ns()}: " + " ".join(f"what of number {n * 7919 % 1000}?" for n in range(60))
+    ask = [{"role": "user", "content": question}]
+    tokens = gateway.chat(model="shannon-chat", messages=ask, max_tokens=1).json()["usage"]["prompt_tokens"]
+    usage = gateway.chat(model="shannon-complex", messages=ask, max_tokens=30).json()["usage"]
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
+    print(f"cached: {cached} of {usage['prompt_tokens']}, the question has {tokens}")
+    assert tokens > 300
+    assert cached > 2 * tokens
+
+
+@pytest.mark.parametrize("model", [*RESEARCH, "shannon-complex"])
+def test_leaving_in_the_middle_leaves_nothing_in_the_engine(gateway: GatewayProcess, model: str) -> None:
+    before = counted(gateway)
+    body = {"model": model, "messages": ASK, "stream": True}
+    for frames in (2, 8, 20):
+        url = f"{gateway.url}/v1/chat/completions"
+        with httpx.stream("POST", url, json=body, headers=gateway.authorization, timeout=60) as response:
+            lines = (line for line in response.iter_lines() if line.startswith("data: {"))
+            for _ in zip(range(frames), lines, strict=False):
+                pass
+    wait_for_quiet(gateway)
+    wait_until(lambda: books_balance(gateway), "the ledger differs from vLLM's counters")
+    assert counted(gateway) > before
+
+
+def test_many_at_once_complete_and_balance(gateway: GatewayProcess) -> None:
+    async def crowd() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=gateway.url, headers=gateway.authorization, timeout=200) as client:
+
+            async def visit(number: int) -> httpx.Response | None:
+                body = {"model": MODELS[number % 8], "messages": ASK, "max_tokens": 40}
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(0.3 if number % 5 == 4 else 200):
+                        return await client.post("/v1/chat/completions", json=body)
+                return None
+
+            return [response for response in await asyncio.gather(*map(visit, range(16))) if response is not None]
+
+    responses = asyncio.run(crowd())
+    assert {response.status_code for response in responses} == {200}
+    for response in responses:
+        check_events(response.json()["shannon_events"])
+    wait_for_quiet(gateway)
+    wait_until(lambda: books_balance(gateway), "the ledger differs from vLLM's counters")
+
+
+def test_json_answers_stay_json(gateway: GatewayProcess) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"year": {"type": "integer"}, "open": {"type": "boolean"}},
+        "required": ["year", "open"],
+        "additionalProperties": False,
+    }
+    wanted = {"type": "json_schema", "json_schema": {"name": "harbour", "schema": schema}}
+    for model in ("shannon-quick-research", "shannon-complex"):
+        body = gateway.chat(model=model, messages=ASK, response_format=wanted).json()
+        assert json.loads(body["choices"][0]["message"]["content"]).keys() == {"year", "open"}
+
+
+def test_live_view_shows_agents_answer_and_sources(gateway: GatewayProcess) -> None:
+    script = CLIENTS / "live_research.py"
+    output = _run(gateway, sys.executable, str(script), QUESTION, COLUMNS="120")
+    assert "Ryogoku" in output
+    assert "synthesis" in output
+    assert "harbour.md" in output
+    assert re.search(r"\d+ sources, \d+ tokens", output)
+
+
+def test_readme_shows_the_live_view() -> None:
+    readme = Path(ROOT / "README.md").read_text()
+    assert (CLIENTS / "live_research.py").read_text() in readme
