@@ -21,9 +21,9 @@ import openai
 import pytest
 
 from tests.documents import pdf
-from tests.e2e.test_clients import CLIENTS, ROOT, _run
+from tests.e2e.test_clients import CLIENTS, _run
 from tests.event_grammar import check_events
-from tests.gateway_process import UNLIMITED, GatewayProcess, serve
+from tests.gateway_process import ROOT, UNLIMITED, GatewayProcess, serve
 
 pytestmark = pytest.mark.slow
 
