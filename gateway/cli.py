@@ -128,7 +128,8 @@ def _serve(args: argparse.Namespace) -> int:
     from gateway.server import Server
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs whole URLs, with what users search for in them
+    for name in ("httpx", "httpx2", "mcp"):  # they log whole URLs, with what users search for in them
+        logging.getLogger(name).setLevel(logging.WARNING)
     for name, value in (("SHANNON_HOST", args.host), ("SHANNON_PORT", args.port)):
         if value:
             os.environ[name] = value

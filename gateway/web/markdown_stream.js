@@ -49,7 +49,7 @@ export class MarkdownStream {
     cancelAnimationFrame(this.#frame);
     clearTimeout(this.#timer);
     this.#frame = this.#timer = null;
-    const unspoken = this.#text.slice(this.#settled);
+    const unspoken = text.slice(this.#settled);
     // Definitions that came late, sources that became known, or a text that was changed: all blocks once more.
     if (text !== this.#text || marker || Object.keys(this.#env.references ?? {}).length) {
       this.#text = text;
@@ -58,7 +58,7 @@ export class MarkdownStream {
     } else {
       this.#renderTail();
     }
-    if (unspoken.trim()) this.#onBlock(this.tail.childNodes.length ? spoken(this.tail) : unspoken);
+    if (unspoken.trim()) this.#onBlock(spoken(render(parse(unspoken))));
     this.#settled = this.#text.length;
   }
 

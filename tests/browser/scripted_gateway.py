@@ -38,6 +38,7 @@ _PARTS = {
     "How are tokens counted, and where?": "usage ledger exact counters",
     "What if the store is away at that moment?": "store dies journal replayed",
     "Which limits get their tokens back?": "limits reserved not used goes back",
+    "Who may see the figures?": "usage admin keys",
 }
 _FINDINGS = {
     "When things go wrong": "The request leaves the engine at once, streamed or not, and the tokens made until then "
@@ -83,7 +84,10 @@ def write_documents(folder: Path) -> None:
 
 
 def _plan(request: GenerationRequest) -> Mapping[str, Any]:
-    return {"sub_questions": [{"question": part, "queries": [query]} for part, query in _PARTS.items()]}
+    assert request.structured_outputs is not None
+    least = request.structured_outputs["json"]["properties"]["sub_questions"]["minItems"]
+    parts = list(_PARTS.items())[: max(4, least)]
+    return {"sub_questions": [{"question": part, "queries": [query]} for part, query in parts]}
 
 
 def _notes(request: GenerationRequest) -> str:
@@ -112,7 +116,8 @@ def _all(request: GenerationRequest) -> str:
 def _engine() -> SupervisedEngine:
     model = ScriptedModel(plan=_plan, notes=_notes, answer=_answer)
     return SupervisedEngine(
-        "scripted", lambda: MockEngine(reply=model, max_model_len=32_768, first_token_s=0.12, token_s=0.012)
+        "scripted",
+        lambda: MockEngine(reply=model, max_model_len=32_768, takes_images=True, first_token_s=0.12, token_s=0.012),
     )
 
 

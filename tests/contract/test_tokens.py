@@ -192,7 +192,8 @@ async def test_each_is_a_request_that_costs_no_tokens(start: Start) -> None:
     assert gateway.spent().prompt_tokens == 0
 
 
-async def test_engine_that_is_away_is_a_503(gateway: Gateway) -> None:
+async def test_engine_that_is_away_is_a_503(start: Start) -> None:
+    gateway = await start(check_every_s=60.0)  # or it would be back at once
     gateway.mock.kill()
     response = await tokenize(gateway, prompt="a")
 

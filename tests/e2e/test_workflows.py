@@ -13,7 +13,6 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -48,6 +47,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess
     tree = {
         "engines": {"main": {"kind": "embedded", "model": "demo", "args": {"max_model_len": 2048}}},
         "models": {model: {"limits": UNLIMITED} for model in MODELS},
+        "store": {"command_timeout_ms": 2000},  # what is asked of it here has no journal to fall back on
         "tools": {"web_fetch": {"enabled": False}, "local_search": {"folder": str(folder)}},
     }
     with serve(tmp_path_factory.mktemp("agents"), tree) as running:
@@ -142,7 +142,7 @@ def test_agents_of_a_run_share_the_prefix_of_their_prompts(gateway: GatewayProce
     question = f"In the year {time.time_ns()}: " + " ".join(f"what of number {n * 7919 % 1000}?" for n in range(60))
     ask = [{"role": "user", "content": question}]
     tokens = gateway.chat(model="shannon-chat", messages=ask, max_tokens=1).json()["usage"]["prompt_tokens"]
-    usage = gateway.chat(model="shannon-complex", messages=ask, max_tokens=30).json()["usage"]
+    usage = gateway.chat(model="shannon-deep-research", messages=ask, max_tokens=30).json()["usage"]
     cached = usage["prompt_tokens_details"]["cached_tokens"]
     print(f"cached: {cached} of {usage['prompt_tokens']}, the question has {tokens}")
     assert tokens > 300
@@ -208,5 +208,5 @@ def test_live_view_shows_agents_answer_and_sources(gateway: GatewayProcess) -> N
 
 
 def test_readme_shows_the_live_view() -> None:
-    readme = Path(ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     assert (CLIENTS / "live_research.py").read_text() in readme
