@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import socket
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -31,13 +32,23 @@ pytestmark = pytest.mark.anyio
 @pytest.fixture
 def cluster_port(tmp_path: Path) -> Iterator[int]:
     """Run a cluster of one node, which serves all slots."""
-    port = random.randint(20_000, 40_000)  # the cluster's own bus takes the port 10,000 above
+    port = _free_port()
     command = [str(get_binary_path()), "--port", str(port), "--bind", "127.0.0.1", "--cluster-enabled", "yes"]
     command += ["--dir", str(tmp_path), "--save", "", "--logfile", "cluster.log"]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     yield port
     process.terminate()
     process.wait(timeout=10)
+
+
+def _free_port() -> int:
+    """Return a port that is free, as is the one 10,000 above for the cluster's bus, both below what clients get."""
+    while True:
+        port = random.randint(10_240, 22_000)
+        with contextlib.suppress(OSError), socket.socket() as one, socket.socket() as other:
+            one.bind(("127.0.0.1", port))
+            other.bind(("127.0.0.1", port + 10_000))
+            return port
 
 
 @contextlib.asynccontextmanager
