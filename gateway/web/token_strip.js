@@ -81,7 +81,7 @@ export class TokenStrip {
 // Returns a background for a share (0 to 1) of the deepest tint.
 export function tint(share) {
   const depth = Math.round(Math.min(1, Math.max(0, share)) * 62);
-  return `color-mix(in oklab, var(--heat) ${depth}%, transparent)`;
+  return `color-mix(in oklab, var(--tint) ${depth}%, transparent)`;
 }
 
 // Returns a token's text with signs for what can't be seen.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -247,12 +247,12 @@ class Agent:
 
     def _requests(
         self, prompt: Prompt, max_tokens: int | None, stream: bool, more: Mapping[str, Any]
-    ) -> Sequence[GenerationRequest]:
-        """Return the request with its prompt in several lengths, longest first."""
+    ) -> Iterator[GenerationRequest]:
+        """Yield the request with its prompt in several lengths, longest first."""
         lengths = [(share, 1.0) for share in _SHARES] + [(0.0, share) for share in _FIELD_SHARES]
         request = self._answer_request() if max_tokens is None else self._own_request(max_tokens, stream, more)
         context = self.run.context
-        return [replace(request, messages=prompt.messages(*length, context=context)) for length in lengths]
+        return (replace(request, messages=prompt.messages(*length, context=context)) for length in lengths)
 
     def _answer_request(self) -> GenerationRequest:
         client = self.run.request

@@ -25,18 +25,20 @@ def excerpt(text: str, question: str, most_chars: int) -> str:
         return text
     pieces = [passage.text for passage in passages(text)]
     weights = _weights(pieces, question)
-    chosen: list[int] = []
+    chosen: dict[int, str] = {}
     left = most_chars
     for number in sorted(range(len(pieces)), key=lambda number: -weights[number]):
-        if len(pieces[number]) + len(_GAP) <= left:
-            chosen.append(number)
-            left -= len(pieces[number]) + len(_GAP)
-    if not chosen:
-        return text[:most_chars]
+        # The best one in any case, if only a part of it.
+        piece = pieces[number] if chosen else _window(pieces[number], question, most_chars - len(_GAP))
+        if len(piece) + len(_GAP) <= left:
+            chosen[number] = piece
+            left -= len(piece) + len(_GAP)
     out: list[str] = []
-    for number, before in zip(sorted(chosen), [-1, *sorted(chosen)], strict=False):
-        out += [_GAP if number != before + 1 else "\n\n" if out else "", pieces[number]]
-    return "".join(out).lstrip()
+    before = 0
+    for number, piece in sorted(chosen.items()):
+        out += ["\n\n" if number == before + 1 else _GAP if out or number else "", piece]
+        before = number
+    return "".join(out).strip() or text[:most_chars]
 
 
 def _weights(pieces: list[str], question: str) -> list[float]:
@@ -49,6 +51,15 @@ def _weights(pieces: list[str], question: str) -> list[float]:
         for number, count in enumerate(holding):
             weights[number] += rarity * min(count, _MOST_OF_A_WORD)
     return weights
+
+
+def _window(piece: str, question: str, most_chars: int) -> str:
+    """Return a part of a passage, around the longest of the question's words that it holds."""
+    lowered = piece.casefold()
+    held = [word for word in _words(question.casefold()) if word in lowered]
+    place = lowered.index(max(sorted(held), key=len)) if held else 0
+    start = max(0, min(place - most_chars // 2, len(piece) - most_chars))
+    return piece[start : start + most_chars]
 
 
 def _words(text: str) -> set[str]:

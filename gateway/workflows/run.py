@@ -37,7 +37,7 @@ _GRACE_S = 0.25
 """For agents whose time is up to hand on what they have, before they are stopped."""
 _CONVERSATION_CHARS = 2000
 """Of the earlier turns, for prompts that only need to know of them."""
-_OWN_SOURCES = re.compile(r"\n## Sources\n.*", re.S)
+_OWN_SOURCES = re.compile(r"\n\n## Sources(?:\n\n\[\d+\] [^\n]*)+\s*$")
 _OWN_MARKERS = re.compile(r" ?\[\d{1,3}(?:, \d{1,3})*\]")
 
 

@@ -476,7 +476,10 @@ def test_excerpt_holds_what_bears_on_the_question() -> None:
     found = excerpt(text, "When did the harbour open?", 3000)
     assert "The harbour opened in 1859." in found
     assert len(found) <= 3000
+    assert "harbour opened" in excerpt(text, "When did the harbour open?", 100)
     assert excerpt("short", "x", 100) == "short"
+    assert excerpt(" " * 300, "x", 100) == " " * 100
+    assert excerpt("One.\n\n" + "Two. " * 400, "one", 1000).startswith("One.\n\n")
     assert len(excerpt("x" * 9000, "y", 500)) <= 500
     japanese = "雨が降る。" * 800 + "\n\n横浜港は1859年に開港した。\n\n" + "雨が降る。" * 800
     assert "1859年" in excerpt(japanese, "横浜港はいつ開港したか", 1600)
