@@ -72,6 +72,11 @@ class QueuedEngine:
         return self._engine.unfinished_requests + self.queued_requests
 
     @property
+    def engine(self) -> Engine:
+        """The engine behind the queue."""
+        return self._engine
+
+    @property
     def queued_requests(self) -> int:
         """Requests that wait for admission."""
         return self._queue.waiting if self._queue is not None else 0

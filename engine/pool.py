@@ -16,7 +16,7 @@ import logging
 import random
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 from engine.base import EngineOverloaded, EngineUnavailable
 
@@ -133,6 +133,14 @@ class Replica:
     def root(self) -> str:
         """Where vLLM has the routes that OpenAI does not know."""
         return self.url.removesuffix("/v1")
+
+
+@runtime_checkable
+class Replicated(Protocol):
+    """An engine whose work is done by replicas."""
+
+    @property
+    def replicas(self) -> list[Replica]: ...
 
 
 class Pool:

@@ -32,6 +32,8 @@ from engine.base import (
 log = logging.getLogger(__name__)
 
 State = Literal["idle", "loading", "starting", "ready", "restarting", "failed", "closed"]
+Cause = Literal["died", "stalled", "load"]
+"""Why an engine was built anew; `load` is a lazy one that did not come up."""
 
 _SENTENCES: dict[State, str] = {
     "idle": "The engine has not been loaded yet.",
@@ -65,6 +67,8 @@ class SupervisedEngine:
         self.failed = asyncio.Event()
         self.failure: EngineError | None = None
         """Why `failed` is set."""
+        self.restarts: dict[Cause, int] = {"died": 0, "stalled": 0, "load": 0}
+        """How often the engine was built anew, of all time."""
         self._build = build
         self._lazy = lazy
         self._loading: asyncio.Task[None] | None = None
@@ -141,7 +145,7 @@ class SupervisedEngine:
             log.error("engine %s could not be loaded: %s", self.name, error)
             with contextlib.suppress(Exception):
                 await self._engine.close()
-            if self._spend_restart(error):
+            if self._spend_restart("load", error):
                 self._become("idle")
         else:
             self._watch_from_now()
@@ -217,14 +221,16 @@ class SupervisedEngine:
                 async with asyncio.timeout(self._engine_stall_s):
                     await self._engine.check_health()
             except TimeoutError:
+                cause: Cause = "stalled"
                 log.error("engine %s has not answered for %g s", self.name, self._engine_stall_s)
             except Exception as error:  # one that can't even be asked is dead
+                cause = "died"
                 log.error("engine %s is dead: %s", self.name, error)
             else:
                 continue
-            await self._restart()
+            await self._restart(cause)
 
-    def _spend_restart(self, reason: Exception | None = None) -> bool:
+    def _spend_restart(self, cause: Cause, reason: Exception | None = None) -> bool:
         """Take one restart from the budget, or give up for good, for `reason` if one is known."""
         now = self._clock()
         while self._restarts and now - self._restarts[0] > self._restart_window_s:
@@ -234,9 +240,10 @@ class SupervisedEngine:
             self._give_up(EngineUnavailable(f"{message}: {reason}" if reason is not None else f"{message}."))
             return False
         self._restarts.append(now)
+        self.restarts[cause] += 1
         return True
 
-    async def _restart(self) -> None:
+    async def _restart(self, cause: Cause) -> None:
         """Close the engine and build another, as often as the budget allows."""
         self._become("restarting")
         reason: Exception | None = None
@@ -245,7 +252,7 @@ class SupervisedEngine:
                 await self._engine.close()
             except Exception:  # whatever is wrong with the old one, the watch must live to build the next
                 log.exception("engine %s could not be closed", self.name)
-            if not self._spend_restart(reason):
+            if not self._spend_restart(cause, reason):
                 return
             started = self._clock()
             log.warning("restarting engine %s, attempt %d", self.name, len(self._restarts))

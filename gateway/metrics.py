@@ -5,13 +5,36 @@ Labels are bounded: configured model ids, route templates, status codes; never w
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from engine.base import Usage
 
 _LATENCY_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+
+class Total(Collector):
+    """A counter that is kept elsewhere: its values, by label values, are set anew for every page."""
+
+    def __init__(self, name: str, documentation: str, labels: list[str], *, registry: CollectorRegistry) -> None:
+        self.values: dict[tuple[str, ...], float] = {}
+        self._family = name, documentation, labels
+        registry.register(self)
+
+    def describe(self) -> Iterable[Metric]:
+        name, documentation, labels = self._family
+        return [CounterMetricFamily(name, documentation, labels=labels)]
+
+    def collect(self) -> Iterable[Metric]:
+        name, documentation, labels = self._family
+        family = CounterMetricFamily(name, documentation, labels=labels)
+        for of, value in self.values.items():
+            family.add_metric(of, value)
+        return [family]
 
 
 class Metrics:
@@ -59,6 +82,12 @@ class Metrics:
         self._errors = Counter(
             "shannon_errors",
             "Requests that ended with an error, by error code.",
+            ["code"],
+            registry=self._registry,
+        )
+        self._stream_failures = Counter(
+            "shannon_stream_failures",
+            "Streams that ended with an error frame, after a 200, by error code.",
             ["code"],
             registry=self._registry,
         )
@@ -118,6 +147,16 @@ class Metrics:
             "1 while the store answers.",
             registry=self._registry,
         )
+        self.journal_bytes = Gauge(
+            "shannon_usage_journal_bytes",
+            "Usage on this gateway's disk that the store does not have yet, its predecessors' included.",
+            registry=self._registry,
+        )
+        self.usage_refused = Counter(
+            "shannon_usage_refused",
+            "Usage entries that the store refused; they stand in the log alone.",
+            registry=self._registry,
+        )
         self._sessions = Counter(
             "shannon_sessions",
             "Sessions by how they began: created, collided with another tenant's, or unavailable for want of a store.",
@@ -135,6 +174,31 @@ class Metrics:
             "shannon_engine_unfinished_requests",
             "Generations that the engine holds now, waiting or running.",
             ["engine"],
+            registry=self._registry,
+        )
+        self.engine_restarts = Total(
+            "shannon_engine_restarts",
+            "How often the engine was built anew, by cause: died, stalled, load (of a lazy one failed).",
+            ["engine", "cause"],
+            registry=self._registry,
+        )
+        self.upstream_available = Gauge(
+            "shannon_upstream_available",
+            "1 while requests are sent to this server of a remote engine, 0 while its breaker is open.",
+            ["engine", "upstream"],
+            registry=self._registry,
+        )
+        self.upstream_in_flight = Gauge(
+            "shannon_upstream_requests_in_flight",
+            "Requests of this gateway that a server of a remote engine works on now.",
+            ["engine", "upstream"],
+            registry=self._registry,
+        )
+        self.draining = Gauge("shannon_draining", "1 from SIGTERM on.", registry=self._registry)
+        self.drain_interrupted = Total(
+            "shannon_drain_interrupted_requests",
+            "Requests that shutdowns cut short, at all gateways of the store: the one that drains is gone too soon.",
+            [],
             registry=self._registry,
         )
 
@@ -164,9 +228,11 @@ class Metrics:
         """Count a generation for which there was no room."""
         self._queue_rejections.labels(engine, reason).inc()
 
-    def error(self, code: str) -> None:
-        """Count a request that ended with an error."""
+    def error(self, code: str, *, in_stream: bool = False) -> None:
+        """Count a request that ended with an error, told by a frame `in_stream` or by the status."""
         self._errors.labels(code).inc()
+        if in_stream:
+            self._stream_failures.labels(code).inc()
 
     def session(self, outcome: str) -> None:
         """Count how a session began."""

@@ -179,7 +179,7 @@ class GenerationResponse(Response):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
 
     async def _send_failure(self, failure: GatewayError, send: Send) -> None:
-        self._metrics.error(failure.code)
+        self._metrics.error(failure.code, in_stream=self._started)
         log.log(failure.log_level, "request ended with %s: %s", failure.code, failure)
         body = self._render_error(failure, self._started)
         if not self._started:

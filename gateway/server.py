@@ -17,6 +17,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from gateway.api.dependencies import Services
+from gateway.drain import INTERRUPTED
+from gateway.errors import StoreUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +87,9 @@ class Server(uvicorn.Server):
         log.info("draining for up to %g s", timeout_s)
         interrupted = await self._services.drain.run(timeout_s)
         log.info("drained, %d interrupted", interrupted)
+        if interrupted:
+            with contextlib.suppress(StoreUnavailable):
+                await self._services.store.run("INCRBY", INTERRUPTED, interrupted)
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

@@ -113,6 +113,15 @@ class Ledger:
     def _journal_path(self) -> Path:
         return self._data_dir / f"ledger-{self._process}.jsonl"
 
+    @property
+    def journal_bytes(self) -> int:
+        """Size of the journals in the data directory: this gateway's, and those left behind or not readable."""
+        sizes = 0
+        for path in self._data_dir.glob("ledger-*.jsonl"):
+            with contextlib.suppress(FileNotFoundError):  # replayed meanwhile
+                sizes += path.stat().st_size
+        return sizes
+
     def settle(self, entry: Entry) -> asyncio.Future[Standing | None]:
         """Take `entry`; it is safe from here on. The result is the standing after it, None if the store is away."""
         self._number += 1
@@ -155,6 +164,7 @@ class Ledger:
         """Find the entry that the store refuses, and set it aside in the log: it must not hold up all that follow."""
         if len(entries) > 1:
             return [answer for entry in entries for answer in await self._send([entry], process)]
+        self._store.metrics.usage_refused.inc()
         log.error("usage that the store refuses (%s): %s", error, orjson.dumps(asdict(entries[0])).decode())
         limits = entries[0].allowance
         return [[0, limits.requests_per_minute, limits.tokens_per_minute, 0, 0]]

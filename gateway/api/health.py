@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -12,9 +13,14 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from engine.admission import QueuedEngine
+from engine.pool import Replicated
+from engine.supervisor import SupervisedEngine
 from gateway import __version__
 from gateway.api.dependencies import Services, authenticate, services
 from gateway.auth import Principal
+from gateway.drain import INTERRUPTED
+from gateway.errors import StoreUnavailable
+from gateway.metrics import Metrics
 
 router = APIRouter()
 
@@ -44,14 +50,30 @@ async def _scraper(request: Request, services: AppServices) -> None:
 @router.get("/metrics", response_class=Response, dependencies=[Depends(_scraper)])
 async def get_metrics(services: AppServices) -> Response:
     """Return Prometheus metrics: the gateway's own and vLLM's."""
+    metrics = services.metrics
     for name, engine in services.engines.items():
-        services.metrics.engine_ready.labels(name).set(engine.ready.is_set())
-        services.metrics.engine_unfinished.labels(name).set(engine.unfinished_requests)
-        if isinstance(queue := engine.current, QueuedEngine):
-            services.metrics.queue_depth.labels(name).set(queue.queued_requests)
-            services.metrics.queue_longest_wait.labels(name).set(queue.longest_wait_s)
-    services.metrics.store_available.set(services.store.available)
-    return Response(services.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+        _tell_engine(metrics, name, engine)
+    metrics.draining.set(services.drain.draining)
+    metrics.journal_bytes.set(services.ledger.journal_bytes)
+    with contextlib.suppress(StoreUnavailable):
+        metrics.drain_interrupted.values[()] = int(await services.store.run("GET", INTERRUPTED) or 0)
+    metrics.store_available.set(services.store.available)
+    return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _tell_engine(metrics: Metrics, name: str, engine: SupervisedEngine) -> None:
+    metrics.engine_ready.labels(name).set(engine.ready.is_set())
+    metrics.engine_unfinished.labels(name).set(engine.unfinished_requests)
+    metrics.engine_restarts.values |= {(name, cause): count for cause, count in engine.restarts.items()}
+    current = engine.current
+    if isinstance(current, QueuedEngine):
+        metrics.queue_depth.labels(name).set(current.queued_requests)
+        metrics.queue_longest_wait.labels(name).set(current.longest_wait_s)
+        current = current.engine
+    if isinstance(current, Replicated):
+        for replica in current.replicas:
+            metrics.upstream_available.labels(name, replica.url).set(replica.breaker.state != "open")
+            metrics.upstream_in_flight.labels(name, replica.url).set(replica.in_flight)
 
 
 @router.get("/openapi.json", include_in_schema=False)

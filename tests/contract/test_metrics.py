@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import signal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from engine.base import EngineOverloaded, Usage
+from engine.base import EngineDied, EngineOverloaded, Usage
 from engine.mock import Fault, MockEngine
+from engine.remote import RemoteEngine
 from tests.conftest import Gateway, Start, until
+from tests.store_server import run_store
+from tests.upstream_server import Connection, run_upstream
 
 pytestmark = pytest.mark.anyio
 
@@ -106,3 +115,77 @@ async def test_engine_gauge_follows_its_state(gateway: Gateway) -> None:
     await gateway.engine.close()
 
     assert await gateway.samples("shannon_engine_ready") == {("main",): 0}
+
+
+@pytest.mark.parametrize("cause", ["died", "stalled"])
+async def test_engine_restarts_are_counted_by_cause(start: Start, cause: str) -> None:
+    gateway = await start(engine_stall_s=0.02)
+    assert set((await gateway.samples("shannon_engine_restarts_total")).values()) == {0}
+
+    (gateway.mock.kill if cause == "died" else gateway.mock.freeze)()
+    await until(lambda: len(gateway.mocks) == 2 and gateway.engine.state == "ready")
+
+    restarts = await gateway.samples("shannon_engine_restarts_total")
+    assert {labels: count for labels, count in restarts.items() if count} == {(cause, "main"): 1}
+
+
+async def test_failures_are_counted_as_the_streams_only_after_its_status(serve: Start) -> None:
+    gateway = await serve()
+    gateway.mock.faults += [Fault(error=EngineOverloaded("full")), Fault(at_token=2, error=EngineDied("gone"))]
+    for _ in range(2):
+        async with gateway.stream() as response:
+            await response.aread()
+
+    assert await gateway.samples("shannon_stream_failures_total") == {("engine_unavailable",): 1}
+    errors = await gateway.samples("shannon_errors_total")
+    assert errors == {("server_overloaded",): 1, ("engine_unavailable",): 1}
+
+
+async def test_store_that_is_away_shows_with_the_usage_it_lacks(start: Start, tmp_path: Path) -> None:
+    with run_store("valkey", tmp_path / "own") as own:
+        gateway = await start(environment={"SHANNON_REDIS_URL": own.url})
+        await gateway.chat()
+        assert await gateway.samples("shannon_store_available") == {(): 1}
+        assert await gateway.samples("shannon_usage_journal_bytes") == {(): 0}
+
+        own.stop()
+        await gateway.chat()
+
+        assert await gateway.samples("shannon_store_available") == {(): 0}
+        assert (await gateway.samples("shannon_usage_journal_bytes"))[()] > 0
+
+
+async def test_what_a_drain_interrupts_is_told_by_the_gateways_that_stay(serve: Start) -> None:
+    stays = await serve()
+    goes = await serve(server={"drain_timeout_s": 0.05})  # the one that takes the signal
+    goes.mock.faults.append(Fault(at_token=1))
+    async with goes.stream() as response:
+        pieces = response.aiter_raw()
+        await anext(pieces)
+        assert await goes.samples("shannon_draining") == {(): 0}
+        signal.raise_signal(signal.SIGTERM)
+        await until(lambda: goes.services.drain.draining)
+        assert b"error" in b"".join([piece async for piece in pieces])
+    assert goes.serving is not None
+    await asyncio.shield(goes.serving)
+
+    assert await stays.samples("shannon_drain_interrupted_requests_total") == {(): 1}
+    assert await stays.samples("shannon_draining") == {(): 0}
+
+
+async def test_servers_of_a_remote_engine_are_told_by_their_configured_urls(start: Start) -> None:
+    async def silent(connection: Connection) -> None:
+        await connection.left()
+
+    nowhere = "http://127.0.0.1:9/v1"
+    async with run_upstream(silent) as server:
+        remote: Any = partial(RemoteEngine, [server.url, nowhere], "demo")
+        gateway = await start(mock=remote)
+        request = asyncio.create_task(gateway.chat())
+        await until(lambda: bool(server.generations))
+
+        available = await gateway.samples("shannon_upstream_available")
+        assert available == {("main", server.url): 1, ("main", nowhere): 0}
+        in_flight = await gateway.samples("shannon_upstream_requests_in_flight")
+        assert in_flight == {("main", server.url): 1, ("main", nowhere): 0}
+        request.cancel()

@@ -158,9 +158,11 @@ async def test_entries_go_to_a_journal_while_the_store_is_away_and_count_once_wh
         assert standings == [None] * 200
         assert len(journals(folder)) == 1
         assert journals(folder)[0].read_bytes().count(b"\n") == 200
+        assert ledger.journal_bytes == journals(folder)[0].stat().st_size
 
         own.start()
         await until(lambda: not journals(folder))
+        assert ledger.journal_bytes == 0
         assert (await ledger.totals(KEY_ID))[0]["requests"] == 201
         assert await ledger.settle(entry()) is not None
         assert (await ledger.totals(KEY_ID))[0]["requests"] == 202
@@ -290,6 +292,16 @@ async def test_store_that_is_out_of_memory_loses_no_usage(own: StoreServer, tmp_
 
         assert (await ledger.totals(KEY_ID))[0]["requests"] == 1
     raw.close()
+
+
+async def test_entry_that_the_store_refuses_is_counted_and_holds_up_no_other(store_url: str, tmp_path: Path) -> None:
+    async with opened(store_url, tmp_path) as (store, ledger):
+        await store.run("SET", f"sh:{{k:{KEY_ID}}}:u:{DAY}:shannon-chat", "no hash")
+        await ledger.settle(entry())
+        await ledger.settle(entry(model_id="shannon-complex"))
+
+        assert b"shannon_usage_refused_total 1.0" in store.metrics.render()
+        assert await store.run("HGET", f"sh:{{k:{KEY_ID}}}:u:{DAY}:shannon-complex", "requests") == "1"
 
 
 async def test_journal_is_for_its_owner_only(own: StoreServer, tmp_path: Path) -> None:
