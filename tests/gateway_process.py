@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,14 @@ ENVIRONMENT = dict(os.environ)
 """As the tests were started with: engines in this process add variables of their own, which no child should get."""
 UNLIMITED = {"requests_per_minute": 10**9, "tokens_per_minute": 10**12}
 """Limits that no test reaches."""
+
+
+def wait_until(condition: Callable[[], bool], what: str, within_s: float = 10.0) -> None:
+    """Wait for a condition that has no event of its own; fails with `what`, which is how things are until then."""
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
 
 
 @dataclass
@@ -61,8 +69,9 @@ class GatewayProcess:
     def engine_core(self) -> psutil.Process:
         """Return vLLM's EngineCore process."""
         for child in psutil.Process(self.process.pid).children(recursive=True):
-            if "EngineCore" in child.name() or "EngineCore" in " ".join(child.cmdline()):
-                return child
+            with contextlib.suppress(psutil.ZombieProcess):  # one that was killed before, and is not yet waited for
+                if "EngineCore" in child.name() or "EngineCore" in " ".join(child.cmdline()):
+                    return child
         raise RuntimeError("there is no EngineCore process")
 
     def metrics(self) -> dict[tuple[str, ...], float]:
@@ -74,6 +83,27 @@ class GatewayProcess:
     def metric(self, name: str) -> float:
         """Return the sum of the samples of one metric."""
         return sum(value for key, value in self.metrics().items() if key[0] == name)
+
+    def counted(self) -> tuple[float, float]:
+        """Return the prompt and completion tokens that vLLM counted."""
+        return self.metric("vllm:prompt_tokens_total"), self.metric("vllm:generation_tokens_total")
+
+    def booked(self) -> tuple[float, float]:
+        """Return the prompt and completion tokens that the ledger holds, over all keys."""
+        url = f"{self.url}/v1/usage?key_id=all"
+        rows = httpx.get(url, headers=self.authorization, timeout=10).raise_for_status().json()["data"]
+        return sum(row["prompt_tokens"] for row in rows), sum(row["completion_tokens"] for row in rows)
+
+    def unbooked(self) -> tuple[float, float]:
+        """Return the prompt and completion tokens that vLLM counted and the ledger does not hold, once nothing runs.
+
+        Prompts of requests with `n` > 1 stay in it: vLLM counts them once per choice, the ledger once.
+        """
+        wait_until(lambda: not self.metric("shannon_engine_unfinished_requests"), "requests were left in the engine")
+        self.chat(messages=[{"role": "user", "content": "Say hello."}], max_tokens=1).raise_for_status()
+        # What was aborted is counted when vLLM steps again, which it now has.
+        (prompt, completion), (prompt_booked, completion_booked) = self.counted(), self.booked()
+        return prompt - prompt_booked, completion - completion_booked
 
     def chat(self, **fields: Any) -> httpx.Response:
         """Post a chat completion and return the whole response."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.gateway_process import UNLIMITED, GatewayProcess, serve
+from tests.gateway_process import UNLIMITED, GatewayProcess, serve, wait_until
 
 pytest.importorskip("vllm", reason="end-to-end tests need vllm; `make setup` installs it")
 
@@ -21,3 +21,11 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess
     with serve(tmp_path_factory.mktemp("gateway"), tree) as running:
         running.wait_until_ready()
         yield running
+
+
+@pytest.fixture
+def books(gateway: GatewayProcess) -> Iterator[None]:
+    """For tests whose every token must be in the ledger, exactly as vLLM counted it."""
+    before = gateway.unbooked()
+    yield
+    wait_until(lambda: gateway.unbooked() == before, "the ledger differs from vLLM's counters")

@@ -11,7 +11,11 @@ import openai
 import pytest
 
 from engine.demo import Exchange, corpus
+from tests.event_grammar import check_events
 from tests.gateway_process import GatewayProcess
+
+HELLO = [{"role": "user", "content": "Say hello."}]
+SAID = "Hello! I am the Shannon demo model."
 
 PLAIN = [exchange for conversation in corpus() for exchange in conversation.exchanges() if not exchange.tools]
 SEVERAL_TURNS = [exchange for exchange in PLAIN if len(exchange.messages) > 1]
@@ -63,26 +67,31 @@ def test_stream_is_the_documented_bytes(gateway: GatewayProcess) -> None:
     assert frames[-2:] == [b"data: [DONE]", b""]
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        "shannon-chat",
-        "shannon-quick-research",
-        "shannon-standard-research",
-        "shannon-deep-research",
-        "shannon-academic-research",
-        "shannon-ads-research",
-        "shannon-analytics",
-        "shannon-complex",
-    ],
-)
-def test_every_model_answers_with_its_lifecycle(gateway: GatewayProcess, model: str) -> None:
-    answer = gateway.chat(model=model, temperature=0, messages=[{"role": "user", "content": "Say hello."}]).json()
-    assert answer["model"] == model
-    assert answer["choices"][0]["message"]["content"] == "Hello! I am the Shannon demo model."
+def test_chat_answers_with_its_lifecycle(gateway: GatewayProcess) -> None:
+    answer = gateway.chat(model="shannon-chat", temperature=0, messages=HELLO).json()
+    assert answer["model"] == "shannon-chat"
+    assert answer["choices"][0]["message"]["content"] == SAID
     assert answer["choices"][0]["finish_reason"] == "stop"
     types = [event["type"] for event in answer["shannon_events"]]
     assert types == ["WORKFLOW_STARTED", "AGENT_STARTED", "AGENT_COMPLETED", "WORKFLOW_COMPLETED"]
+
+
+@pytest.mark.parametrize("depth", ["quick", "standard", "deep", "academic"])
+def test_research_without_a_search_answers_and_says_so(gateway: GatewayProcess, depth: str) -> None:
+    answer = gateway.chat(model=f"shannon-{depth}-research", temperature=0, messages=HELLO).json()
+    told, said = answer["choices"][0]["message"]["content"].split("\n\n", 1)
+    assert told == "No sources were consulted: no search is available to this model here."
+    assert said == SAID
+    check_events(answer["shannon_events"])
+    assert answer["shannon_events"][-1]["payload"]["sources"] == []
+    assert any("sources" in event["message"] for event in answer["shannon_events"] if event["type"] == "PROGRESS")
+
+
+@pytest.mark.parametrize(("model", "setting"), [("shannon-ads-research", "serp_ads"), ("shannon-analytics", "ga4")])
+def test_model_without_its_tool_names_the_setting(gateway: GatewayProcess, model: str, setting: str) -> None:
+    answer = gateway.chat(model=model, messages=HELLO).json()
+    assert f"`tools.{setting}`" in answer["choices"][0]["message"]["content"]
+    check_events(answer["shannon_events"])
 
 
 def test_json_schema_is_obeyed_by_any_model(client: openai.OpenAI) -> None:

@@ -48,23 +48,6 @@ def _flat_tools(exchange: Exchange) -> Any:
     return [{"type": "function", **tool["function"]} for tool in exchange.tools]
 
 
-def _engine_tokens(gateway: GatewayProcess) -> tuple[float, float]:
-    """Return the prompt and completion tokens that vLLM counted."""
-    return gateway.metric("vllm:prompt_tokens_total"), gateway.metric("vllm:generation_tokens_total")
-
-
-def _ledger_tokens(gateway: GatewayProcess) -> tuple[float, float]:
-    rows = httpx.get(f"{gateway.url}/v1/usage", headers=gateway.authorization).json()["data"]
-    return sum(row["prompt_tokens"] for row in rows), sum(row["completion_tokens"] for row in rows)
-
-
-def assert_books_agree(gateway: GatewayProcess) -> None:
-    deadline = time.monotonic() + 10
-    while _engine_tokens(gateway) != _ledger_tokens(gateway) and time.monotonic() < deadline:
-        time.sleep(0.1)  # vLLM logs its counters when it next steps
-    assert _ledger_tokens(gateway) == _engine_tokens(gateway)
-
-
 @pytest.mark.parametrize("conversation", CONVERSATIONS, ids=lambda conversation: conversation.id)
 def test_conversation_goes_on_by_the_response_id(client: openai.OpenAI, conversation: Any) -> None:
     previous: Any = openai.omit
@@ -137,6 +120,7 @@ def test_logprobs_stay_with_their_tokens(client: openai.OpenAI) -> None:
     assert all(len(entry.top_logprobs) == 2 for entry in part.logprobs)
 
 
+@pytest.mark.usefixtures("books")
 def test_cancelling_in_the_background_frees_the_engine_and_settles(
     client: openai.OpenAI, gateway: GatewayProcess
 ) -> None:
@@ -153,7 +137,6 @@ def test_cancelling_in_the_background_frees_the_engine_and_settles(
     while gateway.metric("vllm:num_requests_running") and time.monotonic() < deadline:
         time.sleep(0.05)
     assert gateway.metric("vllm:num_requests_running") == 0
-    assert_books_agree(gateway)
 
 
 def test_background_is_fetched_when_it_is_complete(client: openai.OpenAI) -> None:
@@ -178,6 +161,7 @@ def test_response_is_another_tenants_business(client: openai.OpenAI, gateway: Ga
     assert caught.value.code == "previous_response_not_found"
 
 
+@pytest.mark.usefixtures("books")
 def test_every_way_to_ask_is_limited_and_in_the_books(gateway: GatewayProcess) -> None:
     for path, body in (
         ("/v1/responses", {"input": "What are you?"}),
@@ -188,7 +172,6 @@ def test_every_way_to_ask_is_limited_and_in_the_books(gateway: GatewayProcess) -
         response = httpx.post(f"{gateway.url}{path}", json=body, headers=gateway.authorization, timeout=60)
         assert response.status_code == 200
         assert int(response.headers["x-ratelimit-remaining-tokens"]) > 0
-    assert_books_agree(gateway)
 
 
 def test_langchain_answers_streams_and_calls(llm: ChatOpenAI) -> None:
@@ -222,6 +205,7 @@ def test_node_client_reads_whole_streamed_kept_and_cancelled(gateway: GatewayPro
     assert result.stdout.splitlines() == [WHAT_ARE_YOU] * 4 + ["cancelled"]
 
 
+@pytest.mark.usefixtures("books")
 def test_anthropic_client_gets_the_answer_the_call_and_the_stop(gateway: GatewayProcess) -> None:
     anthropic = pytest.importorskip("anthropic")
     client = anthropic.Anthropic(api_key=gateway.key, base_url=gateway.url, max_retries=0)
@@ -251,7 +235,6 @@ def test_anthropic_client_gets_the_answer_the_call_and_the_stop(gateway: Gateway
     result = {"type": "tool_result", "tool_use_id": call.id, "content": ANSWER.messages[-1]["content"]}
     messages += [{"role": "assistant", "content": called.content}, {"role": "user", "content": [result]}]
     assert client.messages.create(messages=messages, tools=tools, **asked).content[0].text == ANSWER.answer
-    assert_books_agree(gateway)
 
 
 def _described(tool: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -22,7 +22,7 @@ import pytest
 from tests.documents import pdf
 from tests.e2e.test_clients import CLIENTS, _run
 from tests.event_grammar import check_events
-from tests.gateway_process import ROOT, UNLIMITED, GatewayProcess, serve
+from tests.gateway_process import ROOT, UNLIMITED, GatewayProcess, serve, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -60,42 +60,19 @@ def events_of(answer: Any) -> list[dict[str, Any]]:
     return found
 
 
-def counted(gateway: GatewayProcess) -> tuple[float, float]:
-    """Return vLLM's own count of prompt and completion tokens."""
-    return gateway.metric("vllm:prompt_tokens_total"), gateway.metric("vllm:generation_tokens_total")
-
-
 def orphans(gateway: GatewayProcess) -> float:
     return gateway.metric("vllm:num_requests_running") + gateway.metric("vllm:num_requests_waiting")
-
-
-def wait_until(condition: Callable[[], bool], what: str, within_s: float = 10.0) -> None:
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
 
 
 def wait_for_quiet(gateway: GatewayProcess) -> None:
     wait_until(lambda: not orphans(gateway), "requests were left in the engine")
 
 
-def usage(gateway: GatewayProcess) -> tuple[float, float]:
-    """Return the ledger's count of prompt and completion tokens."""
-    rows = httpx.get(f"{gateway.url}/v1/usage", headers=gateway.authorization, timeout=10).json()["data"]
-    return sum(row["prompt_tokens"] for row in rows), sum(row["completion_tokens"] for row in rows)
-
-
-def books_balance(gateway: GatewayProcess) -> bool:
-    """Tell whether the ledger holds what vLLM counted: nothing but this module has used this gateway."""
-    return usage(gateway) == counted(gateway)
-
-
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model_completes(gateway: GatewayProcess, model: str, stream: bool) -> None:
     client = openai.OpenAI(base_url=f"{gateway.url}/v1", api_key=gateway.key, max_retries=0)
-    before = counted(gateway)
+    before = gateway.counted()
     events: list[dict[str, Any]] = []
     text, usage, finish_reason = "", None, None
     if stream:
@@ -113,7 +90,7 @@ def test_every_model_completes(gateway: GatewayProcess, model: str, stream: bool
     assert text
     assert finish_reason in ("stop", "length")
     assert usage is not None
-    after = counted(gateway)
+    after = gateway.counted()
     assert (usage.prompt_tokens, usage.completion_tokens) == (after[0] - before[0], after[1] - before[1])
     if model in RESEARCH:
         sources = events[-1]["payload"]["sources"]
@@ -149,9 +126,10 @@ def test_agents_of_a_run_share_the_prefix_of_their_prompts(gateway: GatewayProce
     assert cached > 2 * tokens
 
 
+@pytest.mark.usefixtures("books")
 @pytest.mark.parametrize("model", [*RESEARCH, "shannon-complex"])
 def test_leaving_in_the_middle_leaves_nothing_in_the_engine(gateway: GatewayProcess, model: str) -> None:
-    before = counted(gateway)
+    before = gateway.counted()
     body = {"model": model, "messages": ASK, "stream": True}
     for frames in (2, 8, 20):
         url = f"{gateway.url}/v1/chat/completions"
@@ -160,10 +138,10 @@ def test_leaving_in_the_middle_leaves_nothing_in_the_engine(gateway: GatewayProc
             for _ in zip(range(frames), lines, strict=False):
                 pass
     wait_for_quiet(gateway)
-    wait_until(lambda: books_balance(gateway), "the ledger differs from vLLM's counters")
-    assert counted(gateway) > before
+    assert gateway.counted() > before
 
 
+@pytest.mark.usefixtures("books")
 def test_many_at_once_complete_and_balance(gateway: GatewayProcess) -> None:
     async def crowd() -> list[httpx.Response]:
         async with httpx.AsyncClient(base_url=gateway.url, headers=gateway.authorization, timeout=200) as client:
@@ -182,7 +160,6 @@ def test_many_at_once_complete_and_balance(gateway: GatewayProcess) -> None:
     for response in responses:
         check_events(response.json()["shannon_events"])
     wait_for_quiet(gateway)
-    wait_until(lambda: books_balance(gateway), "the ledger differs from vLLM's counters")
 
 
 def test_json_answers_stay_json(gateway: GatewayProcess) -> None:
