@@ -150,12 +150,10 @@ async def _append(client: AsyncClient, transfer: Transfer, out: BinaryIO, on_byt
         hf_raise_for_status(response)
         if have and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
             have = _restart(out, have, on_bytes)  # it sends all of it
-        try:
-            async for piece in response.aiter_raw():
-                out.write(piece)
-                on_bytes(len(piece))
-        finally:
-            out.flush()
+        async for piece in response.aiter_raw():
+            out.write(piece)
+            out.flush()  # whoever kills this process finds what it has told of
+            on_bytes(len(piece))
 
 
 def _restart(out: BinaryIO, have: int, on_bytes: OnBytes) -> int:
