@@ -80,6 +80,11 @@ def _parser() -> argparse.ArgumentParser:
     weights.add_argument("--cache", type=Path, metavar="DIR", help="of the model cache (SHANNON_MODEL_CACHE)")
     weights.set_defaults(run=_download)
 
+    doctor = commands.add_parser(
+        "doctor", help="check this machine and the deployment, and say what to do", parents=[printed]
+    )
+    doctor.set_defaults(run=_doctor)
+
     usage = commands.add_parser("usage", help="show what keys have spent", parents=[printed])
     usage.add_argument("--key", metavar="ID", help="one key instead of all")
     usage.set_defaults(run=_with_store(_usage))
@@ -178,6 +183,15 @@ def _download(args: argparse.Namespace) -> int:
         console.print("Interrupted. What has come stays; the same command goes on from there.")
         return 130
     return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from gateway.doctor.examination import examine
+    from gateway.doctor.report import show
+
+    findings = asyncio.run(examine(None if args.config is None else Path(args.config)))
+    show(findings, as_json=args.json)
+    return int(any(finding.verdict == "failed" for finding in findings))
 
 
 def _models(args: argparse.Namespace) -> None:

@@ -1,0 +1,13 @@
+"""`shannon doctor`: what would keep a deployment from starting or serving well, and what to do about it.
+
+    examination.py   all checks, in order
+    finding.py       what a check says; case.py: what it is told
+    installation.py  Python, packages, vLLM's build; gpus.py: drivers and devices
+    checkpoint.py    a model's files; memory.py: what it takes
+    place.py         volumes, shared memory, open files, the port
+    deployment.py    the configuration, its keys and tools
+    store_health.py  Valkey or Redis; replicas.py: engines elsewhere
+    report.py        findings for people and machines
+
+Looks and asks only: nothing is changed, and no secret is printed.
+"""

