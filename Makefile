@@ -80,6 +80,13 @@ check: setup-dev ## Check format, lint, types and import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
+TARGET ?= cuda
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' gateway/__init__.py)
+.PHONY: image
+image: ## Build a container image; TARGET is cuda, cpu or gateway
+	docker build --target $(TARGET) --build-arg REVISION=$$(git rev-parse HEAD) --build-arg VERSION=$(VERSION) \
+		--tag shannon-gateway:$(VERSION)$(patsubst %,-%,$(filter-out cuda,$(TARGET))) .
+
 .PHONY: bench
 bench: setup-dev ## Measure against bare vllm and the bare engine; prints ratios, writes build/bench.json
 	$(BIN)/python -m tests.bench --out build/bench.json
