@@ -53,7 +53,6 @@ from gateway.config import (
     ConfigError,
     EmbeddedSettings,
     EngineSettings,
-    KeySettings,
     MockSettings,
     RemoteSettings,
 )
@@ -77,6 +76,7 @@ from gateway.limits import Limits
 from gateway.live_responses import LiveResponses
 from gateway.metrics import Metrics
 from gateway.middleware import RequestMiddleware, error_response
+from gateway.own_keys import own_keys
 from gateway.resumable import ResumableStreams
 from gateway.sessions import Sessions
 from gateway.store import Store
@@ -225,32 +225,13 @@ def build_store(config: Config, environment: Mapping[str, str] = os.environ) -> 
 
 
 def build_authenticator(config: Config, store: Store, environment: Mapping[str, str] = os.environ) -> Authenticator:
-    """Return what accepts the store's keys, those the configuration names, and SHANNON_BOOTSTRAP_KEY, which is admin.
-
-    Raises ConfigError.
-    """
-    authenticator = Authenticator(
+    """Return what accepts the store's keys and those that the configuration names. Raises ConfigError."""
+    return Authenticator(
         store,
+        own_keys(config.keys, environment),
         cache_ttl_s=config.store.auth_cache_ttl_s,
         failed_per_minute=config.limits.failed_auth_per_minute,
     )
-    own = list(config.keys)
-    if environment.get("SHANNON_BOOTSTRAP_KEY"):
-        own.append(KeySettings(name="bootstrap", key_env="SHANNON_BOOTSTRAP_KEY", admin=True))
-    for key in own:
-        variable = key.key_env
-        try:
-            authenticator.add(
-                environment.get(variable, "").strip(),
-                name=key.name,
-                tenant=key.tenant,
-                models=None if key.models is None else frozenset(key.models),
-                admin=key.admin,
-                priority=key.priority,
-            )
-        except ValueError as error:
-            raise ConfigError(f"{variable}: {error}") from error
-    return authenticator
 
 
 def _queued(build: Callable[[], Engine], admission: AdmissionSettings) -> Callable[[], Engine]:

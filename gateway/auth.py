@@ -1,10 +1,10 @@
 """From a request's headers to a Principal.
 
-Keys come from the environment (bootstrap, configuration) or from the store. Those from the store are cached; a change
-to any key voids the cache within half a second, and while the store is away what was seen last stays good for
-`auth_cache_ttl_s`. Secrets are compared by hash in constant time and the cache goes by the hash of the whole key. An
-address that keeps guessing is made to wait, except for keys that it has used before. Fails with InvalidApiKey,
-RateLimitExceeded and Unavailable; no message repeats a key.
+Keys come from the configuration (own_keys.py) or from the store. Those from the store are cached; a change to any key
+voids the cache within half a second, and while the store is away what was seen last stays good for `auth_cache_ttl_s`.
+Secrets are compared by hash in constant time and the cache goes by the hash of the whole key. An address that keeps
+guessing is made to wait, except for keys that it has used before. Fails with InvalidApiKey, RateLimitExceeded and
+Unavailable; no message repeats a key.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from starlette.requests import HTTPConnection
 
@@ -31,7 +32,8 @@ _MAX_CACHED_KEYS = 10_000
 _MAX_ADDRESSES = 10_000
 _MAX_KNOWN = 64  # keys remembered per address
 _NO_DIGEST = digest("")
-_PRIORITIES: dict[Priority, int] = {"high": -1, "normal": 0, "low": 1}
+PRIORITIES: dict[Priority, int] = {"high": -1, "normal": 0, "low": 1}
+"""As engines know them, lower first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,10 @@ class Principal:
         return self.models is None or model_id in self.models
 
 
+OwnKeys = Mapping[str, tuple[str, Principal]]
+"""Keys of this process alone: id -> SHA-256 of the secret, and whose it is."""
+
+
 def _principal(record: KeyRecord) -> Principal:
     limits = {model: own.model_dump(exclude_none=True) for model, own in record.limits.items()}
     models = None if record.models is None else frozenset(record.models)
@@ -68,7 +74,7 @@ def _principal(record: KeyRecord) -> Principal:
         record.tokens_per_day,
         record.admin,
         record.expires_at,
-        _PRIORITIES[record.priority],
+        PRIORITIES[record.priority],
     )
 
 
@@ -84,12 +90,19 @@ class _Address:
 class Authenticator:
     """The keys this process accepts. `start` watches the store for changes."""
 
-    def __init__(self, store: Store, *, cache_ttl_s: float = 300.0, failed_per_minute: int = 30) -> None:
+    def __init__(
+        self,
+        store: Store,
+        own: OwnKeys = MappingProxyType({}),
+        *,
+        cache_ttl_s: float = 300.0,
+        failed_per_minute: int = 30,
+    ) -> None:
         self._store = store
         self._keys = Keys(store)
         self._cache_ttl_s = cache_ttl_s
         self._failed_per_minute = failed_per_minute
-        self._own: dict[str, tuple[str, Principal]] = {}
+        self.own = own
         self._cache: OrderedDict[str, Principal] = OrderedDict()
         self._generation = 0
         self._version: str | None = None
@@ -97,25 +110,10 @@ class Authenticator:
         self._addresses: OrderedDict[str, _Address] = OrderedDict()
         self._watch: asyncio.Task[None] | None = None
 
-    def add(
-        self,
-        key: str,
-        *,
-        name: str,
-        tenant: str = "default",
-        models: frozenset[str] | None = None,
-        admin: bool = False,
-        priority: Priority = "normal",
-    ) -> Principal:
-        """Accept a key of this process alone. Raises ValueError when it is too short to be safe."""
-        if len(key) < MIN_KEY_LENGTH:
-            raise ValueError(f"the key {name!r} must have at least {MIN_KEY_LENGTH} characters")
-        key_id, secret = split_key(key)
-        if key_id in self._own:
-            raise ValueError(f"the keys {name!r} and {self._own[key_id][1].name!r} have the same id; make another")
-        principal = Principal(key_id, name, tenant, models, admin=admin, priority=_PRIORITIES[priority])
-        self._own[key_id] = (digest(secret), principal)
-        return principal
+    def accept(self, own: OwnKeys, *, failed_per_minute: int) -> None:
+        """Accept the keys `own` from now on, in place of those before."""
+        self.own = own
+        self._failed_per_minute = failed_per_minute
 
     async def start(self) -> None:
         self._watch = asyncio.create_task(self._watch_version())
@@ -163,7 +161,7 @@ class Authenticator:
     async def _identify(self, key: str, fingerprint: str) -> Principal | None:
         key_id, secret = split_key(key)
         # Compared even when the id is unknown, so that the time taken does not tell which ids exist.
-        expected, own = self._own.get(key_id, (_NO_DIGEST, None))
+        expected, own = self.own.get(key_id, (_NO_DIGEST, None))
         if hmac.compare_digest(digest(secret), expected) and own is not None:
             return own
         if time.monotonic() - self._confirmed_at > self._cache_ttl_s:

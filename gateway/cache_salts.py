@@ -24,9 +24,13 @@ class CacheSalts:
     """The salts of all tenants."""
 
     def __init__(self, settings: PrefixCacheSettings, store: Store) -> None:
-        self._group_of = {tenant: f"group:{group}" for group, tenants in settings.shared.items() for tenant in tenants}
         self._store = store
         self._secret = secrets.token_hex(32)
+        self.share(settings)
+
+    def share(self, settings: PrefixCacheSettings) -> None:
+        """Let the groups of `settings` share from now on, and nobody else."""
+        self._group_of = {tenant: f"group:{group}" for group, tenants in settings.shared.items() for tenant in tenants}
 
     async def start(self) -> None:
         """Agree on a secret with the other gateways of this store."""

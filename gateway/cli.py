@@ -8,6 +8,7 @@ import gc
 import json
 import logging
 import os
+import shlex
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -30,6 +31,7 @@ from gateway.environment import hub_environment
 from gateway.errors import GatewayError, StoreError, StoreUnavailable, from_validation
 from gateway.keys import KeyRecord, Keys, KeySpec, make_key
 from gateway.metrics import Metrics
+from gateway.own_keys import BOOTSTRAP, BOOTSTRAP_FILE
 from gateway.store import Store
 from gateway.usage import Ledger
 
@@ -130,6 +132,7 @@ def _load(args: argparse.Namespace) -> Config:
 def _serve(args: argparse.Namespace) -> int:
     import uvloop
 
+    from gateway.reload import Reload
     from gateway.server import Server
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -139,8 +142,8 @@ def _serve(args: argparse.Namespace) -> int:
         if value:
             os.environ[name] = value
     environment = dict(os.environ)
-    if not environment.get("SHANNON_BOOTSTRAP_KEY"):
-        environment["SHANNON_BOOTSTRAP_KEY"] = make_key()
+    if not environment.get(BOOTSTRAP) and not environment.get(BOOTSTRAP_FILE):
+        environment[BOOTSTRAP] = make_key()
     config = _load(args)
     os.environ.update(hub_environment(config.weights.cache_dir, os.environ))
     started = time.monotonic()
@@ -149,12 +152,13 @@ def _serve(args: argparse.Namespace) -> int:
     engines = build_engines(config)
     store = build_store(config, environment)
     app = create_app(config, engines, store, build_authenticator(config, store, environment))
-    key, model = environment["SHANNON_BOOTSTRAP_KEY"], config.default_model
+    key = environment.get(BOOTSTRAP) or f"$(cat {shlex.quote(environment[BOOTSTRAP_FILE])})"
     server = Server(
         app,
         host=config.server.host,
         port=config.server.port,
-        on_ready=lambda url: _announce_ready(url, key, model, time.monotonic() - started),
+        on_ready=lambda url: _announce_ready(url, key, config.default_model, time.monotonic() - started),
+        reload=Reload(app, Path(args.config), environment),
     )
     uvloop.run(server.serve())
     gc.unfreeze()
@@ -169,7 +173,8 @@ def _announce_ready(url: str, key: str, model: str, seconds: float) -> None:
     console.print(f"[green]Ready[/green] after {seconds:.1f} s.\n")
     print(f"  URL   {url}/v1")
     print(f"  Key   {key}\n")
-    print(f"  curl {url}/v1/chat/completions -H 'Authorization: Bearer {key}' \\")
+    quote = '"' if key.startswith("$") else "'"
+    print(f"  curl {url}/v1/chat/completions -H {quote}Authorization: Bearer {key}{quote} \\")
     print("    -H 'Content-Type: application/json' \\")
     print(f"""    -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "What are you?"}}]}}'\n""")
     sys.stdout.flush()

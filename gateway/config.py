@@ -1,7 +1,7 @@
 """A deployment's settings: one YAML file plus a few environment variables, as a frozen pydantic tree.
 
-Unknown names are refused, with the path to them. Secrets are named by environment variable, never written in the
-file. `include` takes in another file under this one, so that several deployments share one model catalog.
+Unknown names are refused, with the path to them. Secrets are named by environment variable or file, never written
+here. `include` takes in another file under this one, so that several deployments share one model catalog.
 Leaves out reloading. Fails with ConfigError, whose message is one line for the operator.
 """
 
@@ -251,8 +251,10 @@ class ModelSettings(_Settings):
 class KeySettings(_Settings):
     name: str
     """For people; appears in logs beside the key's id."""
-    key_env: str = Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    key_env: str | None = Field(None, pattern=_VARIABLE)
     """Environment variable that holds the key (`sk-shannon-...`)."""
+    key_file: Path | None = None
+    """File that holds it, in place of `key_env`: a mounted secret, read again on SIGHUP."""
     tenant: str = "default"
     """Sessions and cached prompts are never shared between tenants."""
     models: list[str] | None = None
@@ -261,6 +263,12 @@ class KeySettings(_Settings):
     """May manage keys and see everybody's usage."""
     priority: Priority = "normal"
     """Keys of a better priority are served first while requests wait for an engine."""
+
+    @model_validator(mode="after")
+    def _key_must_come_from_one_place(self) -> KeySettings:
+        if (self.key_env is None) == (self.key_file is None):
+            raise ValueError("give either key_env or key_file")
+        return self
 
 
 class StoreSettings(_Settings):
@@ -580,7 +588,8 @@ class Config(_Settings):
     default_model: str = "shannon-chat"
     """Serves requests that name no model."""
     keys: list[KeySettings] = Field(default_factory=list)
-    """API keys, by reference to the environment; SHANNON_BOOTSTRAP_KEY adds one."""
+    """API keys, by reference to the environment or to files; SHANNON_BOOTSTRAP_KEY or SHANNON_BOOTSTRAP_KEY_FILE adds
+    one."""
     store: StoreSettings = StoreSettings()
     """Keys, limits, sessions and usage live here."""
     limits: LimiterSettings = LimiterSettings()

@@ -154,6 +154,10 @@ class Limits:
         self._metrics = metrics
         self._local: dict[tuple[str, str], _LocalWindow] = {}
 
+    def enforce(self, settings: LimiterSettings) -> None:
+        """Go by `settings` from now on; what has been spent counts on."""
+        self._settings = settings
+
     @property
     def enabled(self) -> bool:
         return self._settings.enabled

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache
+from typing import Literal
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, Metric
@@ -202,6 +203,24 @@ class Metrics:
             registry=self._registry,
         )
 
+        self._reloads = Counter(
+            "shannon_config_reloads",
+            "Times that the configuration was read again on SIGHUP, by result: applied, refused.",
+            ["result"],
+            registry=self._registry,
+        )
+        self._reload_successful = Gauge(
+            "shannon_config_last_reload_successful",
+            "0 from a reload that was refused until one that is applied, else 1.",
+            registry=self._registry,
+        )
+        self._reload_successful.set(1)
+        self.restart_pending = Gauge(
+            "shannon_config_restart_pending",
+            "1 while the configuration, as last read, asks for what only a restart can change.",
+            registry=self._registry,
+        )
+
         # Finding a labelled child costs more than counting on it, so the ones of every request are found once.
         self._of_route = cache(
             lambda route, status: (self._requests.labels(route, status), self._duration.labels(route))
@@ -233,6 +252,11 @@ class Metrics:
         self._errors.labels(code).inc()
         if in_stream:
             self._stream_failures.labels(code).inc()
+
+    def reloaded(self, result: Literal["applied", "refused"]) -> None:
+        """Count a reload of the configuration."""
+        self._reloads.labels(result).inc()
+        self._reload_successful.set(result == "applied")
 
     def session(self, outcome: str) -> None:
         """Count how a session began."""

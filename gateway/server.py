@@ -1,4 +1,4 @@
-"""uvicorn, with our way of stopping: SIGTERM drains first, and a failed engine ends the process.
+"""uvicorn, with our way of stopping: SIGTERM drains first, and a failed engine ends the process. SIGHUP reloads.
 
 uvicorn alone closes its listening socket at once on SIGTERM. Here it goes on listening while running requests
 finish, so that new ones get a 503 they can retry elsewhere instead of a refused connection.
@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 
 import uvicorn
 from fastapi import FastAPI
@@ -29,10 +30,20 @@ _CLOSE_CONNECTIONS_S = 2
 class Server(uvicorn.Server):
     """Serves one app until SIGTERM, SIGINT or the failure of an engine."""
 
-    def __init__(self, app: FastAPI, *, host: str, port: int, on_ready: Callable[[str], None]) -> None:
-        """`on_ready` is called with the base URL once every engine answers."""
-        self._services: Services = app.state.services
+    def __init__(
+        self,
+        app: FastAPI,
+        *,
+        host: str,
+        port: int,
+        on_ready: Callable[[str], None],
+        reload: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        """`on_ready` is called with the base URL once every engine answers, `reload` on SIGHUP, one at a time."""
+        self._app = app
         self._on_ready = on_ready
+        self._reload = reload
+        self._hung_up = asyncio.Event()
         self.exit_code = 0
         super().__init__(
             uvicorn.Config(
@@ -57,10 +68,16 @@ class Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Take the signals ourselves; uvicorn's handlers would stop listening and raise the signal again at the end."""
         loop = asyncio.get_running_loop()
-        signals = (signal.SIGTERM, signal.SIGINT)
+        signals = [signal.SIGTERM, signal.SIGINT]
         for number in signals:
             loop.add_signal_handler(number, self._on_signal)
         tasks = [loop.create_task(self._exit_on_failure(name)) for name in self._services.engines]
+        if self._reload is not None:
+            # Whoever starts us under nohup wants the end of the terminal to mean nothing.
+            in_terminal = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN and _has_terminal()
+            loop.add_signal_handler(signal.SIGHUP, self._on_hangup, in_terminal)
+            signals.append(signal.SIGHUP)
+            tasks.append(loop.create_task(self._reload_on_hangup(self._reload)))
         try:
             yield
         finally:
@@ -68,6 +85,11 @@ class Server(uvicorn.Server):
                 task.cancel()
             for number in signals:
                 loop.remove_signal_handler(number)
+
+    @property
+    def _services(self) -> Services:
+        services: Services = self._app.state.services
+        return services
 
     @property
     def url(self) -> str:
@@ -81,6 +103,21 @@ class Server(uvicorn.Server):
             self.force_exit = self.should_exit = True
             return
         self._draining = asyncio.get_running_loop().create_task(self._drain())
+
+    def _on_hangup(self, in_terminal: bool) -> None:
+        if self._services.drain.draining:
+            log.warning("SIGHUP is ignored: the server is shutting down")
+        elif in_terminal and not _has_terminal():  # it was closed, which is what the signal first meant
+            self._on_signal()
+        else:
+            self._hung_up.set()
+
+    async def _reload_on_hangup(self, reload: Callable[[], Awaitable[None]]) -> None:
+        """Reload once for all signals that came meanwhile: the last one is sure to find its file read."""
+        while True:
+            await self._hung_up.wait()
+            self._hung_up.clear()
+            await reload()
 
     async def _drain(self) -> None:
         timeout_s = self._services.config.server.drain_timeout_s
@@ -107,3 +144,12 @@ class Server(uvicorn.Server):
         log.critical("engine %s has failed for good: %s", name, engine.failure)
         self.exit_code = 1
         await self._drain()  # other engines may still be streaming
+
+
+def _has_terminal() -> bool:
+    """Return whether this process has a terminal that could be closed under it."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -190,7 +190,7 @@ class Start(Protocol):
         """Return a gateway whose engine answers, or is only on its way when `ready` is False.
 
         `mock` builds each engine, `server` and `config` override settings, `environment` holds keys, and the rest
-        goes to SupervisedEngine.
+        goes to SupervisedEngine. On a socket, `reload` is called on SIGHUP.
         """
 
 
@@ -250,10 +250,12 @@ async def _in_process(*, ready: bool = True, **options: Any) -> AsyncGenerator[G
 
 
 @contextlib.asynccontextmanager
-async def _on_a_socket(*, ready: bool = True, **options: Any) -> AsyncGenerator[Gateway]:
+async def _on_a_socket(
+    *, ready: bool = True, reload: Callable[[], Awaitable[None]] | None = None, **options: Any
+) -> AsyncGenerator[Gateway]:
     app, engine, mocks = build_app(**options)
     announced: list[str] = []
-    server = Server(app, host="127.0.0.1", port=0, on_ready=announced.append)
+    server = Server(app, host="127.0.0.1", port=0, on_ready=announced.append, reload=reload)
     serving = asyncio.create_task(server.serve())
     try:
         await until(lambda: bool(announced) if ready else server.started)

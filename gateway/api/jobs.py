@@ -19,7 +19,7 @@ from functools import partial
 from typing import Annotated, Any
 
 import orjson
-from fastapi import APIRouter, Depends, Header
+from fastapi import APIRouter, Depends, FastAPI, Header, Request
 from pydantic import Field
 from starlette.responses import Response
 
@@ -73,6 +73,7 @@ class JobRequest(Schema):
 
 @router.get("/api/v1/chat/stream/{client_id}", response_class=Response)
 async def open_job_stream(
+    request: Request,
     client_id: str,
     principal: Annotated[Principal, Depends(authenticate)],
     services: Annotated[Services, Depends(services)],
@@ -82,7 +83,7 @@ async def open_job_stream(
     _check_client_id(client_id)
     after = number_of(last_event_id, "Last-Event-ID")
     return GenerationResponse(
-        services.jobs.stream(principal, client_id, after, partial(run_job, services)),
+        services.jobs.stream(principal, client_id, after, partial(run_job, request.app)),
         stream=True,
         drain=services.drain,
         metrics=services.metrics,
@@ -134,8 +135,9 @@ async def close_job_stream(
     return {"client_id": client_id, "closed": True}
 
 
-async def run_job(services: Services, job: Job) -> AsyncGenerator[JobEvent, None]:
+async def run_job(app: FastAPI, job: Job) -> AsyncGenerator[JobEvent, None]:
     """Answer a job's prompt, as its submitter. Raises what chat completions raise."""
+    services: Services = app.state.services  # of now: the stream may be older than the last reload
     caller = Caller(job.principal, services)
     body = JobRequest.model_validate(job.request)
     model = caller.admit(body.model)

@@ -90,7 +90,9 @@ def test_unknown_name_is_refused_with_its_path(over: dict[str, Any], path: str) 
             {"models": {"shannon-chat": {"description": "x", "defaults": {"temperature": 3}}}},
             "models.shannon-chat.defaults.temperature",
         ),
-        ({"keys": [{"name": "ci"}]}, "keys.0.key_env"),
+        ({"keys": [{"name": "ci"}]}, "keys.0"),
+        ({"keys": [{"name": "ci", "key_env": "CI_KEY", "key_file": "ci.key"}]}, "keys.0"),
+        ({"keys": [{"name": "ci", "key_env": "CI KEY"}]}, "keys.0.key_env"),
     ],
 )
 def test_bad_value_is_refused_with_its_path(over: dict[str, Any], path: str) -> None:
