@@ -187,8 +187,13 @@ class AsyncLLMEngine:
         return list(getattr(manager, "processes", ()))  # Ray's has none of ours
 
     async def check_health(self) -> None:
-        """Ask the core whether it sleeps: `AsyncLLM.check_health` reads a flag that a frozen core leaves green."""
+        """Ask the core whether it sleeps: `AsyncLLM.check_health` reads a flag that a frozen core leaves green.
+
+        Of several cores (data parallel) a dead one never answers, and vLLM first takes 5 s to stop the others.
+        """
         llm = self._running()
+        if not all(process.is_alive() for process in self._core_processes()):
+            raise EngineUnavailable("An engine core has died.")
         try:
             await llm.check_health()
             await llm.is_sleeping()
