@@ -56,7 +56,7 @@ serve: setup ## Start the gateway with SHANNON_CONFIG (configs/demo.yaml)
 
 .PHONY: test
 test: setup-dev check test-gateway ## Run every test
-	$(BIN)/pytest tests/contract/test_messages.py tests/engine tests/e2e tests/chaos tests/browser
+	$(BIN)/pytest tests/contract/test_messages.py tests/engine tests/deploy tests/e2e tests/chaos tests/browser
 
 # The gateway and its contract don't need vllm; this proves it in an environment that has none. (What tests/contract
 # does with Anthropic's SDK runs in the other one: the SDK comes with vllm.)
