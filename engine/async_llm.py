@@ -17,14 +17,14 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry
 
-from engine.base import EngineDied, EngineError, EngineUnavailable, InvalidRequest
+from engine.base import EngineDied, EngineError, EngineUnavailable, InvalidRequest, Prepared
 from engine.demo import WEIGHTS as DEMO_WEIGHTS
 from engine.vllm_metrics import drop_metrics, stat_logger
 from engine.weights import find_snapshot, is_hub_id
@@ -181,6 +181,10 @@ class AsyncLLMEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         return AsyncLLM.from_engine_args(self._engine_args(), stat_loggers=[stat_logger(self._metrics)])
+
+    def _trace_headers(self, prepared: Prepared) -> Mapping[str, str] | None:
+        """Return the trace that vLLM is to tell of its work in, if it was told where: else it would warn."""
+        return prepared.trace_headers if self._running().observability_config.otlp_traces_endpoint else None
 
     def _core_processes(self) -> list[Any]:
         manager = self._llm.engine_core.resources.engine_manager if self._llm else None

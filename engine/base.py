@@ -13,7 +13,7 @@ Names are vLLM's. An engine turns a `GenerationRequest` into a `Prepared` (the e
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -152,6 +152,10 @@ class Prepared:
     """Seconds that it waited in the engine's queue; known once the prompt is processed."""
     waiting: QueuePosition | None = None
     """Kept up to date while it waits for admission, None otherwise."""
+    request: GenerationRequest | EmbeddingRequest | None = None
+    """What it was prepared from, kept by the caller for itself; engines do without."""
+    trace_headers: Mapping[str, str] | None = None
+    """W3C trace context, in which the engine may tell of its own work."""
     payload: Any = None
 
 

@@ -130,7 +130,11 @@ class EmbeddedEngine(AsyncLLMEngine):
             readers = self._readers(prepared)
             with naming_constraint(job.rendered.constraint):
                 collector = await llm.add_request(
-                    prepared.request_id, job.rendered.engine_input, job.sampling_params, **job.rendered.reasoning
+                    prepared.request_id,
+                    job.rendered.engine_input,
+                    job.sampling_params,
+                    trace_headers=self._trace_headers(prepared),
+                    **job.rendered.reasoning,
                 )
             self._collectors.add(collector)
             while not finished:

@@ -86,7 +86,8 @@ class PoolingEngine(AsyncLLMEngine):
         finished = False
         try:
             with invalid_request():
-                collector = await llm.add_request(request_id, prompt, params)
+                trace_headers = self._trace_headers(prepared)
+                collector = await llm.add_request(request_id, prompt, params, trace_headers=trace_headers)
             self._collectors.add(collector)
             output: Any = collector.get_nowait() or await collector.get()
             finished = True

@@ -272,7 +272,7 @@ class RemoteEngine:
         async def ask(replica: Replica) -> list[list[float]]:
             body = call.body | self._upstream.vllm_fields(replica, call.request)
             url, timeout_s = f"{replica.url}/embeddings", self._first_token_timeout_s
-            status, answer = await self._upstream.post(url, body, timeout_s, prepared.request_id)
+            status, answer = await self._upstream.post(url, body, timeout_s, prepared)
             if status != 200:
                 refuse(status, answer, call.request)
             vectors, told = read_vectors(answer, len(body["input"]))
@@ -336,7 +336,7 @@ class RemoteEngine:
         frames = Frames()
         answered = False
         with self._pool.occupy(replica), transport_failures():
-            stream = self._upstream.stream(replica, prepared.payload, prepared.request_id, deadline)
+            stream = self._upstream.stream(replica, prepared, deadline)
             async with stream as (chunks, arrived):
                 ended = False
                 try:

@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import orjson
 
-from engine.base import EmbeddingRequest, EngineError, EngineUnavailable, GenerationRequest
+from engine.base import EmbeddingRequest, EngineError, EngineUnavailable, GenerationRequest, Prepared
 from engine.http1 import Http1Transport, make_context
 from engine.pool import AttemptFailed, Replica
 from engine.reply import read_count
@@ -100,28 +100,32 @@ class Upstream:
             replica.is_vllm = card.get("owned_by") == "vllm"
 
     async def post(
-        self, url: str, body: dict[str, Any], timeout_s: float, request_id: str | None = None
+        self, url: str, body: dict[str, Any], timeout_s: float, prepared: Prepared | None = None
     ) -> tuple[int, Any]:
         """Return the status and the parsed body (None if it is not JSON) of an answer. Raises AttemptFailed."""
         with transport_failures():
             async with asyncio.timeout(timeout_s):
-                return await self._ask("POST", url, orjson.dumps(body), request_id)
+                return await self._ask("POST", url, orjson.dumps(body), prepared)
 
-    async def _ask(self, method: str, url: str, content: bytes = b"", request_id: str | None = None) -> tuple[int, Any]:
-        async with contextlib.aclosing(await self._send(method, url, content, request_id)) as response:
+    async def _ask(
+        self, method: str, url: str, content: bytes = b"", prepared: Prepared | None = None
+    ) -> tuple[int, Any]:
+        async with contextlib.aclosing(await self._send(method, url, content, prepared)) as response:
             return response.status_code, _parsed(await response.aread())
 
-    async def _send(self, method: str, url: str, content: bytes, request_id: str | None) -> httpx.Response:
+    async def _send(self, method: str, url: str, content: bytes, prepared: Prepared | None) -> httpx.Response:
         """Send a request and return its response, which the caller closes. Raises httpx.TransportError."""
-        # By its id the replica's log can be matched with ours. It is made by the server.
-        headers = self._headers | ({"X-Request-Id": request_id} if request_id else {})
+        headers = self._headers
+        if prepared is not None:
+            # By its id the replica's log can be matched with ours. It is made by the server.
+            headers = headers | {"X-Request-Id": prepared.request_id} | dict(prepared.trace_headers or {})
         extensions = {"timeout": {"connect": self._connect_timeout_s}}
         request = httpx.Request(method, url, headers=headers, content=content, extensions=extensions)
         return await self.running().handle_async_request(request)
 
     @contextlib.asynccontextmanager
     async def stream(
-        self, replica: Replica, call: Call, request_id: str, deadline: float
+        self, replica: Replica, prepared: Prepared, deadline: float
     ) -> AsyncIterator[tuple[AsyncIterator[bytes], Callable[[], bytes]]]:
         """Post a generation; give the bytes of its stream, and a function for those that arrived but were not read.
 
@@ -129,6 +133,7 @@ class Upstream:
         left out and remembered. `deadline` is the event loop's time, for the head of the response. Raises
         AttemptFailed, InvalidRequest.
         """
+        call: Call = prepared.payload
         assert isinstance(call.request, GenerationRequest)
         url = f"{replica.url}/{'chat/completions' if call.request.prompt is None else 'completions'}"
         refused = set(replica.refused)
@@ -136,7 +141,7 @@ class Upstream:
             async with contextlib.AsyncExitStack() as stack:
                 async with asyncio.timeout_at(deadline):
                     content = orjson.dumps(self._generation_body(replica, call, refused))
-                    response = await self._send("POST", url, content, request_id)
+                    response = await self._send("POST", url, content, prepared)
                     stack.push_async_callback(response.aclose)
                     answer = None if response.status_code == 200 else await _refusal(response)
                 if response.status_code == 200:

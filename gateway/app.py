@@ -75,13 +75,14 @@ from gateway.keys import Keys, KeySpec
 from gateway.limits import Limits
 from gateway.live_responses import LiveResponses
 from gateway.metrics import Metrics
-from gateway.middleware import RequestMiddleware, error_response
+from gateway.middleware import ErrorResponse, RequestMiddleware
 from gateway.own_keys import own_keys
 from gateway.resumable import ResumableStreams
 from gateway.sessions import Sessions
 from gateway.store import Store
 from gateway.stored_responses import StoredResponses
 from gateway.tools.assembly import build_toolbox
+from gateway.tracing import Tracing, build_tracing, traces_endpoint
 from gateway.usage import Ledger
 
 # Bodies that routes parse themselves, for the OpenAPI document.
@@ -118,10 +119,11 @@ def create_app(
     clock: Clock = time.time,
     environment: Mapping[str, str] = os.environ,
     inspector: Inspector | None = None,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
-    """Return the application. Raises ConfigError where a tool's key is not in `environment`.
+    """Return the application. Raises ConfigError where `environment` lacks a tool's key, or asks for odd traces.
 
-    `inspector` stands in place of the one that the configuration asks for.
+    `inspector` and `tracing` stand in place of those that the configuration and the environment ask for.
 
     Its lifespan starts the store, and the engines in the background; at the end it closes them in reverse. Usage is
     written before the store goes.
@@ -136,6 +138,7 @@ def create_app(
         redirect_slashes=False,
     )
     metrics = store.metrics
+    tracing = tracing or build_tracing(environment)
     drain = Drain()
     logs = EventLogs(store)
     fetcher = Fetcher(config.fetch)
@@ -156,6 +159,7 @@ def create_app(
         cache_salts=CacheSalts(config.prefix_cache, store),
         store=store,
         metrics=metrics,
+        tracing=tracing,
         drain=drain,
         inspector=inspector or build_inspector(config),
         address_limit=AddressLimit(config.inspector.requests_per_minute, config.inspector.burst, clock),
@@ -165,7 +169,7 @@ def create_app(
     for module in (*protocols, models, sessions, usage, admin, health, web):
         app.include_router(module.router)
     app.include_router(trace.plain_router)
-    app.user_middleware = _middleware(config, metrics)
+    app.user_middleware = _middleware(config, metrics, tracing)
     app.add_exception_handler(GatewayError, _on_gateway_error)
     app.add_exception_handler(StoreUnavailable, _on_store_unavailable)
     app.add_exception_handler(HTTPException, _on_http_exception)
@@ -262,7 +266,10 @@ def _factory(name: str, settings: EngineSettings, environment: Mapping[str, str]
             raise EngineError(f"{settings.api_key_env} is not set.")
         return lambda: RemoteEngine(**settings.arguments(), api_key=api_key)
     # The engine's name on vLLM's metrics: two engines may well have the same model.
-    args = {"served_model_name": [name]} | settings.args
+    args: dict[str, Any] = {"served_model_name": [name]}
+    if endpoint := traces_endpoint(environment):
+        args["otlp_traces_endpoint"] = endpoint
+    args |= settings.args
     more: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     if settings.kind == "pooling":
         from engine.pooling import PoolingEngine
@@ -303,6 +310,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         await services.ledger.close()
         await services.store.close()
         services.images.close()
+        await services.tracing.close()
 
 
 async def _start(engine: SupervisedEngine) -> None:
@@ -310,12 +318,13 @@ async def _start(engine: SupervisedEngine) -> None:
         await engine.start()
 
 
-def _middleware(config: Config, metrics: Metrics) -> list[Middleware]:
+def _middleware(config: Config, metrics: Metrics, tracing: Tracing) -> list[Middleware]:
     """Return the middleware, outermost first."""
     server = config.server
     around = Middleware(
         RequestMiddleware,
         metrics=metrics,
+        tracing=tracing,
         max_body_bytes=server.max_body_bytes,
         allowed_hosts=server.allowed_hosts,
     )
@@ -335,13 +344,13 @@ async def _on_gateway_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, GatewayError)
     services: Services = request.app.state.services
     services.metrics.error(error.code)
-    return error_response(error)
+    return ErrorResponse(error)
 
 
 async def _on_store_unavailable(request: Request, error: Exception) -> Response:
     """For routes that are nothing without the store: keys, sessions, usage."""
     message = "The store does not answer at the moment. Try again shortly."
-    return error_response(Unavailable(message, code="store_unavailable", retry_after_s=1.0))
+    return ErrorResponse(Unavailable(message, code="store_unavailable", retry_after_s=1.0))
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
@@ -349,19 +358,19 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     where = f"{request.method} {request.scope['path']}"
     if error.status_code == 405:
-        response = error_response(MethodNotAllowed(f"Not allowed to {where}. Check the HTTP method."))
+        response = ErrorResponse(MethodNotAllowed(f"Not allowed to {where}. Check the HTTP method."))
         response.headers.update(error.headers or {})  # Allow
         return response
     if error.status_code == 404:
-        return error_response(NotFound(f"Unknown request URL: {where}. Check the URL for typos."))
-    return error_response(BadRequest(str(error.detail)))
+        return ErrorResponse(NotFound(f"Unknown request URL: {where}. Check the URL for typos."))
+    return ErrorResponse(BadRequest(str(error.detail)))
 
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     param = str(first["loc"][-1])
-    return error_response(BadRequest(f"Invalid value for '{param}': {first['msg']}.", param))
+    return ErrorResponse(BadRequest(f"Invalid value for '{param}': {first['msg']}.", param))
 
 
 def _openapi(app: FastAPI) -> Callable[[], dict[str, Any]]:

@@ -23,7 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from engine.weights import WeightsError
-from gateway import __version__
+from gateway import __version__, logs, tracing
 from gateway.app import build_authenticator, build_engines, build_store, create_app
 from gateway.config import Config, ConfigError, StoreSettings, load_config
 from gateway.download import download
@@ -36,6 +36,7 @@ from gateway.store import Store
 from gateway.usage import Ledger
 
 console = Console(stderr=True, highlight=False)
+log = logging.getLogger("shannon")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -135,24 +136,28 @@ def _serve(args: argparse.Namespace) -> int:
     from gateway.reload import Reload
     from gateway.server import Server
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for name in ("httpx", "httpx2", "mcp"):  # they log whole URLs, with what users search for in them
-        logging.getLogger(name).setLevel(logging.WARNING)
     for name, value in (("SHANNON_HOST", args.host), ("SHANNON_PORT", args.port)):
         if value:
             os.environ[name] = value
-    environment = dict(os.environ)
-    if not environment.get(BOOTSTRAP) and not environment.get(BOOTSTRAP_FILE):
-        environment[BOOTSTRAP] = make_key()
     config = _load(args)
+    environment = dict(os.environ)
+    as_json = config.logging.format == "json"
+    if not (environment.get(BOOTSTRAP) or environment.get(BOOTSTRAP_FILE) or as_json):  # logs are no place for a key
+        environment[BOOTSTRAP] = make_key()
+    logs.configure(config.logging.format, config.logging.level)
     os.environ.update(hub_environment(config.weights.cache_dir, os.environ))
+    for name, value in (logs.vllm_environment(config.logging.format) | tracing.vllm_environment(os.environ)).items():
+        os.environ.setdefault(name, value)
     started = time.monotonic()
     for name, engine in config.engines.items():
-        console.print(f"Starting engine [bold]{name}[/bold] ({engine.kind}) ...")
+        if as_json:
+            log.info("starting engine %s", name, extra={"fields": {"engine": name, "kind": engine.kind}})
+        else:
+            console.print(f"Starting engine [bold]{name}[/bold] ({engine.kind}) ...")
     engines = build_engines(config)
     store = build_store(config, environment)
     app = create_app(config, engines, store, build_authenticator(config, store, environment))
-    key = environment.get(BOOTSTRAP) or f"$(cat {shlex.quote(environment[BOOTSTRAP_FILE])})"
+    key = None if as_json else environment.get(BOOTSTRAP) or f"$(cat {shlex.quote(environment[BOOTSTRAP_FILE])})"
     server = Server(
         app,
         host=config.server.host,
@@ -165,11 +170,15 @@ def _serve(args: argparse.Namespace) -> int:
     return server.exit_code
 
 
-def _announce_ready(url: str, key: str, model: str, seconds: float) -> None:
+def _announce_ready(url: str, key: str | None, model: str, seconds: float) -> None:
+    """Say that requests are served, and how to send one; to a log, without a key, only that."""
     # Some 500,000 objects of torch and vllm live for ever: left out of collections, which else stop the event loop
     # for tens of milliseconds each time they look at all of them.
     gc.collect()
     gc.freeze()
+    if key is None:
+        log.info("ready after %.1f s", seconds, extra={"fields": {"url": url}})
+        return
     console.print(f"[green]Ready[/green] after {seconds:.1f} s.\n")
     print(f"  URL   {url}/v1")
     print(f"  Key   {key}\n")

@@ -377,6 +377,15 @@ class ServerSettings(_Settings):
     """How long running requests may go on after SIGTERM."""
 
 
+class LoggingSettings(_Settings):
+    format: Literal["text", "json"] = "text"
+    """`text` for people, `json` for machines: every line of every logger, vLLM's included, is one object then.
+    SHANNON_LOG_FORMAT overrides it."""
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least that is logged. Each request is a line of `info`; only `debug` may quote one, where a remote server
+    refused it. SHANNON_LOG_LEVEL overrides it; vLLM's own is VLLM_LOGGING_LEVEL."""
+
+
 class FetchSettings(_Settings):
     timeout_s: float = Field(10.0, gt=0)
     """Longest time for one URL, its redirects and its body included."""
@@ -610,6 +619,8 @@ class Config(_Settings):
     """Jobs that are submitted for a stream."""
     server: ServerSettings = ServerSettings()
     """The HTTP side."""
+    logging: LoggingSettings = LoggingSettings()
+    """What is written to stderr."""
     inspector: InspectorSettings = InspectorSettings()
     """Looking into models."""
     weights: WeightsSettings = WeightsSettings()

@@ -20,6 +20,8 @@ VARIABLES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("server", "host"): ("SHANNON_HOST",),
     ("server", "port"): ("SHANNON_PORT", "GEMMA3N_PORT"),
     ("server", "stream_chunk_chars"): ("SHANNON_STREAM_CHUNK_SIZE",),
+    ("logging", "format"): ("SHANNON_LOG_FORMAT",),
+    ("logging", "level"): ("SHANNON_LOG_LEVEL",),
     ("weights", "cache_dir"): ("SHANNON_MODEL_CACHE",),
     ("engines", DEFAULT_ENGINE, "model"): ("SHANNON_MODEL_ID", "MODEL_NAME"),
     ("models", EACH, "max_output_tokens"): ("SHANNON_MAX_OUTPUT_TOKENS", "MAX_LENGTH"),

@@ -33,6 +33,9 @@ from pydantic import ValidationError
 
 from engine.base import EngineError, EngineOverloaded, EngineUnavailable, InvalidRequest
 
+CLIENT_DISCONNECTED = "client_disconnected"
+"""The code, for logs and traces alone, of a request whose client left before it was answered."""
+
 
 class StoreError(Exception):
     """The store can't be used as configured. For the operator; the message is one line."""

@@ -12,6 +12,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from contextvars import Context
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -124,7 +125,8 @@ class ClientQueue:
                 self.waiting.append(job)
                 self._tell("queued", job, {"position": len(self.waiting) - 1})
         if self.waiting and self._worker is None and not self.closing:
-            self._worker = asyncio.create_task(self._work())
+            # In a context of its own: jobs are no part of whichever request made this client's queue known.
+            self._worker = asyncio.create_task(self._work(), context=Context())
 
     def reason_to_close(self, now: float, reading: bool) -> str | None:
         """Return why the queue is to be closed, if it is. `reading` says whether a reader is in this process."""

@@ -12,8 +12,8 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from engine.base import (
     Delta,
@@ -32,6 +32,7 @@ from gateway.errors import GatewayError, InternalError, from_engine
 from gateway.limits import Allowance, Limits, Reservation, Standing, allowance_of
 from gateway.metrics import Metrics
 from gateway.sessions import Session, prepare_with_history
+from gateway.tracing import Tracing
 from gateway.usage import Entry, Ledger
 
 _NOTHING = Reservation(Standing(Allowance(0, 0), 0, 0, 0, 0), 0, 0)
@@ -39,11 +40,16 @@ _Request = TypeVar("_Request", GenerationRequest, EmbeddingRequest)
 
 
 @dataclass(slots=True)
-class _Clock:
-    """Times of one generation, by time.perf_counter."""
+class _Course:
+    """How one generation goes; times are by time.perf_counter."""
 
     started: float
     first_at: float = 0.0
+    finish_reasons: list[str] = field(default_factory=list)
+
+    @property
+    def first_token_s(self) -> float | None:
+        return self.first_at - self.started if self.first_at else None
 
 
 class Meter:
@@ -58,13 +64,19 @@ class Meter:
         ledger: Ledger,
         metrics: Metrics,
         cache_salt: str | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self.principal = principal
         self.model = model
+        self.tracing = tracing or Tracing()
         self.usage = Usage()
         self.standing: Standing | None = None
         """Where the caller stands with its limits, as far as this request has seen."""
         self.request_id = request_id
+        self.first_token_at: float | None = None
+        """When the first of all its tokens came, by time.perf_counter."""
+        self._queue_s = 0.0
+        self._finish_reason: str | None = None
         self._allowance = allowance_of(principal, model)
         self._limits = limits
         self._ledger = ledger
@@ -91,6 +103,18 @@ class Meter:
             total.add(prepared.usage)
         return total
 
+    def facts(self) -> dict[str, Any]:
+        """Return what the access log tells of the request's generations; of several, their sum and the last reason."""
+        usage = self.spent()
+        return {
+            "model": self.model.id,
+            "prompt_tokens": usage.prompt_tokens,
+            "cached_tokens": usage.cached_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "finish_reason": self._finish_reason,
+            "queue_ms": round(self._queue_s * 1000, 1),
+        }
+
     @property
     def waiting(self) -> QueuePosition | None:
         """Where the request stands in the engine's queue, while none of its generations is further."""
@@ -110,10 +134,13 @@ class Meter:
             request = self._capped(request)
             most_input = self.model.settings.max_input_tokens
             if most_input is None and (session is None or not session.history):
-                return await engine.prepare(request)
-            return await prepare_with_history(engine, request, session or Session(), most_input)
+                prepared = await engine.prepare(request)
+            else:
+                prepared = await prepare_with_history(engine, request, session or Session(), most_input)
         except EngineError as error:
             raise await self._refusal(error) from error
+        prepared.request = request
+        return prepared
 
     async def prepare_first(self, requests: Iterable[GenerationRequest]) -> Prepared:
         """Prepare the first of `requests` that fits the context and leaves room for its answer; the last must fit.
@@ -135,6 +162,7 @@ class Meter:
             wanted = request.max_tokens or request.default_max_tokens or 1
             leaves_room = prepared.max_tokens >= min(wanted, self.model.engine.max_model_len // 4)
             if leaves_room and (most_input is None or prepared.prompt_tokens <= most_input):
+                prepared.request = request
                 return prepared
             what = "The conversation leaves no room for an answer."
             failure = InvalidRequest(what, "messages", "context_length_exceeded")
@@ -197,13 +225,17 @@ class Meter:
     async def generate(self, prepared: Prepared) -> AsyncGenerator[Delta, None]:
         """Reserve, yield the engine's deltas, settle. Raises what `Limits.reserve` and engines raise."""
         async with (
-            self._metered(prepared) as clock,
+            self._metered(prepared) as course,
             contextlib.aclosing(self.model.engine.generate(prepared)) as deltas,
         ):
             async for delta in deltas:
-                if not clock.first_at:
-                    clock.first_at = time.perf_counter()
-                    self._metrics.first_token(self.model.id, clock.first_at - clock.started)
+                if not course.first_at:
+                    course.first_at = time.perf_counter()
+                    self.first_token_at = self.first_token_at or course.first_at
+                    self._metrics.first_token(self.model.id, course.first_at - course.started)
+                if delta.finish_reason:
+                    self._finish_reason = delta.finish_reason
+                    course.finish_reasons.append(delta.finish_reason)
                 yield delta
 
     @contextlib.asynccontextmanager
@@ -226,9 +258,11 @@ class Meter:
     async def prepare_embedding(self, request: EmbeddingRequest) -> Prepared:
         """Count the inputs. Raises what engines raise, for clients."""
         try:
-            return await self.model.engine.prepare_embedding(self._marked(request))
+            prepared = await self.model.engine.prepare_embedding(self._marked(request))
         except EngineError as error:
             raise await self._refusal(error) from error
+        prepared.request = request
+        return prepared
 
     async def embed(self, prepared: Prepared) -> list[list[float]]:
         """Reserve, embed, settle. Raises what `generate` raises."""
@@ -246,14 +280,19 @@ class Meter:
             return await self.model.engine.detokenize(token_ids)
 
     @contextlib.asynccontextmanager
-    async def _metered(self, prepared: Prepared) -> AsyncIterator[_Clock]:
+    async def _metered(self, prepared: Prepared) -> AsyncIterator[_Course]:
         reservation = self._reserved.pop(id(prepared), None) or await self._reserve([prepared])
-        clock = _Clock(time.perf_counter())
+        course = _Course(time.perf_counter())
         failure: GatewayError | None = None
         aborted = True
         self._running[id(prepared)] = prepared
         try:
-            yield clock
+            with self.tracing.generation(prepared, self.model.id) as span:
+                prepared.trace_headers = span.headers
+                try:
+                    yield course
+                finally:
+                    span.generated(prepared, course.finish_reasons, course.first_token_s)
             aborted = False
         except EngineError as error:
             aborted = False
@@ -263,7 +302,7 @@ class Meter:
             raise failure from error
         finally:
             del self._running[id(prepared)]
-            streaming_s = time.perf_counter() - clock.first_at if clock.first_at else 0.0
+            streaming_s = time.perf_counter() - course.first_at if course.first_at else 0.0
             await self._settle(prepared, reservation, failure, aborted, streaming_s)
 
     async def _reserve(self, several: list[Prepared]) -> Reservation:
@@ -297,6 +336,7 @@ class Meter:
         usage = prepared.usage
         unused = reservation.tokens - usage.prompt_tokens - usage.completion_tokens
         self.usage.add(usage)
+        self._queue_s += prepared.queue_s
         self._metrics.tokens(self.model.id, usage)
         if reservation.tokens:
             self._metrics.generation(

@@ -17,23 +17,39 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway.errors import BadRequest, GatewayError, InternalError, RequestTooLarge
+from gateway.errors import CLIENT_DISCONNECTED, BadRequest, GatewayError, InternalError, RequestTooLarge
+from gateway.meter import Meter
 from gateway.metrics import Metrics
+from gateway.tracing import Span, Tracing
 
 log = logging.getLogger("shannon.access")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _PROBES = ("/health", "/ready")  # a kubelet asks for them by the pod's address
+_UNTRACED = (*_PROBES, "/metrics")  # they come every few seconds, and say nothing about anybody
+_MAX_PATH_CHARS = 200
+
 CLIENT_CLOSED_REQUEST = 499
 """Logged and counted when the client left before any status was sent; nginx's number for it."""
+UNMATCHED = "unmatched"
+"""The route of what no route is for."""
 
 
 class RequestMiddleware:
     """See the module."""
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, max_body_bytes: int, allowed_hosts: list[str]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        metrics: Metrics,
+        max_body_bytes: int,
+        allowed_hosts: list[str],
+        tracing: Tracing | None = None,
+    ) -> None:
         self._app = app
         self._metrics = metrics
+        self._tracing = tracing or Tracing()
         self._max_body_bytes = max_body_bytes
         self._allowed_hosts = [host.lower() for host in allowed_hosts]
 
@@ -42,6 +58,13 @@ class RequestMiddleware:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
+        if scope["path"] in _UNTRACED:
+            await self._serve(scope, receive, send, headers, Span())
+            return
+        with self._tracing.request(scope["method"], scope["scheme"], scope["path"], headers) as span:
+            await self._serve(scope, receive, send, headers, span)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, headers: Headers, span: Span) -> None:
         started = time.perf_counter()
         status = CLIENT_CLOSED_REQUEST
         request_id = headers.get("x-request-id", "")
@@ -66,16 +89,16 @@ class RequestMiddleware:
                 self._check_host(headers.get("host", ""))
             await self._app(scope, self._capped(receive, headers), send_with_headers)
         except GatewayError as error:
-            await error_response(error)(scope, receive, send_with_headers)
-        except ClientDisconnect:
-            pass  # it left while sending its body; there is nobody to answer
+            await ErrorResponse(error)(scope, receive, send_with_headers)
+        except ClientDisconnect:  # it left while sending its body; there is nobody to answer
+            scope["state"]["error"] = CLIENT_DISCONNECTED
         except Exception:
             log.exception("request %s failed", request_id)
             if status == CLIENT_CLOSED_REQUEST:
                 unexpected = InternalError("The server had an error while processing your request.")
-                await error_response(unexpected)(scope, receive, send_with_headers)
+                await ErrorResponse(unexpected)(scope, receive, send_with_headers)
         finally:
-            self._record(scope, status, time.perf_counter() - started)
+            self._record(scope, status, started, span)
 
     def _check_host(self, host: str) -> None:
         name = host.rsplit(":", 1)[0].lower() if not host.endswith("]") else host.lower()
@@ -105,24 +128,55 @@ class RequestMiddleware:
     def _too_large(self) -> RequestTooLarge:
         return RequestTooLarge(f"The request body is larger than the limit of {self._max_body_bytes} bytes.")
 
-    def _record(self, scope: Scope, status: int, duration_s: float) -> None:
-        route: Any = scope.get("route")
-        self._metrics.request(getattr(route, "path", "unmatched"), status, duration_s)
+    def _record(self, scope: Scope, status: int, started: float, span: Span) -> None:
+        duration_s = time.perf_counter() - started
+        route = getattr(scope.get("route"), "path", UNMATCHED)
+        self._metrics.request(route, status, duration_s)
         state = scope["state"]
-        log.info(
-            "%s %s %d %.1f ms request_id=%s key=%s",
-            scope["method"],
-            quote(scope["path"]),  # decoded by the server: it could hold a line break
-            status,
-            duration_s * 1000,
-            state["request_id"],
-            state.get("key_id", "-"),
-        )
+        span.asked(state["request_id"], state.get("key_id"))
+        sent = None if status == CLIENT_CLOSED_REQUEST else status
+        span.answered(scope["method"], route, sent, state.get("error"))
+        if log.isEnabledFor(logging.INFO):
+            # As it was asked for only where that helps. The server has decoded it: it could hold a line break.
+            path = quote(scope["path"])[:_MAX_PATH_CHARS] if route == UNMATCHED else route
+            fields = _fields(scope, route, status, started, duration_s) | {"trace_id": span.trace_id}
+            told = {name: value for name, value in fields.items() if value is not None}
+            log.info("%s %s %d", scope["method"], path, status, extra={"fields": told})
 
 
-def error_response(error: GatewayError) -> Response:
-    """Return the response for an error that was raised before any status was sent."""
-    headers = error.headers()
-    if isinstance(error, RequestTooLarge):
-        headers["Connection"] = "close"  # the rest of the body is not worth reading
-    return Response(error.body(), error.status, headers, "application/json")
+def _fields(scope: Scope, route: str, status: int, started: float, duration_s: float) -> dict[str, Any]:
+    """Return what the access log tells of a request: who, what, how much and how long, but nothing that was said."""
+    state = scope["state"]
+    meter: Meter | None = state.get("meter")
+    fields = {
+        "request_id": state["request_id"],
+        "method": scope["method"],
+        "path": route,
+        "status": status,
+        "duration_ms": round(duration_s * 1000, 1),
+        "key_id": state.get("key_id"),
+        "tenant": state.get("tenant"),
+        "error": state.get("error"),
+        "streamed": state.get("streamed"),
+    }
+    if meter is not None:
+        fields |= meter.facts()
+        if state.get("streamed") and meter.first_token_at is not None:
+            fields["time_to_first_token_ms"] = round((meter.first_token_at - started) * 1000, 1)
+    return fields
+
+
+class ErrorResponse(Response):
+    """Tells of an error that was raised before any status was sent, and notes its code for the access log."""
+
+    def __init__(self, error: GatewayError, body: bytes | None = None) -> None:
+        """`body` stands in place of OpenAI's."""
+        headers = error.headers()
+        if isinstance(error, RequestTooLarge):
+            headers["Connection"] = "close"  # the rest of the body is not worth reading
+        super().__init__(error.body() if body is None else body, error.status, headers, "application/json")
+        self._code = error.code
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope.setdefault("state", {})["error"] = self._code
+        await super().__call__(scope, receive, send)

@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from engine.base import EngineError, QueuePosition
 from gateway.drain import Drain
-from gateway.errors import GatewayError, InternalError, from_engine
+from gateway.errors import CLIENT_DISCONNECTED, GatewayError, InternalError, from_engine
 from gateway.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -89,6 +89,8 @@ class GenerationResponse(Response):
         self._timer: asyncio.TimerHandle | None = None
         self._last_sent = 0.0
         self._comment: asyncio.Task[None] | None = None
+        self._state: dict[str, Any] = {}
+        """Of the request, for the access log."""
 
     @property
     def reason(self) -> GatewayError | None:
@@ -107,6 +109,8 @@ class GenerationResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._task = asyncio.current_task()
+        self._state = scope.setdefault("state", {})
+        self._state["streamed"] = self._stream
         watch = asyncio.create_task(self._watch(receive))
         try:
             with self._drain.track(self), self._counted():
@@ -135,7 +139,9 @@ class GenerationResponse(Response):
             failure = InternalError("The server had an error while processing your request.")
         self._ended = True  # nothing can interrupt it any more
         self._stop_comments()
-        if failure is not None and not self._client_left:
+        if self._client_left:
+            self._state["error"] = CLIENT_DISCONNECTED
+        elif failure is not None:
             # A client that reads nothing must not keep the exchange open for ever.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_FAILURE_S):
@@ -180,7 +186,10 @@ class GenerationResponse(Response):
 
     async def _send_failure(self, failure: GatewayError, send: Send) -> None:
         self._metrics.error(failure.code, in_stream=self._started)
-        log.log(failure.log_level, "request ended with %s: %s", failure.code, failure)
+        self._state["error"] = failure.code
+        if failure.status >= 500:  # what was wrong with a request may be told in its client's words
+            request_id = self._state.get("request_id")
+            log.log(failure.log_level, "request %s ended with %s: %s", request_id, failure.code, failure)
         body = self._render_error(failure, self._started)
         if not self._started:
             self.status_code = failure.status

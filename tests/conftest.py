@@ -29,6 +29,7 @@ from gateway.api.dependencies import Services
 from gateway.app import build_authenticator, build_store, create_app
 from gateway.config import parse_config
 from gateway.server import Server
+from gateway.tracing import Tracing
 from tests.store_server import StoreServer, run_store
 
 SECRET = "Zq3" * 14 + "x"
@@ -184,13 +185,14 @@ class Start(Protocol):
         server: dict[str, Any] | None = None,
         config: dict[str, Any] | None = None,
         environment: dict[str, str] | None = None,
+        tracing: Tracing | None = None,
         ready: bool = True,
         **supervision: Any,
     ) -> Gateway:
         """Return a gateway whose engine answers, or is only on its way when `ready` is False.
 
-        `mock` builds each engine, `server` and `config` override settings, `environment` holds keys, and the rest
-        goes to SupervisedEngine. On a socket, `reload` is called on SIGHUP.
+        `mock` builds each engine, `server` and `config` override settings, `environment` holds keys, `tracing`
+        makes spans, and the rest goes to SupervisedEngine. On a socket, `reload` is called on SIGHUP.
         """
 
 
@@ -200,6 +202,7 @@ def build_app(
     server: dict[str, Any] | None = None,
     config: dict[str, Any] | None = None,
     environment: dict[str, str] | None = None,
+    tracing: Tracing | None = None,
     **supervision: Any,
 ) -> tuple[FastAPI, SupervisedEngine, list[MockEngine]]:
     """Return the product's app around one supervised engine, and the list that each engine built is added to.
@@ -225,8 +228,8 @@ def build_app(
     variables = {"SHANNON_BOOTSTRAP_KEY": KEY} | (environment or {})
     store = build_store(settings, variables)
     authenticator = build_authenticator(settings, store, variables)
-    app = create_app(settings, {"main": engine}, store, authenticator, clock=lambda: NOW, environment=variables)
-    return app, engine, mocks
+    options: dict[str, Any] = {"clock": lambda: NOW, "environment": variables, "tracing": tracing}
+    return create_app(settings, {"main": engine}, store, authenticator, **options), engine, mocks
 
 
 @contextlib.asynccontextmanager

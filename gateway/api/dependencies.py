@@ -28,6 +28,7 @@ from gateway.resumable import ResumableStreams
 from gateway.sessions import Sessions
 from gateway.store import Store
 from gateway.tools.base import Toolbox
+from gateway.tracing import Tracing
 from gateway.usage import Ledger
 
 
@@ -51,6 +52,7 @@ class Services:
     tools: Toolbox
     store: Store
     metrics: Metrics
+    tracing: Tracing
     drain: Drain
     inspector: Inspector | None
     """None where it is turned off."""
@@ -66,9 +68,10 @@ async def services(request: Request) -> Services:
 
 
 async def authenticate(request: Request, services: Annotated[Services, Depends(services)]) -> Principal:
-    """Return the caller, and note the key's id for the access log. Raises what `Authenticator` raises."""
+    """Return the caller, and note who it is for the access log. Raises what `Authenticator` raises."""
     principal = await services.authenticator.authenticate(request)
     request.state.key_id = principal.key_id
+    request.state.tenant = principal.tenant
     return principal
 
 

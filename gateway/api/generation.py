@@ -51,7 +51,7 @@ class Caller:
         """Return the model's engine as this caller may use it."""
         app = self.services
         salt = app.cache_salts.salt_of(self.principal.tenant)
-        return Meter(request_id, self.principal, model, app.limits, app.ledger, app.metrics, salt)
+        return Meter(request_id, self.principal, model, app.limits, app.ledger, app.metrics, salt, app.tracing)
 
     def work(
         self,
@@ -100,6 +100,12 @@ class Call(Caller):
     """One HTTP request that generates."""
 
     request: Request
+
+    def meter(self, request_id: str, model: ModelSpec) -> Meter:
+        """Return the meter as a Caller does, and note it for the access log."""
+        meter = Caller.meter(self, request_id, model)
+        self.request.state.meter = meter
+        return meter
 
     async def read(self, parse: Callable[[bytes], _Body]) -> _Body:
         """Read the body and parse it. Raises RequestTimeout, and what `parse` raises."""

@@ -23,6 +23,7 @@ from gateway.api.sampling import parse_body
 from gateway.errors import GatewayError, StoreUnavailable, Unavailable
 from gateway.frames.messages import MessageFrames, error_body, render_error
 from gateway.images import inlined
+from gateway.middleware import ErrorResponse
 from gateway.response import RenderError
 
 
@@ -96,5 +97,4 @@ def _renderer(body: CountTokensRequest, messages: list[dict[str, Any]]) -> Rende
 def _failure(request: Request, error: GatewayError) -> Response:
     services: Services = request.app.state.services
     services.metrics.error(error.code)
-    headers = error.headers() | ({"Connection": "close"} if error.status == 413 else {})
-    return Response(error_body(error), error.status, headers, "application/json")
+    return ErrorResponse(error, error_body(error))

@@ -44,6 +44,7 @@ from gateway.errors import (
     from_engine,
 )
 from gateway.meter import Meter
+from gateway.middleware import ErrorResponse
 from gateway.response import GenerationResponse
 
 DEFAULT_NEW_TOKENS = 256
@@ -126,10 +127,7 @@ class _PlainErrors(APIRoute):
             except GatewayError as error:
                 plain = _plain(error)
                 request.app.state.services.metrics.error(plain.code)
-                headers = plain.headers()
-                if isinstance(plain, RequestTooLarge):
-                    headers["Connection"] = "close"  # there may be more of it on the way
-                return Response(_render_plainly(plain, False), plain.status, headers, "application/json")
+                return ErrorResponse(plain, _render_plainly(plain, False))
 
         return handle_plainly
 

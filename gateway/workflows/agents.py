@@ -55,8 +55,10 @@ class Agent:
         self.usage = Usage()
         self.stop_reason: str | None = None
         """The stop string that ended what it said last."""
+        self._traced = run.meter.tracing.agent(agent_id, role)
 
     async def __aenter__(self) -> Agent:
+        self._span = self._traced.__enter__()
         self.run.emit("AGENT_STARTED", self.id, f"{self.id} has started.", role=self.role)
         return self
 
@@ -65,6 +67,8 @@ class Agent:
             "prompt_tokens": self.usage.prompt_tokens,
             "completion_tokens": self.usage.completion_tokens,
         }
+        self._span.spent(self.usage)
+        self._traced.__exit__(kind, error, trace)
         if error is None:
             self.run.emit("AGENT_COMPLETED", self.id, f"{self.id} has finished.", role=self.role, **spent)
         else:
@@ -94,11 +98,14 @@ class Agent:
         run.begun = True
         call: dict[str, Any] = {"role": self.role, "tool": tool, "call": next(run.numbers)}
         run.emit("TOOL_INVOKED", self.id, f"Calling {tool}.", **call, params=arguments)
-        try:
-            async with asyncio.timeout(run.left_s()):
-                found = _sound(await run.tools.call(tool, arguments))
-        except TimeoutError:
-            found = Observation(f"{tool}: the time of this run is used up.", ok=False)
+        with run.meter.tracing.tool(tool if tool in run.tools else "unknown", call["call"]) as span:
+            try:
+                async with asyncio.timeout(run.left_s()):
+                    found = _sound(await run.tools.call(tool, arguments))
+            except TimeoutError:
+                found = Observation(f"{tool}: the time of this run is used up.", ok=False)
+            if not found.ok:
+                span.fail("tool_error")
         run.emit(
             "TOOL_OBSERVATION",
             self.id,

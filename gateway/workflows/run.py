@@ -234,8 +234,12 @@ async def conduct(workflow: Workflow, run: Run) -> AsyncGenerator[Event, None]:
 
     async def to_the_end() -> None:
         try:
-            async with run.meter.counted(), run.meter.noting_refusal():
-                await _within_budget(workflow, run)
+            with run.meter.tracing.workflow(run.meter.model.settings.workflow, model_id) as span:
+                try:
+                    async with run.meter.counted(), run.meter.noting_refusal():
+                        await _within_budget(workflow, run)
+                finally:
+                    span.spent(run.meter.usage)
             run.emit(
                 "WORKFLOW_COMPLETED",
                 ORCHESTRATOR,
