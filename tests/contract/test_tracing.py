@@ -143,19 +143,39 @@ async def test_agents_of_many_requests_stay_in_their_own_traces(serve: Start, sp
     await asyncio.gather(*(gateway.chat(stream=bool(number % 2)) for number in range(4)))
     await until(lambda: spans.open == 0)
 
-    shapes = set()
     for root in spans.named(CHAT):
         (run,) = spans.below(root)
         assert run.name == "invoke_workflow standard_research"
         agents = spans.below(run)
-        shapes.add(tuple((agent.name, len(spans.below(agent))) for agent in agents))
+        assert len(agents) > 3
         below = [run, *agents, *(span for agent in agents for span in spans.below(agent))]
         assert root.context is not None
         assert {span.context.trace_id for span in below if span.context} == {root.context.trace_id}
     assert len(spans.named(CHAT)) == 4
-    assert sum(len(agents) for agents in shapes) > 0
-    everything = [span for span in spans.finished() if span.parent is None]
-    assert len(everything) == 4, "nothing is an orphan"
+    assert len([span for span in spans.finished() if span.parent is None]) == 4, "nothing is an orphan"
+
+
+async def test_client_that_leaves_cancels_its_agents(
+    serve: Start, spans: Spans, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec = {"description": "The one under test", "workflow": "standard_research"}
+    gateway = await serve(
+        mock=lambda: MockEngine(reply=ScriptedModel(), max_model_len=16_384, token_s=0.005),
+        config={"models": {"shannon-chat": spec}},
+        tracing=spans.tracing,
+    )
+    object.__setattr__(gateway.services, "tools", Toolbox((FakeSearch(), FakeFetch()), backoff_s=0.0))
+    async with gateway.stream() as response:
+        async for piece in response.aiter_raw():
+            if b"TOOL_OBSERVATION" in piece:
+                break
+
+    root, (run,) = await tree(spans, gateway)
+    assert attributes(root)["error.type"] == "client_disconnected"
+    assert attributes(run)["error.type"] == "cancelled"
+    cut = [span for agent in spans.below(run) for span in (agent, *spans.below(agent))]
+    assert {attributes(span).get("error.type") for span in cut} == {None, "cancelled"}
+    assert "detach" not in caplog.text, "each span was left in the task that had entered it"
 
 
 async def test_embedding_is_a_generation_of_its_own_kind(serve: Start, spans: Spans) -> None:
@@ -166,6 +186,22 @@ async def test_embedding_is_a_generation_of_its_own_kind(serve: Start, spans: Sp
     (span,) = spans.named("embeddings shannon-chat")
     assert attributes(span)["gen_ai.operation.name"] == "embeddings"
     assert attributes(span)["gen_ai.usage.input_tokens"] == 2
+
+
+async def test_job_begins_a_trace_of_its_own(serve: Start, spans: Spans) -> None:
+    gateway = await serve(tracing=spans.tracing)
+    async with gateway.client.stream("GET", "/api/v1/chat/stream/c1", headers=TRACED) as response:
+        lines = response.aiter_lines()
+        assert await anext(lines)
+        await gateway.client.post("/api/v1/chat/submit", json={"client_id": "c1", "prompt": "hello"}, headers=TRACED)
+        async with asyncio.timeout(10):
+            async for line in lines:
+                if line == "event: done":
+                    break
+    await until(lambda: spans.open == 0)
+
+    (generation,) = spans.named("chat shannon-chat")
+    assert generation.parent is None, "it is no part of the request that opened the stream, nor ends with it"
 
 
 async def test_probes_and_scrapes_leave_no_spans(serve: Start, spans: Spans) -> None:

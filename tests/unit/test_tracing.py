@@ -291,7 +291,7 @@ async def test_tokens_of_agents_add_up_to_those_of_the_run(spans: Spans) -> None
         assert sums == [sum(column) for column in zip(*map(tokens, parents), strict=True)]
 
 
-async def test_departure_ends_every_span(spans: Spans) -> None:
+async def test_departure_ends_every_span(spans: Spans, caplog: pytest.LogCaptureFixture) -> None:
     engine = MockEngine(reply=ScriptedModel(), max_model_len=16_384, token_s=0.001)
     over = await metered(engine)
     over.meter.tracing = spans.tracing
@@ -306,6 +306,7 @@ async def test_departure_ends_every_span(spans: Spans) -> None:
     assert (whole.attributes or {})["error.type"] == "cancelled"
     assert whole.status.is_ok, "nobody failed"
     assert spans.open == 0
+    assert caplog.text == "", "each was left in the task that had entered it"
 
 
 async def test_names_are_those_of_the_installed_conventions(spans: Spans) -> None:
