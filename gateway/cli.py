@@ -203,7 +203,8 @@ def _doctor(args: argparse.Namespace) -> int:
     from gateway.doctor.examination import examine
     from gateway.doctor.report import show
 
-    findings = asyncio.run(examine(None if args.config is None else Path(args.config)))
+    with console.status("Looking around ..."):  # vLLM takes seconds to import, a server that is away to give up on
+        findings = asyncio.run(examine(None if args.config is None else Path(args.config)))
     show(findings, as_json=args.json)
     return int(any(finding.verdict == "failed" for finding in findings))
 

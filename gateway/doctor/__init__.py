@@ -3,7 +3,7 @@
     examination.py   all checks, in order
     finding.py       what a check says; case.py: what it is told
     installation.py  Python, packages, vLLM's build; gpus.py: drivers and devices
-    checkpoint.py    a model's files; memory.py: what it takes
+    checkpoint.py    a model's files; memory.py: what it takes; engine_settings.py: what vLLM says of its settings
     place.py         volumes, shared memory, open files, the port
     deployment.py    the configuration, its keys and tools
     store_health.py  Valkey or Redis; replicas.py: engines elsewhere

