@@ -162,11 +162,16 @@ class Store:
 
     async def run_in_order(self, commands: list[Command]) -> list[Any]:
         """Run commands one after the other, in one pipeline. Raises StoreUnavailable."""
-        results = await self._enqueue(commands)
+        results = await self.try_in_order(commands)
         for result in results:
-            if isinstance(result, RedisError):
-                raise StoreRefused(str(result))
+            if isinstance(result, StoreRefused):
+                raise result
         return results
+
+    async def try_in_order(self, commands: list[Command]) -> list[Any]:
+        """Do the same, with a StoreRefused in place of the result of each command that the store refuses."""
+        results = await self._enqueue(commands)
+        return [StoreRefused(str(result)) if isinstance(result, RedisError) else result for result in results]
 
     def _enqueue(self, commands: list[Command]) -> asyncio.Future[list[Any]]:
         result: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()

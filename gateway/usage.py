@@ -151,23 +151,25 @@ class Ledger:
                     result.set_result(standing_of(entry.allowance, answer[1:]))
 
     async def _send(self, entries: list[Entry], process: str) -> list[Any]:
-        try:
-            answers = await self._store.run_in_order([entry.command(process) for entry in entries])
-        except StoreRefused as error:
-            return await self._send_one_by_one(entries, process, error)
+        answers = await self._store.try_in_order([entry.command(process) for entry in entries])
+        answers = [
+            self._set_aside(entry, answer) if isinstance(answer, StoreRefused) else answer
+            for entry, answer in zip(entries, answers, strict=True)
+        ]
         if unlisted := {entry.key_id for entry in entries} - self._listed:
             await self._store.run("SADD", _KEYS_WITH_USAGE, *unlisted)
             self._listed |= unlisted
         return answers
 
-    async def _send_one_by_one(self, entries: list[Entry], process: str, error: StoreRefused) -> list[Any]:
-        """Find the entry that the store refuses, and set it aside in the log: it must not hold up all that follow."""
-        if len(entries) > 1:
-            return [answer for entry in entries for answer in await self._send([entry], process)]
+    def _set_aside(self, entry: Entry, error: StoreRefused) -> list[int]:
+        """Leave an entry that the store refuses to the log: it must not hold up all that follow. Returns an answer.
+
+        It is not sent again: its number counts as applied where the script broke off half-way.
+        """
         self._store.metrics.usage_refused.inc()
-        log.error("usage that the store refuses (%s): %s", error, orjson.dumps(asdict(entries[0])).decode())
-        limits = entries[0].allowance
-        return [[0, limits.requests_per_minute, limits.tokens_per_minute, 0, 0]]
+        log.error("usage that the store refuses (%s): %s", error, orjson.dumps(asdict(entry)).decode())
+        limits = entry.allowance
+        return [0, limits.requests_per_minute, limits.tokens_per_minute, 0, 0]
 
     def _turn_to_journal(self) -> None:
         self._data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -294,14 +294,17 @@ async def test_store_that_is_out_of_memory_loses_no_usage(own: StoreServer, tmp_
     raw.close()
 
 
-async def test_entry_that_the_store_refuses_is_counted_and_holds_up_no_other(store_url: str, tmp_path: Path) -> None:
+async def test_entry_that_the_store_refuses_is_logged_and_holds_up_no_other(
+    store_url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     async with opened(store_url, tmp_path) as (store, ledger):
         await store.run("SET", f"sh:{{k:{KEY_ID}}}:u:{DAY}:shannon-chat", "no hash")
-        await ledger.settle(entry())
-        await ledger.settle(entry(model_id="shannon-complex"))
+        others = [entry(model_id="shannon-complex") for _ in range(2)]
+        await asyncio.gather(*map(ledger.settle, [others[0], entry(), others[1]]))  # in one batch
 
         assert b"shannon_usage_refused_total 1.0" in store.metrics.render()
-        assert await store.run("HGET", f"sh:{{k:{KEY_ID}}}:u:{DAY}:shannon-complex", "requests") == "1"
+        assert "usage that the store refuses" in caplog.text
+        assert await store.run("HGET", f"sh:{{k:{KEY_ID}}}:u:{DAY}:shannon-complex", "requests") == "2"
 
 
 async def test_journal_is_for_its_owner_only(own: StoreServer, tmp_path: Path) -> None:
