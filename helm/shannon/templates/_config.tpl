@@ -10,12 +10,15 @@ are refused in `config` by _validate.tpl, so that manifests and configuration ca
 {{- $engines := deepCopy (.Values.config.engines | default (dict "main" (dict "kind" "embedded" "model" "demo"))) -}}
 {{- if eq .Values.workload "LeaderWorkerSet" -}}
 {{- range $name, $engine := $engines -}}
-{{- $args := dict "distributed_executor_backend" "ray" -}}
+{{- $defaults := dict -}}
+{{- $args := dict "distributed_executor_backend" $.Values.multiNode.executor -}}
 {{- if eq $.Values.multiNode.executor "mp" -}}
 {{- /* The leader holds the port that all nodes meet at; the others name it by LWS_LEADER_ADDRESS. */ -}}
-{{- $args = dict "distributed_executor_backend" "mp" "nnodes" $.Values.multiNode.size "node_rank" 0 "master_addr" "127.0.0.1" "master_port" $.Values.multiNode.port -}}
+{{- $args = merge $args (dict "nnodes" $.Values.multiNode.size "node_rank" 0 "master_addr" "127.0.0.1" "master_port" $.Values.multiNode.port) -}}
+{{- /* vLLM's command line, which the others run, has defaults of its own for these two; nodes must agree. */ -}}
+{{- $defaults = dict "max_num_seqs" 256 "max_num_batched_tokens" 8192 -}}
 {{- end -}}
-{{- $_ := set $engine "args" (mergeOverwrite (deepCopy ($engine.args | default dict)) $args) -}}
+{{- $_ := set $engine "args" (mergeOverwrite $defaults (deepCopy ($engine.args | default dict)) $args) -}}
 {{- end -}}
 {{- end -}}
 {{- toYaml $engines -}}
@@ -45,10 +48,10 @@ are refused in `config` by _validate.tpl, so that manifests and configuration ca
 -}}
 {{- $keys := .Values.config.keys | default list -}}
 {{- if .Values.secrets.acceptPreviousKey -}}
-{{- $keys = append $keys (dict "name" "bootstrap-previous" "key_env" "SHANNON_PREVIOUS_BOOTSTRAP_KEY" "admin" true) -}}
+{{- $keys = append $keys (dict "name" "bootstrap-previous" "key_file" "/etc/shannon/secrets/SHANNON_PREVIOUS_BOOTSTRAP_KEY" "admin" true) -}}
 {{- end -}}
 {{- if .Values.monitoring.serviceMonitor.enabled -}}
-{{- $keys = append $keys (dict "name" "metrics" "key_env" "SHANNON_METRICS_KEY" "models" list) -}}
+{{- $keys = append $keys (dict "name" "metrics" "key_file" "/etc/shannon/secrets/SHANNON_METRICS_KEY" "models" list) -}}
 {{- end -}}
 {{- if $keys }}{{ $_ := set $own "keys" $keys }}{{ end -}}
 {{- mergeOverwrite (deepCopy .Values.config) $own | toYaml -}}
@@ -58,6 +61,9 @@ are refused in `config` by _validate.tpl, so that manifests and configuration ca
 {{- define "shannon.configChecksum" -}}
 {{- $config := include "shannon.config" . | fromYaml -}}
 {{- $_ := unset $config.limits "replicas" -}}
+{{- if eq .Values.configRollout "needed" -}}
+{{- $config = omit $config "models" "default_model" "keys" "limits" "prefix_cache" -}}{{/* gateway/reload.py */}}
+{{- end -}}
 {{- toYaml $config | sha256sum -}}
 {{- end -}}
 

@@ -45,9 +45,11 @@ capabilities: {drop: [ALL]}
 {{- end }}
 {{- end -}}
 
-{{/* Environment of the `shannon` command. Secrets come by reference alone. */}}
+{{/* Environment of the `shannon` command. Secrets come by reference; its own keys as files, which SIGHUP reads again. */}}
 {{- define "shannon.commandEnv" -}}
 {{ include "shannon.env" . }}
+- {name: SHANNON_BOOTSTRAP_KEY, value: ""} # of the Secret, which brings all it has
+- {name: SHANNON_BOOTSTRAP_KEY_FILE, value: /etc/shannon/secrets/SHANNON_BOOTSTRAP_KEY}
 {{- $store := include "shannon.store" . }}
 {{- if eq $store "valkey" }}
 - {name: VALKEY_PASSWORD, valueFrom: {secretKeyRef: {name: {{ include "shannon.valkey.secretName" . }}, key: VALKEY_PASSWORD}}}
@@ -256,8 +258,13 @@ spec:
       lifecycle:
         preStop:
           sleep: {seconds: {{ .Values.drain.preStopSeconds }}}
-      volumeMounts: {{- include "shannon.volumeMounts" . | nindent 8 }}
-  volumes: {{- include "shannon.volumes" . | nindent 4 }}
+      volumeMounts:
+        - {name: secrets, mountPath: /etc/shannon/secrets, readOnly: true}
+        {{- include "shannon.volumeMounts" . | nindent 8 }}
+  volumes:
+    - name: secrets
+      secret: {secretName: {{ include "shannon.secretName" . }}}
+    {{- include "shannon.volumes" . | nindent 4 }}
 {{- end -}}
 
 {{/* A claim template: `name`, and `volume` with size and storageClass. No labels that upgrades change. */}}

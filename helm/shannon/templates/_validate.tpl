@@ -11,6 +11,9 @@ Values that fit the schema each by itself, but not together. Messages name the v
 {{- end -}}
 {{- end -}}
 
+{{- if and (eq .Values.mode "remote") (not .Values.config.engines) -}}
+{{- fail "mode: remote needs config.engines of kind remote, with the urls of the servers" -}}
+{{- end -}}
 {{- range $name, $engine := include "shannon.engines" . | fromYaml -}}
 {{- $here := has $engine.kind (list "embedded" "pooling") -}}
 {{- if and $here (eq $values.mode "remote") -}}
@@ -64,8 +67,11 @@ Values that fit the schema each by itself, but not together. Messages name the v
 {{- if and .Values.autoscaling.type (lt (int .Values.autoscaling.maxReplicas) (int .Values.autoscaling.minReplicas)) -}}
 {{- fail "autoscaling.maxReplicas: must be at least autoscaling.minReplicas" -}}
 {{- end -}}
-{{- if and (eq .Values.workload "Deployment") (eq (toString .Values.rollingUpdate.maxSurge) "0") (eq (toString .Values.rollingUpdate.maxUnavailable) "0") -}}
+{{- if and (ne .Values.workload "StatefulSet") (eq (toString .Values.rollingUpdate.maxSurge) "0") (eq (toString .Values.rollingUpdate.maxUnavailable) "0") -}}
 {{- fail "rollingUpdate: maxSurge and maxUnavailable can't both be 0" -}}
+{{- end -}}
+{{- if or (eq .Values.image.tag "latest") (eq .Values.valkey.image.tag "latest") -}}
+{{- fail "image.tag: latest is another image every time a node pulls; name a version" -}}
 {{- end -}}
 {{- if and .Values.ingress.enabled (not .Values.ingress.host) }}{{ fail "ingress.host: give the name that clients call" }}{{ end -}}
 {{- if and .Values.httpRoute.enabled (not .Values.httpRoute.parentRefs) }}{{ fail "httpRoute.parentRefs: name the Gateway to attach to" }}{{ end -}}

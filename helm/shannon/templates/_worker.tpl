@@ -57,7 +57,7 @@ spec:
       lifecycle:
         preStop: # not before the leader has drained: its streams need these GPUs
           exec:
-            command: [python, /etc/shannon/release/wait_for_leader.py]
+            command: [python, /etc/shannon/release/wait_for_leader.py, {{ include "shannon.port" . | quote }}]
       volumeMounts: {{- include "shannon.volumeMounts" . | nindent 8 }}
   volumes: {{- include "shannon.volumes" . | nindent 4 }}
 {{- end -}}
