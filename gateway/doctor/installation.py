@@ -85,14 +85,20 @@ def check_vllm(machine: Machine, *, needed: bool) -> Finding:
     return Finding("vllm", "ok", f"{name} {version}, the {build} build, with torch {torch}")
 
 
-def check_driver(machine: Machine, *, needed: bool) -> Finding:
-    """Tell whether the driver answers, and fits the build of vLLM that is installed."""
+def check_driver(machine: Machine, *, needed: bool, wanted: bool = False) -> Finding:
+    """Tell whether the driver answers, and fits the build of vLLM that is installed.
+
+    `wanted`: settings of the deployment speak of GPUs, so that the CPU is hardly what was meant.
+    """
     driver, cuda_build = machine.driver, "vllm" in machine.packages
     verdict: Verdict = "failed" if needed and cuda_build else "warning"
     if driver.failure:
         step = "Run nvidia-smi; after an update of the driver, restart the machine"
         return Finding("gpu_driver", verdict, f"it is there, but can't be used: {driver.failure}", step)
     if not driver.answers:
+        if not cuda_build and wanted:
+            text = "no NVIDIA driver answers, so models run on the CPU; engines set gpu_memory_utilization"
+            return Finding("gpu_driver", "warning", text, "Install the driver, then make setup PROFILE=cuda")
         if not cuda_build:
             return Finding("gpu_driver", "ok", "no NVIDIA driver answers; models run on the CPU")
         step = "Install the driver, give the container its GPUs (docker run --gpus all), or make setup PROFILE=cpu"

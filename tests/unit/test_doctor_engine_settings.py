@@ -6,17 +6,20 @@ import sys
 
 import pytest
 
+from engine.demo import WEIGHTS
+from gateway.doctor.checkpoint import Checkpoint
 from gateway.doctor.engine_settings import check_engine_settings
 from gateway.doctor.finding import Finding
 from tests.doctor_case import CPU, case, embedded
 
+HERE = Checkpoint("demo", WEIGHTS)
 pytestmark = pytest.mark.anyio
 
 
 async def examined(program: str) -> Finding:
     deployment = case(embedded(max_model_len=64), packages=CPU)
-    (found,) = await check_engine_settings(deployment, (sys.executable, "-c", program))
-    return found
+    (finding,) = await check_engine_settings(deployment, {"main": HERE}, (sys.executable, "-c", program))
+    return finding
 
 
 async def test_settings_that_vllm_takes_are_fine() -> None:
@@ -26,6 +29,14 @@ async def test_settings_that_vllm_takes_are_fine() -> None:
     )
 
     assert (found.verdict, found.subject) == ("ok", "engines.main")
+
+
+async def test_values_are_not_judged_without_the_checkpoint() -> None:
+    answer = (sys.executable, "-c", "import sys; sys.stdin.read(); print('[null]')")
+    (found,) = await check_engine_settings(case(embedded(), packages=CPU), {"main": Checkpoint("org/model")}, answer)
+
+    assert found.verdict == "ok"
+    assert "need the checkpoint" in found.text
 
 
 async def test_setting_that_vllm_refuses_is_told_in_its_words() -> None:
@@ -54,5 +65,5 @@ async def test_import_that_ends_in_a_signal_names_it() -> None:
 async def test_nothing_is_asked_without_vllm_or_without_an_engine_for_it() -> None:
     nobody = (sys.executable, "-c", "raise AssertionError")
 
-    assert await check_engine_settings(case(embedded()), nobody) == []
-    assert await check_engine_settings(case(packages=CPU), nobody) == []
+    assert await check_engine_settings(case(embedded()), {"main": HERE}, nobody) == []
+    assert await check_engine_settings(case(packages=CPU), {}, nobody) == []

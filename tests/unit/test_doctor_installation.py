@@ -83,6 +83,13 @@ def test_driver_is_held_against_the_build(driver: Driver, packages: dict[str, st
     assert bool(finding.next_step) == (verdict != "ok")
 
 
+def test_deployment_for_gpus_is_warned_of_the_cpu() -> None:
+    finding = check_driver(Machine(packages=CPU), needed=True, wanted=True)
+
+    assert finding.verdict == "warning"
+    assert "PROFILE=cuda" in finding.next_step
+
+
 class NvmlError(Exception):
     def __init__(self, value: int) -> None:
         super().__init__(f"NVML error {value}")
