@@ -12,6 +12,7 @@ from gateway import __version__
 from tests.conftest import ROOT
 
 CHART = ROOT / "helm" / "shannon" / "Chart.yaml"
+DOCKERFILE = ROOT / "Dockerfile"
 
 
 def test_version_is_semantic() -> None:
@@ -36,3 +37,11 @@ def test_changelog_begins_with_the_version() -> None:
 @pytest.mark.skipif(not CHART.exists(), reason="there is no chart here")
 def test_chart_installs_the_version() -> None:
     assert yaml.safe_load(CHART.read_text())["appVersion"] == __version__
+
+
+@pytest.mark.skipif(not DOCKERFILE.exists(), reason="there is no image here")
+def test_image_is_told_the_version() -> None:
+    labels = re.findall(r"org\.opencontainers\.image\.version=(\S+)", DOCKERFILE.read_text())
+
+    assert labels
+    assert set(labels) == {"${VERSION}"}
