@@ -283,7 +283,9 @@ class TestSeveralNodes:
         assert "envFrom" not in container
         assert not [variable for variable in container["env"] if "secretKeyRef" in variable.get("valueFrom", {})]
 
-    def test_group_restarts_together(self) -> None:
+    def test_group_restarts_together(self, tmp_path: Path) -> None:
+        engine = load(tmp_path, "multi-node").engines["main"]
+        assert engine.max_engine_restarts == 0, "a new engine in the leader would find no workers"
         group = find("multi-node", "LeaderWorkerSet")["spec"]["leaderWorkerTemplate"]
 
         assert (group["size"], group["restartPolicy"]) == (2, "RecreateGroupOnPodRestart")

@@ -58,6 +58,13 @@ def test_pods_are_restricted(scenario: str) -> None:
         assert kinds <= {"configMap", "secret", "emptyDir", "persistentVolumeClaim"}, name
 
 
+def test_user_may_be_left_to_the_cluster() -> None:
+    """OpenShift runs each namespace under numbers of its own."""
+    context = gateway_pod("default", "user=null")["spec"]["securityContext"]
+
+    assert context.keys() == {"runAsNonRoot", "seccompProfile"}
+
+
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_containers_are_restricted(scenario: str) -> None:
     for name, container in _containers(scenario):

@@ -79,6 +79,13 @@ def test_schema_names_the_value(values: dict[str, Any], message: str, tmp_path: 
             "multiNode.size: 3 nodes can't share 16 GPUs evenly",
         ),
         (
+            {
+                "workload": "LeaderWorkerSet",
+                "config": {"engines": {"main": {**EMBEDDED["main"], "args": {"data_parallel_size": 2}}}},
+            },
+            "config.engines.main.args.data_parallel_size: over several nodes, set replicas instead",
+        ),
+        (
             {"workload": "StatefulSet", "download": {"job": True}, "config": {"engines": EMBEDDED}},
             "download.job fills one claim for all pods",
         ),

@@ -19,6 +19,8 @@ are refused in `config` by _validate.tpl, so that manifests and configuration ca
 {{- $defaults = dict "max_num_seqs" 256 "max_num_batched_tokens" 8192 -}}
 {{- end -}}
 {{- $_ := set $engine "args" (mergeOverwrite $defaults (deepCopy ($engine.args | default dict)) $args) -}}
+{{- /* An engine built anew would wait for workers that still belong to the dead one: the whole group starts anew. */ -}}
+{{- $_ := set $engine "max_engine_restarts" 0 -}}
 {{- end -}}
 {{- end -}}
 {{- toYaml $engines -}}

@@ -34,12 +34,13 @@ Values that fit the schema each by itself, but not together. Messages name the v
 {{- if or (ne (len $engines) 1) (not .Values.config.engines) (ne (include "shannon.embeddedEngines" .) "x") -}}
 {{- fail "workload: LeaderWorkerSet spreads one model over nodes: config.engines must name exactly one engine, of kind embedded" -}}
 {{- end -}}
-{{- if kindIs "invalid" .Values.gpu.count -}}
-{{- range $engines -}}
-{{- $world := mul (get .args "tensor_parallel_size" | default 1) (get .args "pipeline_parallel_size" | default 1) (get .args "data_parallel_size" | default 1) -}}
-{{- if mod $world $values.multiNode.size -}}
-{{- fail (printf "multiNode.size: %d nodes can't share %d GPUs evenly, which is what tensor_parallel_size, pipeline_parallel_size and data_parallel_size ask for" (int $values.multiNode.size) $world) -}}
+{{- range $name, $engine := $engines -}}
+{{- if gt (get .args "data_parallel_size" | default 1 | int) 1 -}}
+{{- fail (printf "config.engines.%s.args.data_parallel_size: over several nodes, set replicas instead" $name) -}}
 {{- end -}}
+{{- $world := mul (get .args "tensor_parallel_size" | default 1) (get .args "pipeline_parallel_size" | default 1) -}}
+{{- if mod $world $values.multiNode.size -}}
+{{- fail (printf "multiNode.size: %d nodes can't share %d GPUs evenly, which is what tensor_parallel_size and pipeline_parallel_size of config.engines.%s.args ask for" (int $values.multiNode.size) $world $name) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
