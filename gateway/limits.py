@@ -13,6 +13,7 @@ import datetime
 import math
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -163,12 +164,20 @@ class Limits:
         return self._settings.enabled
 
     async def reserve(
-        self, principal: Principal, model: ModelSpec, member: str, *, requests: int, tokens: int
+        self,
+        principal: Principal,
+        model: ModelSpec,
+        member: str,
+        *,
+        requests: int,
+        tokens: int,
+        left: Callable[[Reservation], None] | None = None,
     ) -> Reservation:
         """Take room for one generation of the request `member`.
 
-        `requests` is 1 for the request's first generation, then 0. Raises RateLimitExceeded with the standing's
-        headers, BadRequest when the limit could never admit it, Unavailable when the store is away and that closes.
+        `requests` is 1 for the request's first generation, then 0. `left` gets the reservation if the caller is
+        cancelled while the store makes it. Raises RateLimitExceeded with the standing's headers, BadRequest when the
+        limit could never admit it, Unavailable when the store is away and that closes.
         """
         allowance = allowance_of(principal, model)
         if not self.enabled:
@@ -184,7 +193,7 @@ class Limits:
                 "tokens_exceed_limit",
             )
         try:
-            return await self._ask(principal, model, member, allowance, requests, tokens)
+            return await self._ask(principal, model, member, allowance, requests, tokens, left)
         except StoreUnavailable:
             return self._take_locally(principal, model, allowance, requests, tokens)
 
@@ -200,8 +209,23 @@ class Limits:
             return self._local_standing(allowance, self._share(allowance), window)
 
     async def _ask(
-        self, principal: Principal, model: ModelSpec, member: str, allowance: Allowance, requests: int, tokens: int
+        self,
+        principal: Principal,
+        model: ModelSpec,
+        member: str,
+        allowance: Allowance,
+        requests: int,
+        tokens: int,
+        left: Callable[[Reservation], None] | None = None,
     ) -> Reservation:
+        def unheard(answer: Any) -> None:
+            if left is None:
+                return
+            if isinstance(answer, Exception):
+                left(Reservation(Standing(allowance, 0, 0, 0, 0), 0, 0))  # perhaps made: its lease must not stay
+            elif not answer[0]:
+                left(Reservation(standing_of(allowance, answer[2:6]), int(answer[1]), tokens))
+
         arguments = [
             member,
             requests,
@@ -214,7 +238,7 @@ class Limits:
             LEASE_S * 1000,
         ]
         keys = keys_of(principal.key_id, model.id, today())
-        answer = await self._store.run(*_RESERVE.call(keys, arguments))
+        answer = await self._store.run_heard(_RESERVE.call(keys, arguments), unheard)
         standing = standing_of(allowance, answer[2:6])
         if answer[0]:
             raise self._exceeded(answer[0], model, standing, int(answer[6]) / 1000)

@@ -314,7 +314,7 @@ class Meter:
     async def _take(self, requests: int, tokens: int) -> Reservation:
         try:
             reservation = await self._limits.reserve(
-                self.principal, self.model, self.request_id, requests=requests, tokens=tokens
+                self.principal, self.model, self.request_id, requests=requests, tokens=tokens, left=self._give_back
             )
         except GatewayError as error:
             if not error.extra_headers and self.standing is None:
@@ -324,6 +324,15 @@ class Meter:
         self._counted = True
         self.standing = reservation.standing
         return reservation
+
+    def _give_back(self, reservation: Reservation) -> None:
+        """Settle room that was taken for a generation whose caller had left by then."""
+        self._counted = True
+        entry = self._entry(None)
+        entry.bucket = reservation.bucket
+        entry.refund = reservation.tokens
+        self._close(entry, aborted=True)
+        self._ledger.settle(entry)
 
     async def _settle(
         self,
@@ -352,12 +361,16 @@ class Meter:
         entry.completion_tokens = usage.completion_tokens
         entry.bucket = reservation.bucket
         entry.refund = unused
+        self._close(entry, aborted=aborted)
+        await self._write(entry)
+
+    def _close(self, entry: Entry, *, aborted: bool) -> None:
+        """Note in `entry` what ends with it: the request, if it was aborted, and its lease, if nothing else runs."""
         if aborted and not self._aborted and self._whole is None:
             self._aborted = True
             entry.aborted_requests = 1
         if not self._running and not self._reserved:
             entry.lease = self.request_id
-        await self._write(entry)
 
     @contextlib.asynccontextmanager
     async def noting_refusal(self) -> AsyncIterator[None]:
@@ -389,8 +402,7 @@ class Meter:
 
     async def _write(self, entry: Entry) -> None:
         # Taken before the await: a cancellation from here on changes nothing.
-        settled = self._ledger.settle(entry)
-        standing = await asyncio.shield(settled)
+        standing = await self._ledger.settle(entry)
         if standing is not None and self._limits.enabled:
             self.standing = standing
 

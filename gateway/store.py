@@ -40,7 +40,7 @@ import logging
 import re
 import time
 from collections import deque
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Protocol, TypeVar
@@ -78,6 +78,8 @@ _AWAY = (BusyLoadingError, ClusterDownError, MasterDownError, OutOfMemoryError, 
 
 
 Command = tuple[Any, ...]
+Unheard = Callable[[Any], None]
+"""Takes the result that no caller waits for any more; an exception where nobody knows whether the command was run."""
 
 # It begins with a write, so that a server which can't is not taken for one that is back.
 _SCHEMA_CHECK: list[Command] = [("SET", "sh:schema", SCHEMA, "NX"), ("GET", "sh:schema")]
@@ -150,7 +152,7 @@ class Store:
     async def close(self) -> None:
         if self._probe is not None:
             self._probe.cancel()
-        await asyncio.gather(*self._flushers, return_exceptions=True)
+        await self.answered()
         with contextlib.suppress(RedisError, OSError):
             await self._client.aclose()
         if self._embedded is not None:
@@ -172,6 +174,25 @@ class Store:
         """Do the same, with a StoreRefused in place of the result of each command that the store refuses."""
         results = await self._enqueue(commands)
         return [StoreRefused(str(result)) if isinstance(result, RedisError) else result for result in results]
+
+    async def run_heard(self, command: Command, unheard: Unheard) -> Any:
+        """Run a command whose result somebody must hear: `unheard` does, where the caller is cancelled meanwhile.
+
+        Cancelling a caller stops no command. Raises StoreUnavailable.
+        """
+        answer = self._enqueue([command])
+        try:
+            (result,) = await asyncio.shield(answer)
+        except asyncio.CancelledError:
+            answer.add_done_callback(lambda answer: unheard(answer.exception() or answer.result()[0]))
+            raise
+        if isinstance(result, RedisError):
+            raise StoreRefused(str(result))
+        return result
+
+    async def answered(self) -> None:
+        """Wait until nothing is on its way to the store."""
+        await asyncio.gather(*self._flushers, return_exceptions=True)
 
     def _enqueue(self, commands: list[Command]) -> asyncio.Future[list[Any]]:
         result: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()

@@ -95,6 +95,7 @@ class Ledger:
 
     async def close(self) -> None:
         """Write what is waiting; what the store does not take stays in the journal."""
+        await self._store.answered()  # what was reserved for callers who have left is given back then
         while self._writer is not None and not self._writer.done():
             await self._writer
         for task in (self._adopter, self._replayer):

@@ -393,7 +393,7 @@ class ScriptedLimits(Limits):
         return True
 
     async def reserve(
-        self, principal: Principal, model: ModelSpec, member: str, *, requests: int, tokens: int
+        self, principal: Principal, model: ModelSpec, member: str, *, requests: int, tokens: int, left: Any = None
     ) -> Reservation:
         self.asked.append((requests, tokens))
         if tokens and self.refusals:
