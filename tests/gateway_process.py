@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -120,18 +121,26 @@ def serve(folder: Path, tree: dict[str, Any], key: str | None = None, **environm
     path.write_text(yaml.safe_dump({"include": str(ROOT / "configs/models.yaml"), "store": store, **tree}))
     log = folder / "gateway.log"
     key = key or make_key()
+    command = ["gateway.cli", "serve", "--config", str(path), "--port", "0"]
+    with child(command, log, {"SHANNON_BOOTSTRAP_KEY": key} | environment) as process:
+        yield GatewayProcess(process, printed(process, log, r"Uvicorn running on (\S+)"), key, log)
+
+
+@contextlib.contextmanager
+def child(command: list[str], log: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a module with its arguments, in a process group of its own that writes to `log`; stop it at the end."""
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "gateway.cli", "serve", "--config", str(path), "--port", "0"],
+            [sys.executable, "-m", *command],
             cwd=ROOT,
-            env=ENVIRONMENT | {"SHANNON_BOOTSTRAP_KEY": key} | environment,
+            env=ENVIRONMENT | environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
     try:
-        yield GatewayProcess(process, _listening_url(process, log), key, log)
+        yield process
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
@@ -142,12 +151,11 @@ def serve(folder: Path, tree: dict[str, Any], key: str | None = None, **environm
             process.wait()
 
 
-def _listening_url(process: subprocess.Popen[bytes], log: Path) -> str:
-    """Read the port that the server took from its log."""
+def printed(process: subprocess.Popen[bytes], log: Path, pattern: str) -> str:
+    """Return the group of a pattern once a line of the log has it: servers on a free port print their URL."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline and process.poll() is None:
-        for line in log.read_text().splitlines():
-            if "Uvicorn running on " in line:
-                return line.partition("Uvicorn running on ")[2].split()[0]
+        if found := re.search(pattern, log.read_text(), re.M):
+            return found[1]
         time.sleep(0.05)
     raise RuntimeError(f"not listening (exit code {process.poll()}):\n{log.read_text()[-4000:]}")

@@ -6,6 +6,14 @@ const PAUSE_MS = 600;
 let waiting = [];
 let timer = null;
 
+// Forgets what was said and what was still to be said.
+export function hush() {
+  clearTimeout(timer);
+  waiting = [];
+  timer = null;
+  byId("announcer").textContent = "";
+}
+
 // Says `text` politely, together with whatever else comes within the next moment.
 export function announce(text) {
   waiting.push(text);

@@ -76,7 +76,8 @@ export class Attention {
       h("td", { class: "mono" }, `${from}: ${spoken(tokens[from])}`), h("td", { class: "mono" }, `${to}: ${spoken(tokens[to])}`),
       h("td", { class: "number" }, percent(weight)))));
     this.heatmap.show(attn);
-    this.heatmap.select(attn.length - 1, 0);
+    const last = attn.at(-1);
+    this.heatmap.select(attn.length - 1, last.indexOf(Math.max(...last)));
   }
 
   #point(row, column, weight) {

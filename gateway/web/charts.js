@@ -1,11 +1,11 @@
 // The two pictures that the admin view draws: a trace of the last minutes, and stacked bars by day.
 
 import { h, s } from "./dom.js";
-import { short, whole } from "./figures.js";
+import { short, shortDay, whole } from "./figures.js";
 
-const WIDTH = 1000;
 const HEIGHT = 240;
-const LEFT = 56;
+const LEFT = 44;
+const LABEL_WIDTH = 62;
 const BOTTOM = 26;
 const TOP = 10;
 
@@ -18,31 +18,34 @@ export function trace(values, most = null) {
     points.length > 1 && s("path", { class: "area", d: `${line}L100 32L0 32Z` }), points.length > 1 && s("path", { class: "trace", d: line }));
 }
 
-// Returns a figure of stacked bars with its legend and its table. `rows` is [{label, parts: Map(series -> number)}].
-export function bars(title, rows, series) {
+// Returns a figure of stacked bars, `width` pixels wide, with its legend and its table. `rows` is
+// [{label, parts: Map(series -> number)}], one for each day.
+export function bars(title, rows, series, width) {
   const totals = rows.map((row) => [...row.parts.values()].reduce((sum, value) => sum + value, 0));
   const most = niceTop(Math.max(1, ...totals));
-  const pitch = (WIDTH - LEFT) / Math.max(1, rows.length);
+  const pitch = (width - LEFT) / Math.max(1, rows.length);
   const y = (value) => HEIGHT - BOTTOM - ((HEIGHT - BOTTOM - TOP) * value) / most;
   const grid = [0, 0.5, 1].map((share) => [
-    s("line", { class: "grid", x1: LEFT, x2: WIDTH, y1: y(most * share), y2: y(most * share) }),
+    s("line", { class: "grid", x1: LEFT, x2: width, y1: y(most * share), y2: y(most * share) }),
     s("text", { x: LEFT - 8, y: y(most * share) + 4, "text-anchor": "end" }, short(most * share)),
   ]);
-  const every = Math.ceil(rows.length / 8);
-  const columns = rows.map((row, index) => column(row, series, LEFT + index * pitch, pitch, y, index % every === 0));
+  const every = Math.ceil(LABEL_WIDTH / pitch);
+  const labels = rows.map((row, index) => (rows.length - 1 - index) % every === 0 &&
+    s("text", { x: Math.min(LEFT + (index + 0.5) * pitch, width - LABEL_WIDTH / 3), y: HEIGHT - 8, "text-anchor": "middle" }, shortDay(row.label)));
+  const columns = rows.map((row, index) => column(row, series, LEFT + index * pitch, pitch, y));
   const sum = totals.reduce((all, total) => all + total, 0);
   const label = `${title}: ${whole(sum)} in all, from ${rows[0]?.label} to ${rows.at(-1)?.label}. The table below has the figures.`;
   return h("figure", { class: "chart" },
-    s("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": label }, grid.flat(), columns.flat()),
+    s("svg", { viewBox: `0 0 ${width} ${HEIGHT}`, role: "img", "aria-label": label }, grid.flat(), columns.flat(), labels),
     h("ul", { class: "legend" }, series.map((name, index) => h("li", {}, h("span", { class: `swatch line-${index % 10}` }), name))),
     h("details", {}, h("summary", { class: "small muted" }, "As a table"), table(title, rows, series)));
 }
 
-function column(row, series, left, pitch, y, labelled) {
+function column(row, series, left, pitch, y) {
   let base = 0;
   const width = Math.min(56, pitch * 0.68);
   const x = left + (pitch - width) / 2;
-  const nodes = series.flatMap((name, index) => {
+  return series.flatMap((name, index) => {
     const value = row.parts.get(name) ?? 0;
     if (!value) return [];
     const top = y(base + value);
@@ -51,8 +54,6 @@ function column(row, series, left, pitch, y, labelled) {
     return [s("rect", { class: `line-${index % 10}`, x, y: top, width, height: Math.max(height - 1, 0.5), rx: Math.min(3, height / 2) },
       s("title", {}, `${row.label}, ${name}: ${whole(value)}`))];
   });
-  if (labelled) nodes.push(s("text", { x: x + width / 2, y: HEIGHT - 8, "text-anchor": "middle" }, row.label.slice(5)));
-  return nodes;
 }
 
 function table(title, rows, series) {

@@ -13,6 +13,7 @@ import { Answer, question } from "./turn.js";
 const IDEAS = ["What are you?", "Write a haiku about a gateway.", "Tell me a joke."];
 const MOST_BODY_CHARS = 6_000_000; // of pictures; the gateway takes bodies of 8 MiB by default
 const NEAR_PX = 80;
+const A_MOMENT_MS = 1000;
 
 export class Chat {
   #turns = []; // {text, pictures, answer}
@@ -20,6 +21,8 @@ export class Chat {
   #stored = false; // whether the gateway has turns of this session
   #abort = null;
   #following = true; // whether the end of the conversation stays in sight
+  #top = 0; // where it was scrolled to
+  #touchedAt = -Infinity; // when the reader last did something there
 
   // `inspect(messages)` takes a conversation to the inspector.
   constructor(gateway, models, timeline, { inspect }) {
@@ -39,9 +42,10 @@ export class Chat {
       this.composer.focus();
     };
     byId("ideas").replaceChildren(...IDEAS.map((idea) => button(idea, { onclick: () => this.#ask(idea, []) })));
-    byId("scroll").onscroll = ({ target }) => {
-      this.#following = target.scrollHeight - target.scrollTop - target.clientHeight < NEAR_PX;
-    };
+    byId("scroll").onscroll = ({ target }) => this.#scrolled(target);
+    for (const gesture of ["wheel", "touchmove", "pointerdown", "keydown"]) {
+      byId("scroll").addEventListener(gesture, () => (this.#touchedAt = performance.now()), { passive: true });
+    }
     this.growth = new ResizeObserver(() => this.#following && this.#scrollToEnd());
     this.growth.observe(byId("turns"));
     this.#begin();
@@ -54,6 +58,7 @@ export class Chat {
   close() {
     this.#abort?.abort();
     this.gauges.close();
+    this.sessions.close();
     this.growth.disconnect();
     this.#turns = [];
     byId("turns").replaceChildren();
@@ -64,7 +69,7 @@ export class Chat {
     select.replaceChildren(...this.models.map((model) => h("option", { value: model.id }, model.id)));
     select.onchange = () => {
       const model = this.models.find((one) => one.id === select.value);
-      byId("model-about").textContent = model?.description ?? "";
+      byId("model-about").textContent = byId("model-about").title = model?.description ?? "";
       this.composer.offerImages(model?.takes_images ?? null);
       this.gauges.show(select.value);
     };
@@ -97,7 +102,7 @@ export class Chat {
 
   #ask(text, pictures) {
     const turn = this.#addTurn({ text, pictures });
-    this.sessions.use(this.#sessionId, text.slice(0, 80) || "Picture");
+    this.sessions.touch(text.slice(0, 80) || "Picture");
     return this.#answer(turn);
   }
 
@@ -125,7 +130,9 @@ export class Chat {
     const later = this.#turns.splice(this.#turns.indexOf(turn) + 1);
     for (const { answer } of later) answer?.node.remove();
     for (const node of [...byId("turns").querySelectorAll(".question")].slice(this.#turns.length)) node.remove();
-    await this.#answer(turn);
+    const answered = this.#answer(turn);
+    turn.answer.node.focus(); // the button that asked for it is gone
+    await answered;
   }
 
   async #answer(turn) {
@@ -157,7 +164,10 @@ export class Chat {
   #take(answer, part) {
     if (part.kind === "opened") {
       // Another tenant had this id: the gateway gave the conversation a new one.
-      if (part.sessionId && part.sessionId !== this.#sessionId) this.sessions.use((this.#sessionId = part.sessionId), this.#turns[0].text.slice(0, 80));
+      if (part.sessionId && part.sessionId !== this.#sessionId) {
+        this.sessions.use((this.#sessionId = part.sessionId));
+        this.sessions.touch(this.#turns[0].text.slice(0, 80));
+      }
       return;
     }
     answer.take(part);
@@ -191,6 +201,16 @@ export class Chat {
     this.timeline.show(answer.lanes);
     byId("chat").classList.add("show-timeline");
     byId("timeline-scroll").focus();
+  }
+
+  // Follows the end until somebody scrolls back. Text that comes and goes moves the place as well: up by a little, and
+  // the end out of reach.
+  #scrolled({ scrollTop, scrollHeight, clientHeight }) {
+    const up = this.#top - scrollTop;
+    const touched = performance.now() - this.#touchedAt < A_MOMENT_MS;
+    this.#top = scrollTop;
+    if (scrollHeight - scrollTop - clientHeight < NEAR_PX) this.#following = true;
+    else if (up > NEAR_PX || (up > 0 && touched)) this.#following = false;
   }
 
   #scrollToEnd() {

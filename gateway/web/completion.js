@@ -7,7 +7,8 @@ import { GatewayError } from "./gateway.js";
 // Fails with GatewayError, also where an error frame ends the stream; aborting `signal` raises AbortError.
 export async function* complete(gateway, body, { sessionId, signal }) {
   const headers = sessionId ? { "X-Session-ID": sessionId } : {};
-  const { response, frames } = await gateway.stream("/v1/chat/completions", { ...body, stream: true }, { headers, signal });
+  const isLast = (frame) => frame.data === "[DONE]";
+  const { response, frames } = await gateway.stream("/v1/chat/completions", { ...body, stream: true }, isLast, { headers, signal });
   yield { kind: "opened", sessionId: response.headers.get("X-Session-ID") };
   for await (const frame of frames) {
     if (frame.comment !== undefined) {
@@ -15,10 +16,8 @@ export async function* complete(gateway, body, { sessionId, signal }) {
       if (queued) yield { kind: "queued", position: Number(queued[1]), waitS: Number(queued[2]) };
       continue;
     }
-    if (frame.data === "[DONE]") return;
-    yield* parts(JSON.parse(frame.data));
+    if (!isLast(frame)) yield* parts(JSON.parse(frame.data));
   }
-  throw new GatewayError("The answer broke off: the connection was lost.");
 }
 
 function* parts(chunk) {

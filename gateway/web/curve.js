@@ -24,7 +24,7 @@ export function drawCurve(svg) {
     s("path", { class: "bow", d: line }),
     s("circle", { class: "apex", cx: middle, cy: CEILING, r: 6 }),
     s("text", { x: LEFT, y: FLOOR + 18 }, "p = 0"),
-    s("text", { x: middle, y: FLOOR + 18, "text-anchor": "middle" }, "½"),
+    s("text", { x: middle, y: FLOOR + 18, "text-anchor": "middle" }, "0.5"),
     s("text", { x: RIGHT, y: FLOOR + 18, "text-anchor": "end" }, "1"),
     s("text", { x: middle, y: CEILING - 13, "text-anchor": "middle" }, "1 bit"),
   );

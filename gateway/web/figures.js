@@ -21,6 +21,9 @@ export function day(unixSeconds) {
   return new Date(unixSeconds * 1000).toLocaleDateString("en-CA");
 }
 
+// Writes a day of the ledger, which counts in UTC: Nov 8.
+export const shortDay = (isoDate) => new Date(isoDate).toLocaleDateString("en", { month: "short", day: "numeric", timeZone: "UTC" });
+
 export function ago(ms) {
   const minutes = Math.round((Date.now() - ms) / 60_000);
   if (minutes < 1) return "just now";

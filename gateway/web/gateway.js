@@ -6,6 +6,7 @@
 import { events } from "./event_stream.js";
 
 const LIMITS = ["Requests", "Tokens"];
+const BROKEN_OFF = "The answer broke off: the connection was lost.";
 
 export class GatewayError extends Error {
   // `status` is 0 where there was no answer; `retryAfterMs` is null where the gateway did not say.
@@ -38,10 +39,10 @@ export class Gateway extends EventTarget {
     return (await this.#send("GET", path)).text();
   }
 
-  // Posts `body` and returns {response, frames}: its headers are there, its events follow.
-  async stream(path, body, { headers = {}, signal } = {}) {
+  // Posts `body` and returns {response, frames}: its headers are there, its events follow, up to one that `isLast`.
+  async stream(path, body, isLast, { headers = {}, signal } = {}) {
     const response = await this.#send("POST", path, body, headers, signal);
-    return { response, frames: events(response.body) };
+    return { response, frames: untilLast(events(response.body), isLast) };
   }
 
   async #send(method, path, body, headers = {}, signal = undefined) {
@@ -77,6 +78,19 @@ export class Gateway extends EventTarget {
     }
     this.dispatchEvent(new CustomEvent("standing", { detail: standing }));
   }
+}
+
+// Yields events until one is the last. A connection that ends before it, with an error or without, has been lost.
+async function* untilLast(frames, isLast) {
+  try {
+    for await (const frame of frames) {
+      yield frame;
+      if (isLast(frame)) return;
+    }
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+  }
+  throw new GatewayError(BROKEN_OFF);
 }
 
 async function failureOf(response) {

@@ -7,7 +7,7 @@ const MAX_SIDE_PX = 2048;
 
 export class Heatmap {
   #rows = [];
-  #cell = [0, 0];
+  #cell = null; // [row, column]
 
   // `pick(row, column, weight)` is called when another cell becomes the current one.
   constructor(label, pick) {
@@ -26,7 +26,7 @@ export class Heatmap {
     this.cell = cell;
     this.node.width = columns * cell;
     this.node.height = Math.max(1, rows.length) * cell;
-    this.#cell = [Math.max(0, rows.length - 1), 0];
+    this.#cell = null;
     this.draw();
   }
 
@@ -53,7 +53,7 @@ export class Heatmap {
   }
 
   #outline(context) {
-    if (!this.#rows.length) return;
+    if (!this.#cell) return;
     const [y, x] = this.#cell;
     context.strokeStyle = getComputedStyle(this.node).color;
     context.lineWidth = Math.max(1, this.cell / 8);
@@ -72,6 +72,7 @@ export class Heatmap {
     const step = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
     if (!step) return;
     event.preventDefault();
-    this.select(this.#cell[0] + step[0], this.#cell[1] + step[1]);
+    const [row, column] = this.#cell ?? [this.#rows.length - 1, 0];
+    this.select(row + step[0], column + step[1]);
   }
 }

@@ -45,10 +45,10 @@ export class Inspector {
       this.#models = models;
       this.model.replaceChildren(...models.map((model) => h("option", { value: model.id }, model.id)));
       this.#offerLayers();
-      this.form.hidden = false;
+      this.form.hidden = this.intro.hidden = false;
       tell(this.note, null);
     } catch (error) {
-      this.form.hidden = true;
+      this.form.hidden = this.intro.hidden = true;
       tell(this.note, error.status === 404 ? ABSENT : AWAY + error.message);
     }
   }
@@ -119,7 +119,8 @@ export class Inspector {
     };
     this.#start();
     try {
-      const { frames } = await this.gateway.stream("/v1/inspect", body, { signal: abort.signal });
+      const isLast = (frame) => frame.event === "done";
+      const { frames } = await this.gateway.stream("/v1/inspect", body, isLast, { signal: abort.signal });
       for await (const frame of frames) this.#takeFrame(frame);
     } catch (error) {
       if (error.name !== "AbortError") tell(this.note, error.status === 404 && error.code === "not_found" ? ABSENT : error.message);
@@ -154,7 +155,7 @@ export class Inspector {
   }
 
   #takeFrame(frame) {
-    if (frame.comment !== undefined || frame.data === "[DONE]") return;
+    if (frame.comment !== undefined) return;
     const data = JSON.parse(frame.data);
     if (data.error) throw new Error(data.error.message);
     if (frame.event === "token") {

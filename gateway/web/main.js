@@ -1,7 +1,7 @@
 // The page: signing in and out, the three views, and the theme.
 
 import { Admin } from "./admin.js";
-import { announce } from "./announcer.js";
+import { announce, hush } from "./announcer.js";
 import { Chat } from "./chat.js";
 import { drawCurve } from "./curve.js";
 import { byId, icon, tell } from "./dom.js";
@@ -36,6 +36,7 @@ function signOut(reason = null) {
   for (const view of Object.values(signedIn)) view.close();
   signedIn = null; // and with it the key
   timeline.show(null);
+  hush();
   byId("bar").hidden = true;
   for (const id of Object.keys(VIEWS)) byId(id).hidden = true;
   byId("inspector").replaceChildren();
@@ -115,6 +116,7 @@ byId("sign-in").addEventListener("submit", async (event) => {
   const submit = event.target.querySelector("[type=submit]");
   tell(byId("sign-in-failure"), null);
   submit.disabled = true;
+  submit.textContent = "Signing in …";
   try {
     await signIn(input.value.trim());
     input.value = "";
@@ -123,8 +125,10 @@ byId("sign-in").addEventListener("submit", async (event) => {
     input.select();
   } finally {
     submit.disabled = false;
+    submit.textContent = "Sign in";
   }
 });
+byId("sign-in").querySelector("[type=submit]").disabled = false; // until here nothing would have kept the key from the address
 byId("sign-out").addEventListener("click", () => signOut());
 byId("skip").addEventListener("click", (event) => {
   event.preventDefault();

@@ -54,6 +54,8 @@ function container(token) {
     return { outer: inner, inner };
   }
   const inner = h(TAGS[token.tag] ?? "span");
+  const align = /^text-align:(center|right)$/.exec(token.attrGet("style"))?.[1]; // of a table's column
+  if (align) inner.className = align;
   if (token.tag === "ol" && token.attrGet("start")) inner.setAttribute("start", token.attrGet("start"));
   return { outer: inner, inner };
 }
@@ -100,7 +102,7 @@ function marked(text, marker) {
   for (const match of text.matchAll(/\[(\d{1,3}(?:, ?\d{1,3})*)\]/g)) {
     const nodes = match[1].split(/, ?/).map((number) => marker(Number(number)));
     if (nodes.includes(null)) continue;
-    root.append(text.slice(from, match.index), ...nodes);
+    root.append(text.slice(from, match.index).trimEnd(), ...nodes);
     from = match.index + match[0].length;
   }
   root.append(text.slice(from));

@@ -7,7 +7,7 @@
 import { parse, render } from "./markdown.js";
 import { h } from "./dom.js";
 
-// Pauses are this many times as long as the rendering before them took.
+// Pauses are this many times as long as the rendering before them took, layout and paint included.
 const REST = 4;
 
 export class MarkdownStream {
@@ -15,9 +15,9 @@ export class MarkdownStream {
   #settled = 0; // characters whose nodes are final
   #env = {};
   #fence = null;
+  #unseen = false; // whether there is text that no rendering has had
   #frame = null;
   #timer = null;
-  #readyAt = 0;
   #onBlock;
 
   // Renders into `root`. `onBlock` is called with the text of each block once it is final.
@@ -34,21 +34,15 @@ export class MarkdownStream {
 
   append(text) {
     this.#text += text;
-    if (this.#frame !== null || this.#timer !== null) return;
-    const wait = this.#readyAt - performance.now();
-    const draw = () => {
-      this.#frame = this.#timer = null;
-      this.#render();
-    };
-    if (wait > 16) this.#timer = setTimeout(draw, wait);
-    else this.#frame = requestAnimationFrame(draw);
+    this.#unseen = true;
+    if (this.#timer === null) this.#pause(0);
   }
 
   // Renders what is left. `text` and `marker` replace what was streamed where they are given.
   finish(text = this.#text, marker = undefined) {
     cancelAnimationFrame(this.#frame);
     clearTimeout(this.#timer);
-    this.#frame = this.#timer = null;
+    this.#timer = null;
     const unspoken = text.slice(this.#settled);
     // Definitions that came late, sources that became known, or a text that was changed: all blocks once more.
     if (text !== this.#text || marker || Object.keys(this.#env.references ?? {}).length) {
@@ -62,14 +56,22 @@ export class MarkdownStream {
     this.#settled = this.#text.length;
   }
 
-  #render() {
+  #pause(ms) {
+    this.#timer = setTimeout(() => {
+      if (this.#unseen) this.#frame = requestAnimationFrame(() => this.#draw());
+      else this.#timer = null;
+    }, ms);
+  }
+
+  #draw() {
     const started = performance.now();
+    this.#unseen = false;
     if (!this.#growFence()) {
       this.#settle();
       this.#renderTail();
     }
-    const now = performance.now();
-    this.#readyAt = now + REST * (now - started);
+    // The next task comes after this frame's layout and paint.
+    this.#timer = setTimeout(() => this.#pause(REST * (performance.now() - started)));
   }
 
   #renderTail() {

@@ -5,7 +5,7 @@
 import { button, byId, h, tell } from "./dom.js";
 import { ago } from "./figures.js";
 
-const MOST = 20;
+const MOST = 500;
 
 export function newSessionId() {
   const bytes = crypto.getRandomValues(new Uint8Array(8));
@@ -23,8 +23,10 @@ export function contentOf(message) {
 }
 
 export class Sessions {
-  #known; // [{id, at, title}], newest first
+  #known; // [{id, at, title, node}], newest first
   #current = null;
+  #inSight = new Set(); // entries without a title
+  #finding = false;
 
   // `open(session)` is called with a session as the gateway shows it, `forget(id)` when one is gone.
   constructor(gateway, { open, forget }) {
@@ -36,29 +38,56 @@ export class Sessions {
       event.preventDefault();
       this.#openById(byId("session-id").value.trim());
     };
+    this.sight = new IntersectionObserver((entries) => this.#see(entries), { root: byId("session-list") });
     this.#draw();
-    this.#findTitles();
   }
 
-  // Makes a session the current one; it is listed once it has a title.
+  close() {
+    this.sight.disconnect();
+  }
+
+  // Makes a session the current one.
   use(id, title = null) {
     this.#current = id;
     const known = this.#known.find((session) => session.id === id);
-    if (known) known.title ??= title;
-    else if (title !== null) this.#known = [{ id, at: Date.now(), title }, ...this.#known].slice(0, MOST);
+    if (known && title) known.title ??= title;
+    this.#draw();
+  }
+
+  // Puts the current session first, where something has been said. It is listed from then on.
+  touch(title) {
+    const known = this.#known.find((session) => session.id === this.#current);
+    const others = this.#known.filter((session) => session !== known);
+    this.#known = [{ id: this.#current, at: Date.now(), title: known?.title ?? title }, ...others].slice(0, MOST);
     this.#remember();
     this.#draw();
   }
 
   #draw() {
-    if (!this.#known.length) {
-      byId("session-list").replaceChildren(h("li", { class: "none" }, "Conversations of this key appear here."));
-      return;
+    this.sight.disconnect();
+    this.#inSight.clear();
+    for (const session of this.#known) {
+      session.node = this.#entry(session);
+      if (session.title === null) this.sight.observe(session.node);
     }
-    byId("session-list").replaceChildren(...this.#known.map((session) => h("li", {},
-      h("button", { type: "button", class: "open", "aria-current": session.id === this.#current && "true", onclick: () => this.#openById(session.id) },
-        h("span", { class: "title" }, session.title ?? session.id), h("span", { class: "when" }, ago(session.at))),
-      button(`Forget ${session.title ?? session.id}`, { glyph: "trash", onlyIcon: true, kind: "quiet", onclick: () => this.#delete(session.id) }))));
+    const none = h("li", { class: "none" }, "Conversations of this key appear here.");
+    byId("session-list").replaceChildren(...(this.#known.length ? this.#known.map((session) => session.node) : [none]));
+  }
+
+  #entry({ id, at, title }) {
+    return h("li", {},
+      h("button", { type: "button", class: "open", "aria-current": id === this.#current && "true", onclick: () => this.#openById(id) },
+        h("span", { class: "title" }, title ?? id), h("span", { class: "when" }, ago(at))),
+      button(forgetting(title ?? id), { glyph: "trash", onlyIcon: true, kind: "quiet", onclick: () => this.#delete(id) }));
+  }
+
+  // Writes a title into an entry that may have the focus.
+  #entitle(session, title) {
+    session.title = title;
+    const [open, forget] = session.node.children;
+    open.querySelector(".title").textContent = title;
+    forget.title = forgetting(title);
+    forget.setAttribute("aria-label", forgetting(title));
   }
 
   async #openById(id) {
@@ -83,8 +112,10 @@ export class Sessions {
         return;
       }
     }
+    const index = this.#known.findIndex((session) => session.id === id);
     this.#drop(id);
     this.forget(id);
+    (this.#known[index]?.node.lastElementChild ?? byId("new-session")).focus();
   }
 
   #drop(id) {
@@ -93,17 +124,28 @@ export class Sessions {
     this.#draw();
   }
 
-  // One after the other: titles are not worth a burst of requests.
+  #see(entries) {
+    for (const { target, isIntersecting } of entries) {
+      const session = this.#known.find((one) => one.node === target);
+      if (session && isIntersecting) this.#inSight.add(session);
+      else this.#inSight.delete(session);
+    }
+    if (!this.#finding) this.#findTitles();
+  }
+
+  // One after the other, and only of what is in sight: titles are not worth a burst of requests.
   async #findTitles() {
-    for (const session of this.#known.filter((one) => one.title === null)) {
+    this.#finding = true;
+    for (const session of this.#inSight) {
+      this.#inSight.delete(session);
       try {
-        session.title = titleOf(await this.gateway.json("GET", `/v1/sessions/${encodeURIComponent(session.id)}`));
-        this.#draw();
+        this.#entitle(session, titleOf(await this.gateway.json("GET", `/v1/sessions/${encodeURIComponent(session.id)}`)));
       } catch (error) {
-        if (error.status === 404) this.#drop(session.id);
-        else return;
+        if (error.status !== 404) break;
+        this.#drop(session.id);
       }
     }
+    this.#finding = false;
   }
 
   get #place() {
@@ -128,6 +170,8 @@ export class Sessions {
     }
   }
 }
+
+const forgetting = (title) => `Forget ${title}`;
 
 function titleOf(session) {
   const first = session.messages.find((message) => message.role === "user");

@@ -64,7 +64,7 @@ export class Timeline {
     byId("timeline-legend").hidden = agents.length === 0;
     byId("timeline-legend").replaceChildren(...agents.map((agent) =>
       h("li", { class: agent.state === "failed" ? "failed" : "" },
-        h("span", { class: `swatch line-${agent.colour}` }), h("span", { class: "name" }, agent.id), agent.role,
+        h("span", { class: `swatch line-${agent.colour}` }), h("span", { class: "name" }, agent.id), agent.role !== agent.id && agent.role,
         agent.state === "failed" && h("span", { class: "unseen" }, "failed"))));
   }
 
@@ -113,9 +113,9 @@ function stopItem(stop, open) {
   const text = h("span", { class: "text" }, ...sentence(stop));
   const time = h("span", { class: "time" }, stop.endedAt === undefined ? `${(stop.at / 1000).toFixed(1)} s` : `took ${duration(stop.endedAt - stop.at)}`);
   const body = details.length
-    ? h("details", { open }, h("summary", {}, text), h("dl", { class: "more" }, details))
-    : h("div", {}, text);
-  return h("li", { class: stop.state }, body, time);
+    ? h("details", { open }, h("summary", {}, text, time), h("dl", { class: "more" }, details))
+    : h("div", {}, text, time);
+  return h("li", { class: stop.state }, body);
 }
 
 function sentence(stop) {

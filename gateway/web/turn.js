@@ -3,7 +3,7 @@
 import { announce } from "./announcer.js";
 import { button, h } from "./dom.js";
 import { countdown, duration, whole } from "./figures.js";
-import { Lanes } from "./lanes.js";
+import { Lanes, ORCHESTRATOR } from "./lanes.js";
 import { link } from "./markdown.js";
 import { MarkdownStream } from "./markdown_stream.js";
 
@@ -29,11 +29,12 @@ export class Answer {
   constructor(model, actions) {
     this.model = model;
     this.actions = actions;
-    this.status = h("span", { role: "status" }, "waiting for the gateway");
+    // Not read out by itself: agents say more in a second than anybody can listen to. The announcer tells what matters.
+    this.status = h("span", { role: "status", "aria-live": "off" }, "waiting for the gateway");
     this.body = h("div", { class: "prose" });
     this.after = h("div");
     this.footer = h("footer", { hidden: true });
-    this.node = h("article", { class: "answer", "aria-busy": "true" },
+    this.node = h("article", { class: "answer", tabindex: "-1", "aria-busy": "true" },
       h("header", {}, h("h2", { class: "name small" }, model), this.status), this.body, this.after, this.footer);
     this.stream = new MarkdownStream(this.body, announce);
   }
@@ -85,10 +86,10 @@ export class Answer {
     announce({ done: "The answer is complete.", stopped: "Stopped.", failed: "The answer failed." }[state]);
   }
 
-  // Fills an answer that was given earlier.
+  // Fills an answer that was given earlier, and is not read out again.
   restore(text) {
-    this.stream.append(text);
-    this.stream.finish();
+    this.stream = new MarkdownStream(this.body);
+    this.stream.finish(text);
     this.state = "done";
     this.node.setAttribute("aria-busy", "false");
     this.status.textContent = "";
@@ -105,7 +106,9 @@ export class Answer {
     this.lanes.add(event, at);
     const sources = event.payload.sources;
     if (Array.isArray(sources) && sources[0]?.number !== undefined) this.sources = sources;
-    if (this.state === "waiting") this.status.textContent = event.message.slice(0, 100);
+    if (event.agent_id === ORCHESTRATOR && event.type === "PROGRESS") announce(event.message);
+    // An observation is what a tool has read, and no news.
+    if (this.state === "waiting" && event.type !== "TOOL_OBSERVATION") this.status.textContent = event.message.slice(0, 200);
   }
 
   #reason(text) {

@@ -16,6 +16,7 @@ const DAY_MS = 86_400_000;
 export class Usage {
   #rows = [];
   #names = new Map();
+  #width = 0; // of the chart, in pixels
 
   constructor(gateway) {
     this.gateway = gateway;
@@ -30,6 +31,11 @@ export class Usage {
       h("header", {}, h("h2", { id: "usage-title" }, "Usage"),
         h("div", { class: "end" }, field("Show", this.measure), field("by", this.group), field("over", this.days))),
       this.note, h("div", { class: "card" }, this.totals, this.chart));
+    new ResizeObserver(([{ contentRect: { width } }]) => {
+      if (width === this.#width || width === 0) return;
+      this.#width = width;
+      this.#draw();
+    }).observe(this.chart);
   }
 
   // `names` tells what keys are called, by id.
@@ -45,6 +51,7 @@ export class Usage {
   }
 
   #draw() {
+    if (!this.#width) return;
     const [title, value] = MEASURES[this.measure.value];
     const seriesOf = this.group.value === "key" ? (row) => this.#names.get(row.key_id) ?? row.key_id : (row) => row.model;
     const days = lastDays(Number(this.days.value));
@@ -61,7 +68,7 @@ export class Usage {
       parts.set(name, (parts.get(name) ?? 0) + value(row));
     }
     this.#drawTotals(rows);
-    this.chart.replaceChildren(bars(`${title} by ${this.group.value} and day`, columns, series));
+    this.chart.replaceChildren(bars(`${title} by ${this.group.value} and day`, columns, series, this.#width));
   }
 
   #drawTotals(rows) {

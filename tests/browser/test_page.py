@@ -11,21 +11,13 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.browser.conftest import Open, Site, Visit, playwright
+from tests.browser.visit import Open, Site, Visit, expect
+from tests.gateway_process import UNLIMITED
 
 pytestmark = pytest.mark.slow  # the first test starts an engine
 
-expect = playwright.expect
 WHO = "I am the Shannon demo model, a tiny Llama that ships with the gateway."
 HAIKU = ["Requests fall like rain,", "one gate counts each passing drop.", "Tokens flow away."]
-
-
-@pytest.fixture
-def page(visit: Open, demo: Site) -> Visit:
-    """The chat of somebody who has signed in."""
-    opened = visit(demo)
-    opened.sign_in()
-    return opened
 
 
 def _session(site: Site, session_id: str) -> httpx.Response:
@@ -90,6 +82,7 @@ def test_key_is_kept_in_memory_only(page: Visit) -> None:
 def test_signing_out_leaves_nothing_on_the_screen(page: Visit) -> None:
     page.ask("What are you?")
     page.answer()
+    expect(page.page.locator("#announcer")).to_contain_text(WHO)
     page.page.get_by_role("button", name="Sign out").click()
 
     expect(page.page.get_by_label("API key")).to_be_focused()
@@ -104,7 +97,7 @@ def test_chat_streams_an_answer(page: Visit) -> None:
     expect(answer.locator(".spent")).to_have_text(re.compile(r"^\d+( \(\d+ cached\))? in · \d+ out · first after "))
 
 
-def test_markdown_is_rendered(page: Visit) -> None:
+def test_line_breaks_are_kept(page: Visit) -> None:
     page.page.get_by_role("button", name="Write a haiku about a gateway.").click()
     answer = page.answer()
 
@@ -126,14 +119,13 @@ def test_conversation_goes_on(page: Visit) -> None:
 def test_events_of_the_agent_are_seen(page: Visit) -> None:
     page.ask("What are you?")
     page.answer()
-    stops = page.page.get_by_role("region", name="Events").get_by_role("listitem")
 
-    expect(stops).to_contain_text(
+    expect(page.stops).to_contain_text(
         ["shannon-chat has started.", "Ryogoku is answering.", "Ryogoku has answered.", "shannon-chat has finished."]
     )
     expect(page.page.get_by_role("list", name="Agents")).to_contain_text("Ryogoku")
-    stops.nth(2).locator("summary").click()
-    expect(stops.nth(2)).to_contain_text(re.compile(r"\d+ in, \d+ out"))
+    page.stops.nth(2).locator("summary").click()
+    expect(page.stops.nth(2)).to_contain_text(re.compile(r"\d+ in, \d+ out"))
 
 
 def test_stop_ends_the_generation_in_the_engine(page: Visit) -> None:
@@ -185,7 +177,7 @@ def test_session_can_be_forgotten(page: Visit) -> None:
 
 def test_rate_limit_is_seen_coming_and_told(page: Visit) -> None:
     page.refusals.add(429)
-    page.talk.get_by_label("Model", exact=True).select_option("shannon-twice")
+    page.choose("shannon-twice")
     gauge = page.page.get_by_role("meter", name="requests left this minute")
     for left in ("1", "0"):
         page.ask("What are you?")
@@ -200,7 +192,25 @@ def test_rate_limit_is_seen_coming_and_told(page: Visit) -> None:
     expect(gauge).to_contain_text(re.compile(r"0 / 2requests, full in \d+ s"))
 
 
+def test_tokens_that_are_left_are_seen(page: Visit) -> None:
+    gauge = page.page.get_by_role("meter", name="tokens left this minute")
+    expect(gauge).to_be_hidden()  # nothing is known yet
+    page.ask("What are you?")
+    page.answer()
+
+    most = UNLIMITED["tokens_per_minute"]
+    expect(gauge).to_have_attribute("aria-valuemax", str(most))
+    assert 0 < int(gauge.get_attribute("aria-valuenow")) < most
+    page.choose("shannon-twice")
+    expect(gauge).to_be_hidden()
+
+
+def test_model_without_eyes_is_offered_no_pictures(page: Visit) -> None:
+    expect(page.page.get_by_role("button", name="Attach pictures")).to_be_hidden()
+
+
 def test_gateway_that_is_away_is_told(page: Visit) -> None:
+    page.losses = True
     page.page.context.set_offline(True)
     page.ask("What are you?")
     answer = page.answer()
@@ -209,7 +219,6 @@ def test_gateway_that_is_away_is_told(page: Visit) -> None:
     page.page.context.set_offline(False)
     answer.get_by_role("button", name="Try again").click()
     expect(page.page.locator(".answer .prose")).to_have_text(WHO)
-    page.errors = [error for error in page.errors if "ERR_INTERNET_DISCONNECTED" not in error]
 
 
 def test_token_inspector_shows_what_the_model_weighed(page: Visit) -> None:
@@ -239,7 +248,9 @@ def test_token_inspector_shows_what_the_model_weighed(page: Visit) -> None:
     expect(heatmap).to_be_visible(timeout=60_000)
     heatmap.press("ArrowUp")
     heatmap.press("ArrowRight")
-    expect(page.page.locator(".heat output")).to_have_text(re.compile(r"^\d+ “.*” attends to 1 “.*”: .* %$"))
+    expect(page.page.locator(".heat output")).to_have_text(
+        re.compile(r"^\d+ “.*” (attends to|can't see) \d+ “.*”: .*$")
+    )
     assert heatmap.evaluate(
         "canvas => canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data.some((value) => value)"
     )
@@ -250,10 +261,28 @@ def test_token_inspector_shows_what_the_model_weighed(page: Visit) -> None:
     assert heatmap.evaluate("canvas => canvas.toDataURL()") != before
 
 
+def test_tokens_are_tinted_the_deeper_the_less_sure_the_model_was(page: Visit) -> None:
+    page.view("Inspector")
+    form = page.page.get_by_label("What to generate")
+    form.get_by_label("Message").fill("Xylophone quartz?")
+    form.get_by_label("Temperature").fill("2")
+    form.get_by_label("Tokens").fill("40")
+    form.get_by_role("button", name="Generate").click()
+    expect(page.page.get_by_role("button", name="Show attention")).to_be_visible(timeout=60_000)
+    tokens = page.page.get_by_role("toolbar", name="Tokens of the reply").get_by_role("button")
+    names = tokens.evaluate_all("all => all.map((one) => one.getAttribute('aria-label'))")
+    tints = tokens.evaluate_all("all => all.map((one) => getComputedStyle(one).backgroundColor)")
+    bits = [float(re.findall(r"([\d.]+) bits$", name)[0]) for name in names]
+    depths = [float(re.findall(r"/ ([\d.]+)\)$", tint)[0]) for tint in tints]
+
+    assert max(bits) > 1
+    assert depths == pytest.approx([min(1, one / 4) * 0.62 for one in bits], abs=0.01)
+
+
 def test_admin_sees_engines_and_usage(page: Visit) -> None:
     page.ask("What are you?")
     page.answer()
-    page.page.get_by_role("link", name="Admin").click()
+    page.view("Admin")
     engine = page.page.get_by_role("article").filter(has_text="main")
 
     for figure in ("Running", "Waiting", "KV cache in use", "Tokens per second"):
@@ -267,7 +296,7 @@ def test_admin_sees_engines_and_usage(page: Visit) -> None:
 
 
 def test_admin_makes_rotates_and_revokes_a_key(page: Visit) -> None:
-    page.page.get_by_role("link", name="Admin").click()
+    page.view("Admin")
     page.page.get_by_role("button", name="New key").click()
     page.page.get_by_label("Name").fill("browser test")
     page.page.get_by_role("button", name="Make the key").click()
@@ -300,7 +329,7 @@ def test_other_keys_are_told_that_they_may_not_administer(visit: Open, demo: Sit
     opened = visit(demo)
     opened.refusals.add(403)
     opened.sign_in(made["key"])
-    opened.page.get_by_role("link", name="Admin").click()
+    opened.view("Admin")
 
     expect(opened.page.get_by_text("This needs an admin key.")).to_be_visible()
     expect(opened.page.get_by_role("heading", name="Keys")).to_be_hidden()
