@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 import yaml
 
 from gateway.keys import make_key
@@ -102,6 +103,7 @@ async def _streams_while_the_file_changes(deployment: Deployment, key_file: Path
     return frames
 
 
+@pytest.mark.slow
 def test_fifty_streams_outlive_reloads(tmp_path: Path) -> None:
     key_file = tmp_path / "key"
     key_file.write_text(make_key())
@@ -131,6 +133,25 @@ def test_fifty_streams_outlive_reloads(tmp_path: Path) -> None:
         assert "models.shannon-chat.limits.requests_per_minute 40 -> 2" in log
         assert "gateway.yaml: not valid YAML" in log
         assert "needs a restart, and stays as it was until then: engines.main.args.token_s" in log
+
+
+def test_bootstrap_key_in_a_file_is_rotated_and_never_printed(tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_text(old := make_key())
+    tree = {"engines": {"main": {"kind": "mock"}}}
+    variables = {"SHANNON_BOOTSTRAP_KEY": "", "SHANNON_BOOTSTRAP_KEY_FILE": str(file)}
+    with serve(tmp_path / "gateway", tree, old, **variables) as gateway:
+        gateway.wait_until_ready()
+        wait_until(lambda: f"Bearer $(cat {file})" in gateway.log.read_text(), "there is no hint how to ask")
+        assert gateway.chat(messages=HELLO).status_code == 200
+
+        file.write_text(new := make_key())
+        gateway.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: "reloaded" in gateway.log.read_text(), "the gateway does not reload")
+        assert gateway.chat(messages=HELLO).status_code == 401
+        gateway.key = new
+        assert gateway.chat(messages=HELLO).status_code == 200
+        assert not any(key in gateway.log.read_text() for key in (old, new))
 
 
 def test_terminal_that_is_closed_ends_the_gateway_and_a_signal_in_one_reloads(tmp_path: Path) -> None:
