@@ -103,7 +103,8 @@ def test_every_model_completes(gateway: GatewayProcess, model: str, stream: bool
 
 
 def test_deep_research_over_documents_reads_what_bears_on_the_question(gateway: GatewayProcess) -> None:
-    body = gateway.chat(model="shannon-deep-research", messages=ASK, max_tokens=60).json()
+    # Greedy: of word salad drawn at random, now and then no word bears on anything.
+    body = gateway.chat(model="shannon-deep-research", messages=ASK, max_tokens=60, temperature=0).json()
     events = body["shannon_events"]
     read = [e for e in events if e["type"] == "TOOL_OBSERVATION" and e["payload"]["tool"] == "local_read"]
 
