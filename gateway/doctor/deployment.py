@@ -39,7 +39,7 @@ def check_keys(case: Case) -> list[Finding]:
         return [Finding("keys", "failed", failure.rstrip("."), step) for failure in dict.fromkeys(failures)]
     count = len(config.keys) + sum(engine.api_key_env is not None for engine in remote.values())
     bootstrap = any(case.environment.get(name) for name in ("SHANNON_BOOTSTRAP_KEY", "SHANNON_BOOTSTRAP_KEY_FILE"))
-    text = f"all {count} that the configuration names are there; " if count else "the configuration names none; "
+    text = f"{count} of {count} that the configuration names are there; " if count else "the configuration names none; "
     text += "SHANNON_BOOTSTRAP_KEY is set" if bootstrap else "no SHANNON_BOOTSTRAP_KEY: each start makes another"
     return [Finding("keys", "ok", text)]
 

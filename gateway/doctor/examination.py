@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import httpx
+import yaml
 
 from gateway.config import Config, ConfigError, RemoteSettings, load_config
 from gateway.doctor.case import Case, Machine, inspect_machine
@@ -29,6 +32,11 @@ _SECRETS = ("SHANNON_BOOTSTRAP_KEY", *TOKENS)
 
 async def examine(path: Path | None, environment: Mapping[str, str] = os.environ) -> list[Finding]:
     """Check this machine and the deployment in `path`, if there is one."""
+    with _without_logs():
+        return await _examine(path, environment)
+
+
+async def _examine(path: Path | None, environment: Mapping[str, str]) -> list[Finding]:
     if path is None:
         text = "no deployment was named, so only the machine is checked"
         missing = Finding("config", "skipped", text, "Name its file with --config or SHANNON_CONFIG")
@@ -36,11 +44,33 @@ async def examine(path: Path | None, environment: Mapping[str, str] = os.environ
     try:
         config = load_config(path, environment)
     except ConfigError as error:
-        refused = Finding("config", "failed", str(error), "Correct it; README.md lists all settings")
+        step = "Correct it; README.md lists all settings" if path.exists() else "Name another with --config"
+        refused = Finding("config", "failed", _one_line(error), step)
         return [*_check_installation(inspect_machine(environment), needed=False), refused]
     os.environ.update(hub_environment(config.weights.cache_dir, environment))  # as `shannon serve` does
     case = Case(config, inspect_machine(environment), environment, str(path), await _is_serving(config))
     return [conceal(finding, secrets(config, environment)) for finding in await check_all(case)]
+
+
+@contextlib.contextmanager
+def _without_logs() -> Iterator[None]:
+    """Keep what is asked from logging what the findings say: libraries' words may hold part of a password."""
+    before = logging.root.manager.disable
+    logging.disable()
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _one_line(error: ConfigError) -> str:
+    """Return the error in one line; YAML's own has an excerpt of the file in it."""
+    cause = error.__cause__
+    if isinstance(cause, yaml.MarkedYAMLError) and cause.problem_mark is not None:
+        mark = cause.problem_mark
+        file = str(error).partition(": not valid YAML")[0]  # one that is included, perhaps
+        return f"{file}: not valid YAML: {cause.problem} in line {mark.line + 1}, column {mark.column + 1}"
+    return " ".join(str(error).split())
 
 
 async def check_all(case: Case) -> list[Finding]:

@@ -37,4 +37,6 @@ def show(findings: Sequence[Finding], *, as_json: bool) -> None:
         table.add_row(f"[{colour}]{finding.verdict}[/{colour}]", name, Text("\n").join(lines))
     console.print(table)
     counts = Counter(finding.verdict for finding in findings)
-    console.print("\n" + ", ".join(f"{counts[verdict]} {verdict}" for verdict in _COLOURS if counts[verdict]) + ".")
+    plural = {"warning": "warnings"} if counts["warning"] > 1 else {}
+    told = [f"{counts[verdict]} {plural.get(verdict, verdict)}" for verdict in _COLOURS if counts[verdict]]
+    console.print(f"\n{', '.join(told)}.")

@@ -52,8 +52,9 @@ async def check_store(case: Case, clock: Callable[[], float] = time.time) -> lis
     if not url:
         url = f"unix://{EmbeddedValkey(settings.data_dir).socket}"
     try:
+        _refuse_ambiguous(url)
         store = Store(patient, {settings.url_env: url}, Metrics())
-    except StoreError:  # its words may hold part of a password
+    except (StoreError, ValueError):  # whose words may hold part of a password
         step = f"Write {_SHAPES}; percent-encode special characters of a password"
         return [Finding("store", "failed", f"{settings.url_env} is not a URL that can be used", step)]
     try:
@@ -82,6 +83,13 @@ def place(url: str) -> str:
     if scheme == "unix":
         return f"unix://{urlsplit(url).path}"
     return f"{scheme}://{rest.rpartition('@')[2].partition('?')[0]}"
+
+
+def _refuse_ambiguous(url: str) -> None:
+    """Raise ValueError for a password that would be read as part of the address."""
+    scheme, _, rest = url.partition("://")
+    if scheme != "unix" and any(character in "/?#@" for character in rest.rpartition("@")[0]):
+        raise ValueError("credentials")
 
 
 async def _running(data_dir: Path) -> bool:

@@ -118,7 +118,7 @@ def test_keys_that_are_there_are_counted() -> None:
     (finding,) = check_keys(case({"keys": [{"name": "a", "key_env": "KEY_A"}]}, {"KEY_A": KEY}))
 
     assert finding.verdict == "ok"
-    assert "all 1" in finding.text
+    assert "1 of 1" in finding.text
     assert KEY not in finding.text
 
 
@@ -238,6 +238,37 @@ def test_configuration_that_does_not_parse_is_told_with_its_key(
     (refused,) = [f for f in json.loads(capsys.readouterr().out) if f["verdict"] == "failed"]
     assert refused["check"] == "config"
     assert refused["text"] == f"{path}: sessions.ttl: unknown setting"
+
+
+def test_file_that_is_no_yaml_is_told_by_line_and_column(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "deployment.yaml"
+    path.write_text("engines: {main: {kind: mock}\nmodels: {}\n")
+
+    assert main(["doctor", "--config", str(path), "--json"]) == 1
+    refused = json.loads(capsys.readouterr().out)[-1]
+    assert refused["text"].startswith(f"{path}: not valid YAML: ")
+    assert refused["text"].endswith("in line 2, column 1")
+
+
+def test_file_that_is_not_there_is_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--config", "/nowhere.yaml", "--json"]) == 1
+
+    refused = json.loads(capsys.readouterr().out)[-1]
+    assert (refused["verdict"], refused["next_step"]) == ("failed", "Name another with --config")
+
+
+def test_password_is_in_no_log_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = deployment(tmp_path)
+    for url in ("redis://:hunter/22@127.0.0.1:9", "redis://:hunter%2F22@127.0.0.1:9"):
+        monkeypatch.setenv("SHANNON_REDIS_URL", url)
+        assert main(["doctor", "--config", path]) == 1
+
+    printed = "".join(capfd.readouterr())
+    assert "failed   store" in printed
+    assert "hunter" not in printed
+    assert caplog.records == []
 
 
 def test_without_a_deployment_the_machine_is_checked(capsys: pytest.CaptureFixture[str]) -> None:

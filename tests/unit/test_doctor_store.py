@@ -122,7 +122,10 @@ async def test_server_that_is_not_there_fails() -> None:
     assert "hunter-22" not in str(found)
 
 
-@pytest.mark.parametrize("url", ["http://store:6379", "redis://:pa/ss@store:6379", "redis+sentinel://store:26379"])
+@pytest.mark.parametrize(
+    "url",
+    ["http://store:6379", "redis://:pa/ss@store:6379", "redis://:pa@ss@store:6379", "redis+sentinel://store:26379"],
+)
 async def test_url_that_can_not_be_used_is_told_without_its_password(url: str) -> None:
     found = await examined(url)
 
