@@ -143,7 +143,8 @@ class AsyncLLMEngine:
 
     @property
     def max_num_seqs(self) -> int | None:
-        return int(self._running().vllm_config.scheduler_config.max_num_seqs)
+        llm = self._running()
+        return int(llm.vllm_config.scheduler_config.max_num_seqs) * len(llm.engine_core.core_engines)
 
     @property
     def unfinished_requests(self) -> int:

@@ -33,7 +33,7 @@ def by_rank(name: str) -> dict[str, float]:
 async def parallel(anyio_backend: str) -> AsyncIterator[EmbeddedEngine]:
     # Without an executor named each core has a worker process, and vLLM is imported twice more.
     args = {"data_parallel_size": 2, "distributed_executor_backend": "uni"}
-    engine = EmbeddedEngine("demo", {"max_model_len": 1024, "served_model_name": [NAME]} | args)
+    engine = EmbeddedEngine("demo", {"max_model_len": 1024, "max_num_seqs": 8, "served_model_name": [NAME]} | args)
     await engine.start()
     yield engine
     await engine.close()
@@ -50,6 +50,10 @@ async def test_both_ranks_answer_and_their_counters_sum_to_the_usage(parallel: E
     usages = [prepared.usage for _, prepared in answers]
     assert sum(read.values()) - sum(before[0].values()) == sum(usage.prompt_tokens for usage in usages)
     assert sum(made.values()) - sum(before[1].values()) == sum(usage.completion_tokens for usage in usages)
+
+
+async def test_room_is_that_of_both_ranks(parallel: EmbeddedEngine) -> None:
+    assert parallel.max_num_seqs == 16, "the queue in front lets that many in"
 
 
 async def test_leaving_frees_the_rank_that_was_at_work(parallel: EmbeddedEngine) -> None:
