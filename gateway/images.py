@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -29,6 +29,7 @@ from gateway.meter import Meter
 
 Message = dict[str, Any]
 Run = Callable[[GenerationRequest], AsyncGenerator[Event, None]]
+Check = Callable[[], Awaitable[None]]
 
 _MEDIA_TYPES = {
     "PNG": "image/png",
@@ -100,7 +101,7 @@ async def inlined(request: GenerationRequest, meter: Meter, images: Images) -> G
             place = next(_pictures(request.messages)).place
             message = f"The model {meter.model.id!r} does not take images, and '{place}' is one. Send text only."
             raise BadRequest(message, place)
-        return replace(request, messages=await images.inline(request.messages))
+        return replace(request, messages=await images.inline(request.messages, meter.count))
 
 
 class Images:
@@ -115,8 +116,11 @@ class Images:
         """Let the threads end."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def inline(self, messages: list[Message]) -> list[Message]:
-        """Return `messages` with every image as a data URL that decodes. Raises BadRequest."""
+    async def inline(self, messages: list[Message], before_fetching: Check | None = None) -> list[Message]:
+        """Return `messages` with every image as a data URL that decodes. Raises BadRequest.
+
+        Images given by URL are fetched after `before_fetching`, and only if that doesn't raise.
+        """
         pictures = list(_pictures(messages))
         if len(pictures) > self._settings.max_images:
             count = f"a request can hold at most {self._settings.max_images} images, and this one holds {len(pictures)}"
@@ -131,6 +135,8 @@ class Images:
         await self._each(given, self._read_data_url)
         await self._each(given, self._read_head)
         self._check_pixels(pictures)
+        if named and before_fetching is not None:
+            await before_fetching()
         await self._fetch(named)
         await self._each(named, self._read_head)
         self._check_pixels(pictures)

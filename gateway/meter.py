@@ -379,6 +379,10 @@ class Meter:
             yield
         except (EngineError, GatewayError) as error:
             raise await self._refusal(error) from error.__cause__
+        except asyncio.CancelledError:
+            if self._counted and self._whole is None:
+                await self._settle(_free(self.request_id), _NOTHING, None, True, 0.0)
+            raise
 
     async def _refusal(self, error: EngineError | GatewayError) -> GatewayError:
         """Note a request that was refused before it ran, and return what the client is told."""
@@ -390,7 +394,9 @@ class Meter:
     async def _settle_failure(self, failure: GatewayError) -> None:
         """Note a request that failed before it reached the engine."""
         if self._whole is None:
-            await self._write(self._entry(failure))
+            entry = self._entry(failure)
+            self._close(entry, aborted=False)
+            await self._write(entry)
 
     def _entry(self, failure: GatewayError | None) -> Entry:
         entry = Entry(key_id=self.principal.key_id, model_id=self.model.id, allowance=self._allowance)

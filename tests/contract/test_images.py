@@ -285,6 +285,36 @@ async def test_session_goes_on_with_a_model_that_takes_no_images(start: Start) -
     assert messages[2:] == HELLO
 
 
+def limited(site: Website, **limits: int) -> dict[str, Any]:
+    model = {"description": "General chat completion", "limits": limits}
+    return reaching(site) | {"models": {"shannon-chat": model}}
+
+
+async def test_nothing_is_fetched_for_a_key_over_its_limit(start: Start, site: Website) -> None:
+    gateway = await start(mock=seeing, config=limited(site, requests_per_minute=1))
+    asked = asking(f"http://127.0.0.1:{site.port}/red.png")
+
+    statuses = [(await gateway.chat(messages=asked)).status_code for _ in range(2)]
+
+    assert statuses == [200, 429]
+    assert site.paths == ["/red.png"]
+
+
+async def test_fetch_that_fails_or_is_left_holds_no_place(serve: Start, site: Website) -> None:
+    gateway = await serve(mock=seeing, config=limited(site, concurrent_requests=1))
+    site.pages["/none.png"] = page(status="404 Not Found")
+
+    await refusal(gateway, asking(f"http://127.0.0.1:{site.port}/none.png"), URL)
+    leaving = asyncio.create_task(gateway.chat(messages=asking(f"http://127.0.0.1:{site.port}/never.png")))
+    await until(lambda: site.connections == 1)
+    assert (await gateway.chat()).status_code == 429
+    leaving.cancel()
+    await asyncio.wait([leaving])
+    await until(lambda: gateway.requests_in_progress() == 0)
+
+    assert (await gateway.chat()).status_code == 200
+
+
 async def test_images_of_a_conversation_do_not_change_its_derived_id(start: Start) -> None:
     gateway = await start(mock=seeing)
     first = await gateway.chat(messages=asking(RED))
