@@ -67,7 +67,7 @@ def _inspector(opened: Visit) -> None:
     show.click()
     expect(opened.page.locator(".heat output")).not_to_be_empty(timeout=60_000)
     tokens.nth(bits.index(max(bits))).click()
-    opened.page.locator(".heat canvas").hover(position={"x": 190, "y": 330})
+    opened.page.locator(".heat canvas").hover(position={"x": 308, "y": 335})
     _keep(opened, "inspector")
 
 
