@@ -56,6 +56,7 @@ from redis.exceptions import (
     MasterDownError,
     OutOfMemoryError,
     ReadOnlyError,
+    RedisClusterException,
     RedisError,
     ResponseError,
 )
@@ -75,6 +76,8 @@ _LAG_S = 0.005  # a timer that fires this late says that the loop was busy
 _MAX_FLUSHERS = 4  # one slow batch must not hold up the next
 # A server that is loading its file, out of memory or disk, a replica turned read-only, a lost master: as good as away.
 _AWAY = (BusyLoadingError, ClusterDownError, MasterDownError, OutOfMemoryError, ReadOnlyError)
+# RedisClusterException, of a cluster without a node that answers, is no RedisError.
+_FAILURES = (RedisError, RedisClusterException, OSError, TimeoutError)
 
 
 Command = tuple[Any, ...]
@@ -153,7 +156,7 @@ class Store:
         if self._probe is not None:
             self._probe.cancel()
         await self.answered()
-        with contextlib.suppress(RedisError, OSError):
+        with contextlib.suppress(*_FAILURES):
             await self._client.aclose()
         if self._embedded is not None:
             await self._embedded.close()
@@ -217,10 +220,13 @@ class Store:
             try:
                 commands = [command for group in batch for command in group.commands]
                 results = await self._within_timeout(self._send(commands))
-            except (RedisError, OSError, TimeoutError) as error:
+            except _FAILURES as error:
                 self._open_breaker(error)
                 _fail(batch)
                 return
+            except BaseException:
+                _fail(batch)  # whatever it is, nobody shall wait for ever
+                raise
             self.metrics.store_latency.observe(time.perf_counter() - started)
             for group in batch:
                 if not group.result.done():  # else its caller has left
@@ -278,7 +284,7 @@ class Store:
     async def _probe_until_back(self) -> None:
         while True:
             await asyncio.sleep(self._settings.breaker_s)
-            with contextlib.suppress(RedisError, OSError, TimeoutError):
+            with contextlib.suppress(*_FAILURES):
                 async with asyncio.timeout(self._timeout_s):
                     _, found = await self._send(_SCHEMA_CHECK)
                 if str(found) != str(SCHEMA):

@@ -18,6 +18,7 @@ from engine.mock import MockEngine
 from gateway.auth import Principal
 from gateway.catalog import ModelSpec
 from gateway.config import LimiterSettings, ModelSettings, SessionSettings, StoreSettings
+from gateway.errors import StoreUnavailable
 from gateway.keys import Keys, KeySpec
 from gateway.limits import Limits, allowance_of
 from gateway.metrics import Metrics
@@ -107,3 +108,21 @@ async def test_keys_limits_ledger_and_sessions_work_on_a_cluster(cluster_port: i
         assert (await sessions.show(principal, "talk"))["messages"] == []
         assert (await sessions.delete(principal, "talk"))["deleted"]
         assert store.available
+
+
+async def test_cluster_without_a_node_is_a_store_that_is_away() -> None:
+    url = f"redis+cluster://127.0.0.1:{_free_port()}"
+    store = Store(StoreSettings(url_env="URL", command_timeout_ms=2000), {"URL": url}, Metrics())
+    await store.start()
+    try:
+        assert not store.available
+        with pytest.raises(StoreUnavailable):
+            await store.run("GET", "sh:schema")
+    finally:
+        await store.close()
+
+
+async def test_nobody_waits_for_what_the_client_can_not_send(cluster_port: int) -> None:
+    async with opened(cluster_port) as store:
+        with pytest.raises(StoreUnavailable):
+            await asyncio.wait_for(store.run("CONFIG", "GET", "save"), 10)
