@@ -9,5 +9,5 @@
     store_health.py  Valkey or Redis; replicas.py: engines elsewhere
     report.py        findings for people and machines
 
-Looks and asks only: nothing is changed, and no secret is printed.
+Looks and asks only, and prints no secret. What it changes is the layout's version in a store that is empty.
 """
