@@ -285,6 +285,19 @@ def test_motion_is_left_out_where_it_is_not_wanted(visit: Open, scripted: Site, 
     opened.answer()
 
 
+def test_telephone_goes_to_the_reply_of_the_inspector(visit: Open, demo: Site) -> None:
+    opened = visit(demo, **PHONE)
+    opened.sign_in()
+    opened.view("Inspector")
+    opened.page.get_by_role("button", name="Generate").click()
+    expect(
+        opened.page.get_by_role("toolbar", name="Tokens of the reply").get_by_role("button").first
+    ).to_be_in_viewport()
+    expect(opened.page.get_by_role("button", name="Show attention")).to_be_visible(timeout=60_000)
+
+    assert opened.overflows() == []
+
+
 def test_telephone_shows_one_thing_at_a_time(visit: Open, scripted: Site) -> None:
     opened = visit(scripted, **PHONE)
     assert opened.overflows() == []

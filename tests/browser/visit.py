@@ -19,6 +19,7 @@ from tests.debian import program
 
 playwright = pytest.importorskip("playwright.sync_api", reason="browser tests need playwright; `make setup-dev` has it")
 expect = playwright.expect
+expect.set_options(timeout=15_000)  # a browser on a busy machine takes its time
 
 _STATUS = re.compile(r"Failed to load resource: the server responded with a status of (\d+)")
 # In containers there is neither the kernel's support for its sandbox nor much of /dev/shm.
