@@ -15,6 +15,7 @@ import difflib
 import multiprocessing
 import os
 import shutil
+import sys
 import tempfile
 import weakref
 from collections.abc import Iterator, Mapping
@@ -128,8 +129,9 @@ class AsyncLLMEngine:
         environment, default_args = build_defaults()
         _set_environment(environment)
         _refuse_unknown_args(args or {})
-        # The name on vLLM's metrics; by default it is the path.
-        own: dict[str, Any] = {"served_model_name": [model], "trust_remote_code": trust_remote_code}
+        # The name on vLLM's metrics; by default it is the path. Progress bars are for terminals, not for logs.
+        own: dict[str, Any] = {"served_model_name": [model], "use_tqdm_on_load": sys.stderr.isatty()}
+        own["trust_remote_code"] = trust_remote_code
         if revision is not None and self._model == model:
             own |= {"revision": revision, "tokenizer_revision": revision}
         self._args: dict[str, Any] = own | default_args | (args or {})

@@ -94,7 +94,7 @@ def build_tracing(environment: Mapping[str, str]) -> Tracing:
 
 
 class Span:
-    """A span that records nothing: what there is where tracing is off."""
+    """A span that records nothing: what there is where tracing is off, or the trace is not sampled."""
 
     trace_id: str | None = None
     headers: Mapping[str, str] | None = None
@@ -122,7 +122,6 @@ _NOTHING: AbstractContextManager[Span] = contextlib.nullcontext(Span())
 class _Recording(Span):
     def __init__(self, span: otel.Span) -> None:
         self._span = span
-        self.trace_id = f"{span.get_span_context().trace_id:032x}"
 
     def asked(self, request_id: str, key_id: str | None) -> None:
         self._span.set_attribute("shannon.request_id", request_id)
@@ -233,7 +232,8 @@ class Tracing:
 
         span = self._tracer.start_span(name, above, trace.SpanKind[kind], attributes)
         here = trace.set_span_in_context(span, above)
-        recording = _Recording(span)
+        recording = _Recording(span) if span.is_recording() else Span()
+        recording.trace_id = f"{span.get_span_context().trace_id:032x}"
         if not current:
             headers: dict[str, str] = {}
             self._propagator.inject(headers, here)
