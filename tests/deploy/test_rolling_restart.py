@@ -65,7 +65,7 @@ def restart_under_load(
 
     async def moved_on(load: Load) -> None:
         ended = sum(request.ended > 0 for request in load.requests)
-        while sum(request.ended > 0 for request in load.requests) < ended + 40:
+        while sum(request.ended > 0 for request in load.requests) < ended + 30:
             await asyncio.sleep(0.05)
 
     async def run() -> Load:
