@@ -105,7 +105,7 @@ class Meter:
 
     def facts(self) -> dict[str, Any]:
         """Return what the access log tells of the request's generations; of several, their sum and the last reason."""
-        usage = self.spent()
+        usage = self.spent() if self._running else self.usage
         return {
             "model": self.model.id,
             "prompt_tokens": usage.prompt_tokens,
