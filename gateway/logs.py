@@ -1,7 +1,8 @@
 """What the loggers of a process write: text for people, or one JSON object per line for machines.
 
 Facts beside the message ride in `extra={"fields": {...}}`, and are the same in both forms. vLLM's processes log as
-`vllm_logging.json` says, which names the formatter here. What no logger wrote (a C library's words) stays as it is.
+`vllm_logging.json` says, which names the formatter here. What no logger wrote (a C library's words) stays as it is, as
+does what one of those processes says before it has read that file.
 """
 
 from __future__ import annotations
