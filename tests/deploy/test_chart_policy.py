@@ -103,7 +103,7 @@ def test_long_running_containers_have_probes(scenario: str) -> None:
             continue
         for name, template in pod_templates(manifest):
             for container in template["spec"]["containers"]:
-                # A worker of several nodes listens to nobody: it ends with its leader, and its group starts anew.
+                # A worker of several nodes listens to nobody, and its group starts anew when any of its pods does.
                 wanted = set() if container["name"] == "worker" else {"startupProbe", "livenessProbe", "readinessProbe"}
                 assert wanted <= container.keys(), name
                 assert all(container[probe]["timeoutSeconds"] > 1 for probe in wanted), name
