@@ -87,9 +87,21 @@ image: ## Build a container image; TARGET is cuda, cpu or gateway
 	docker build --target $(TARGET) --build-arg REVISION=$$(git rev-parse HEAD) --build-arg VERSION=$(VERSION) \
 		--tag shannon-gateway:$(VERSION)$(patsubst %,-%,$(filter-out cuda,$(TARGET))) .
 
+# LiteLLM wants other versions of half of what is in .venv. Of later releases a part is missing on PyPI.
+LITELLM_VENV := build/litellm-venv
+$(LITELLM_VENV)/.installed:
+	@echo "Installing LiteLLM to compare with, into an environment of its own ..."
+	@$(PYTHON) -m venv $(LITELLM_VENV)
+	$(LITELLM_VENV)/bin/pip install --disable-pip-version-check --quiet 'litellm[proxy]==1.106.12'
+	@touch $@
+
 .PHONY: bench
-bench: setup-dev ## Measure against bare vllm and the bare engine; prints ratios, writes build/bench.json
-	$(BIN)/python -m tests.bench --out build/bench.json
+bench: setup-dev $(LITELLM_VENV)/.installed ## Measure against bare vllm, LiteLLM and the bare engine; prints ratios
+	$(BIN)/python -m tests.bench --litellm $(LITELLM_VENV)/bin/python --out build/bench.json
+
+.PHONY: pictures
+pictures: setup-dev ## Take the README's pictures anew, of the page in Debian's Chromium
+	$(BIN)/python -m tests.browser.take_pictures
 
 .PHONY: demo-model
 demo-model: setup-dev ## Train the demo model anew (minutes on two cores)

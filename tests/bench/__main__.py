@@ -1,6 +1,8 @@
 """`python -m tests.bench`: the same load on three servers, interleaved, and the ratios between them.
 
 - bare: vLLM's own OpenAI server (`python -m vllm.entrypoints.openai.api_server`), in the processes it makes by itself
+- litellm: LiteLLM's proxy in front of bare, with its master key and nothing else switched on; in an environment of its
+  own, if `--litellm` names its Python
 - tuned: the same in the environment that this gateway sets, one process fewer
 - shannon: this gateway
 - unmetered: this gateway with limits and sessions off
@@ -94,10 +96,12 @@ def free_port() -> int:
 
 
 @contextlib.asynccontextmanager
-async def child(*command: str, **environment: str) -> AsyncIterator[asyncio.subprocess.Process]:
+async def child(
+    *command: str, python: str = sys.executable, **environment: str
+) -> AsyncIterator[asyncio.subprocess.Process]:
     """Run a Python module as a child process, and end it at the end."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable,
+        python,
         "-m",
         *command,
         cwd=ROOT,
@@ -146,6 +150,21 @@ def _flag(name: str, value: object) -> list[str]:
 
 
 @contextlib.asynccontextmanager
+async def litellm(python: Path, upstream: HttpTarget) -> AsyncIterator[HttpTarget]:
+    port, key = free_port(), make_key()
+    model = {"model": "hosted_vllm/demo", "api_base": f"http://127.0.0.1:{upstream.port}/v1", "api_key": "none"}
+    tree = {"model_list": [{"model_name": "demo", "litellm_params": model}]}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "litellm.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        command = ["litellm.proxy.proxy_cli", "--config", str(path), "--host", "127.0.0.1", "--port", str(port)]
+        environment = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR", "LITELLM_MASTER_KEY": key}
+        async with child(*command, "--telemetry", "False", python=str(python), **environment) as process:
+            await wait_until_served(f"http://127.0.0.1:{port}/health/liveliness", process)
+            yield HttpTarget(port, key, "demo", process.pid)
+
+
+@contextlib.asynccontextmanager
 async def shannon(engine: dict[str, object], *, policies: bool = True) -> AsyncIterator[HttpTarget]:
     """The gateway; `policies` switches limits and sessions."""
     port, key = free_port(), make_key()
@@ -174,7 +193,7 @@ async def ceiling() -> AsyncIterator[Ceiling]:
         await process.wait()
 
 
-async def compare(rounds: int, console: Console) -> dict[str, dict[str, dict[str, float]]]:
+async def compare(rounds: int, console: Console, litellm_python: Path | None) -> dict[str, dict[str, dict[str, float]]]:
     """Return {scenario: {target: {requests_per_s, first_byte_s}}}, medians over `rounds`."""
     runs: dict[tuple[str, str], list[Result]] = {}
     async with contextlib.AsyncExitStack() as stack:
@@ -190,6 +209,10 @@ async def compare(rounds: int, console: Console) -> dict[str, dict[str, dict[str
         for name, opened in servers.items():
             console.print(f"starting {name} ...")
             targets[name] = await stack.enter_async_context(opened)
+            if name == "bare" and litellm_python is not None:
+                upstream = targets["bare"]
+                assert isinstance(upstream, HttpTarget)
+                targets["litellm"] = await stack.enter_async_context(litellm(litellm_python, upstream))
         for target in targets.values():
             await target.run(dataclasses.replace(SCENARIOS[-1], requests=32))  # warm up
         for number in range(rounds):
@@ -235,7 +258,7 @@ async def front_end(rounds: int) -> dict[str, float]:
 
 
 def show(comparison: dict[str, dict[str, dict[str, float]]], front: dict[str, float], console: Console) -> None:
-    others = ("bare", "tuned", "unmetered", "ceiling")
+    others = [name for name in next(iter(comparison.values())) if name != "shannon"]
     table = Table("load", "shannon req/s", *(f"x {other}" for other in others), "first byte x bare")
     for name, by_target in comparison.items():
         ours = by_target["shannon"]
@@ -253,9 +276,10 @@ async def main() -> None:
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=("compare", "front-end"))
+    parser.add_argument("--litellm", type=Path, metavar="PYTHON", help="a Python that has litellm[proxy]")
     args = parser.parse_args()
     console = Console()
-    comparison = await compare(args.rounds, console) if args.only != "front-end" else {}
+    comparison = await compare(args.rounds, console, args.litellm) if args.only != "front-end" else {}
     front = await front_end(args.rounds) if args.only != "compare" else {}
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
