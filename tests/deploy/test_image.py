@@ -76,21 +76,6 @@ def test_torch_for_the_cpu_is_the_makefiles() -> None:
     assert dict(re.findall(r"^ARG (TORCH_CPU\w*)=(.+)$", DOCKERFILE, re.MULTILINE)) == wanted
 
 
-@pytest.fixture(scope="module")
-def podman(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Podman]:
-    podman = Podman(tmp_path_factory.mktemp("podman"))
-    try:
-        yield podman
-    finally:
-        podman.close()
-
-
-@pytest.fixture(scope="module")
-def image(podman: Podman) -> str:
-    """The `gateway` target."""
-    return podman.build("gateway", podman.make_base())
-
-
 def files(folder: Path) -> set[Path]:
     """Return the files of the working tree that belong to the product."""
     return {
