@@ -14,7 +14,7 @@ const MOST_SERIES = 9;
 const DAY_MS = 86_400_000;
 
 export class Usage {
-  #rows = [];
+  #rows = null; // until they are loaded
   #names = new Map();
   #width = 0; // of the chart, in pixels
 
@@ -51,7 +51,7 @@ export class Usage {
   }
 
   #draw() {
-    if (!this.#width) return;
+    if (!this.#width || !this.#rows) return;
     const [title, value] = MEASURES[this.measure.value];
     const seriesOf = this.group.value === "key" ? (row) => this.#names.get(row.key_id) ?? row.key_id : (row) => row.model;
     const days = lastDays(Number(this.days.value));

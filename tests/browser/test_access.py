@@ -231,7 +231,7 @@ def test_everything_can_be_done_with_the_keyboard(visit: Open, scripted: Site) -
     expect(opened.page.get_by_role("heading", name="Inspector")).to_be_focused()
     _tab_to(opened, "Admin", "Shift+Tab")
     keyboard.press("Enter")
-    expect(opened.page.get_by_role("button", name="New key")).to_be_visible()
+    expect(opened.page.get_by_role("img", name="Tokens by key and day")).to_be_visible()
     _tab_to(opened, "New key")
     keyboard.press("Enter")
     expect(opened.page.get_by_role("dialog").get_by_label("Name", exact=True)).to_be_focused()
