@@ -181,9 +181,14 @@ class AsyncLLMEngine:
 
     def _build(self) -> AsyncLLM:
         """Build the engine, and whatever else is slow; runs in a thread. Subclasses extend it."""
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        return AsyncLLM.from_engine_args(self._engine_args(), stat_loggers=[stat_logger(self._metrics)])
+        return AsyncLLM.from_engine_args(
+            self._engine_args(),
+            usage_context=UsageContext.OPENAI_API_SERVER,  # defaults of the scheduler go by it: on an H100, four times
+            stat_loggers=[stat_logger(self._metrics)],
+        )
 
     def _trace_headers(self, prepared: Prepared) -> Mapping[str, str] | None:
         """Return the trace that vLLM is to tell of its work in, if it was told where: else it would warn."""

@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.async_llm import AsyncLLM
 
+from engine.async_llm import AsyncLLMEngine
 from gateway.app import build_engines
 from gateway.config import EmbeddedSettings, load_config
 from tests.conftest import ROOT
@@ -72,3 +75,12 @@ def test_jetson_is_gemma3n_in_less_memory() -> None:
 def test_check_would_see_a_value_that_vllm_refuses(args: dict[str, Any]) -> None:
     with pytest.raises(SystemExit):
         parse(args)
+
+
+def test_scheduler_has_the_defaults_of_vllms_own_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An H100 then batches 8192 tokens and 1024 sequences; without a usage context vLLM takes 2048 and 128."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(AsyncLLM, "from_engine_args", lambda args, **fields: given.update(fields))
+    AsyncLLMEngine("demo")._build()
+
+    assert given["usage_context"] is UsageContext.OPENAI_API_SERVER
