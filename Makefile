@@ -109,12 +109,13 @@ demo-model: setup-dev ## Train the demo model anew (minutes on two cores)
 
 .PHONY: lock
 LOCK := $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-annotate \
-	--no-header --quiet $(addprefix --find-links ,$(PIP_FIND_LINKS))
+	--no-header --quiet
 lock: setup-dev ## Resolve the dependencies anew and rewrite the lock files
 	@mkdir -p build
 	printf '%s\n' torch==$(TORCH_CPU) > build/overrides.txt
 	printf '%s ; sys_platform == "never"\n' torchvision torchaudio torchcodec >> build/overrides.txt
 	$(LOCK) --extra cpu --overrides build/overrides.txt -o requirements-cpu.lock \
+		$(addprefix --find-links ,$(PIP_FIND_LINKS)) \
 		--no-emit-package torch --no-emit-package torchvision --no-emit-package torchaudio --no-emit-package torchcodec
 	$(LOCK) -c requirements-cpu.lock -o requirements-gateway.lock
 	$(LOCK) --extra cuda -c requirements-gateway.lock -o requirements-cuda.lock
