@@ -238,6 +238,7 @@ async def conduct(workflow: Workflow, run: Run) -> AsyncGenerator[Event, None]:
                 try:
                     async with run.meter.counted(), run.meter.noting_refusal():
                         await _within_budget(workflow, run)
+                        await run.meter.count()  # below it may still be on its way, and ends before it is settled
                 finally:
                     span.spent(run.meter.usage)
             run.emit(

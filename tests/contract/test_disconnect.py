@@ -61,7 +61,7 @@ async def test_leaving_a_silent_stream_aborts_its_generation(serve: Start) -> No
     gateway.mock.faults.append(Fault(at_token=1))  # hangs after one token
     async with gateway.stream() as response:
         async for piece in response.aiter_raw():
-            if b": keepalive" in piece:
+            if b": keepalive" in piece and gateway.mock.counters.completion_tokens:
                 break
 
     await assert_aborted_and_settled(gateway)

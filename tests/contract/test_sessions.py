@@ -226,7 +226,7 @@ async def test_turns_are_stored_around_hanging_and_failing_ones(serve: Start) ->
 
 
 async def test_turn_that_began_first_is_stored_first_whoever_finishes_first(serve: Start) -> None:
-    gateway = await serve(mock=lambda: MockEngine(reply=ANSWER, token_s=0.05))
+    gateway = await serve(mock=lambda: MockEngine(reply=ANSWER, token_s=0.5))
     slow = asyncio.create_task(say(gateway, user("slow"), max_tokens=2))
     await until(lambda: gateway.mock.unfinished_requests == 1)
     await say(gateway, user("fast"), max_tokens=1)
@@ -415,7 +415,7 @@ async def test_sessions_that_are_off_store_and_announce_nothing(start: Start, st
 
 async def test_answer_comes_without_history_while_the_store_is_away(start: Start, tmp_path: Path) -> None:
     with run_store("valkey", tmp_path / "own") as own:
-        settings = {"data_dir": str(tmp_path / "data"), "breaker_s": 0.02}
+        settings = {"data_dir": str(tmp_path / "data"), "command_timeout_ms": 2000, "breaker_s": 0.02}
         gateway = await start(mock=answering, environment={"SHANNON_REDIS_URL": own.url}, config={"store": settings})
         await say(gateway, user("one"))
         own.stop()

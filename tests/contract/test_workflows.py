@@ -314,6 +314,12 @@ async def test_answer_that_asks_no_model_is_a_request_all_the_same(start: Start,
     assert_six(refused)
 
 
+async def test_answers_that_ask_no_model_hold_no_place(start: Start) -> None:
+    here = await place(start, "analytics", settings={"limits": {"concurrent_requests": 1}})
+    responses = [await here.gateway.chat() for _ in range(20)]
+    assert {response.status_code for response in responses} == {200}
+
+
 # Failures
 
 
