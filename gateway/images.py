@@ -81,9 +81,12 @@ def with_images(run: Run, request: GenerationRequest, meter: Meter, images: Imag
 async def _run_with_images(
     run: Run, request: GenerationRequest, meter: Meter, images: Images
 ) -> AsyncGenerator[Event, None]:
-    async with aclosing(run(await inlined(request, meter, images))) as events:
-        async for event in events:
-            yield event
+    try:
+        async with aclosing(run(await inlined(request, meter, images))) as events:
+            async for event in events:
+                yield event
+    finally:
+        await meter.leave()
 
 
 async def inlined(request: GenerationRequest, meter: Meter, images: Images) -> GenerationRequest:

@@ -84,6 +84,7 @@ class Meter:
         self._cache_salt = cache_salt
         self._counted = False  # by the limits
         self._noted = False  # by the ledger
+        self._leased = False
         self._aborted = False
         self._first = asyncio.Lock()
         self._whole: Prepared | None = None
@@ -321,7 +322,7 @@ class Meter:
                 self.standing = await self._limits.peek(self.principal, self.model)
             await self._settle_failure(error)
             raise
-        self._counted = True
+        self._counted = self._leased = True
         self.standing = reservation.standing
         return reservation
 
@@ -371,6 +372,7 @@ class Meter:
             entry.aborted_requests = 1
         if not self._running and not self._reserved:
             entry.lease = self.request_id
+            self._leased = False
 
     @contextlib.asynccontextmanager
     async def noting_refusal(self) -> AsyncIterator[None]:
@@ -380,9 +382,13 @@ class Meter:
         except (EngineError, GatewayError) as error:
             raise await self._refusal(error) from error.__cause__
         except asyncio.CancelledError:
-            if self._counted and self._whole is None:
-                await self._settle(_free(self.request_id), _NOTHING, None, True, 0.0)
+            await self.leave()
             raise
+
+    async def leave(self) -> None:
+        """Give back the place of a request that was counted, if it ended before its first generation."""
+        if self._leased and not self._running:
+            await self._settle(_free(self.request_id), _NOTHING, None, True, 0.0)
 
     async def _refusal(self, error: EngineError | GatewayError) -> GatewayError:
         """Note a request that was refused before it ran, and return what the client is told."""

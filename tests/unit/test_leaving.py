@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import random
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Generator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -16,18 +17,24 @@ from typing import Any
 import pytest
 import redis
 
-from engine.base import GenerationRequest
+from engine.base import GenerationRequest, Prepared
 from engine.mock import MockEngine
 from gateway.auth import Principal
 from gateway.catalog import ModelSpec
-from gateway.config import LimiterSettings, LimitSettings, ModelSettings, StoreSettings
+from gateway.config import FetchSettings, ImageSettings, LimiterSettings, LimitSettings, ModelSettings, StoreSettings
 from gateway.errors import GatewayError
+from gateway.events import Event
+from gateway.fetch import Fetched, Fetcher
+from gateway.images import Images, with_images
 from gateway.limits import Limits, today
 from gateway.meter import Meter
 from gateway.metrics import Metrics
+from gateway.sessions import Session
 from gateway.store import Store
 from gateway.usage import Ledger
+from gateway.workflows.chat import chat
 from tests.conftest import until
+from tests.pictures import asking, picture
 from tests.store_server import run_store
 
 pytestmark = pytest.mark.anyio
@@ -38,6 +45,22 @@ HEAD = f"sh:{{k:{KEY_ID}}}:"
 CALLER = Principal(KEY_ID, max_concurrent_requests=100, tokens_per_day=100_000)
 LIMITS = LimitSettings(requests_per_minute=1000, tokens_per_minute=50_000, concurrent_requests=100)
 HELLO = [{"role": "user", "content": "hello there"}]
+
+
+class Unhurried(MockEngine):
+    """Lets others run while it prepares, as engines do whose renderer has threads."""
+
+    async def prepare(self, request: GenerationRequest) -> Prepared:
+        await asyncio.sleep(0)
+        return await super().prepare(request)
+
+
+class Album(Fetcher):
+    """Has a picture at every URL."""
+
+    async def fetch(self, text: str, *, max_bytes: int, accept: str = "*/*", admit: Any = None) -> Fetched:
+        await asyncio.sleep(0)
+        return Fetched(text, "image/png", picture())
 
 
 @dataclass
@@ -81,7 +104,7 @@ class Bench:
 async def opened(url: str, folder: Path, **store: float) -> AsyncIterator[Bench]:
     store_ = Store(StoreSettings(**({"command_timeout_ms": 2000} | store)), {"SHANNON_REDIS_URL": url}, Metrics())
     await store_.start()
-    engine = MockEngine()
+    engine = Unhurried(takes_images=True, max_model_len=4096)
     await engine.start()
     ledger = Ledger(store_, folder)
     raw: redis.Redis
@@ -117,6 +140,22 @@ async def answer_with_agents(meter: Meter) -> None:
 async def _drain(meter: Meter, prepared: Any) -> None:
     async for _ in meter.generate(prepared):
         pass
+
+
+async def answer_about_an_image(meter: Meter) -> None:
+    """Answer one request that is counted ahead of its generation, for a client that takes each event in turn."""
+    images = Images(ImageSettings(), Album(FetchSettings()))
+    request = dataclasses.replace(_request(meter), messages=asking("https://red.test/"))
+
+    def run(request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        return chat(request, meter, Session(), lambda: 0.0)
+
+    try:
+        async with contextlib.aclosing(with_images(run, request, meter, images)) as events:
+            async for _ in events:
+                await asyncio.sleep(0)
+    finally:
+        images.close()
 
 
 def _request(meter: Meter) -> GenerationRequest:
@@ -162,7 +201,7 @@ class Leave:
             awaited.add_done_callback(lambda _: task.cancel())
 
 
-@pytest.mark.parametrize("work", [answer, answer_with_agents])
+@pytest.mark.parametrize("work", [answer, answer_with_agents, answer_about_an_image])
 @pytest.mark.parametrize("answered", [False, True], ids=["before-the-answer", "with-the-answer"])
 async def test_leaving_at_any_await_takes_nothing(
     bench: Bench, work: Callable[[Meter], Coroutine[Any, Any, None]], answered: bool
