@@ -114,7 +114,7 @@ class CompletionRequest(SamplingFields):
 async def create_completion(call: Annotated[Call, Depends(call)]) -> Response:
     """Complete a prompt, streamed or whole."""
     body = await call.read(lambda data: parse_body(CompletionRequest, data))
-    model = call.admit(body.model)
+    model = await call.admit(body.model)
     completion_id = f"cmpl-{secrets.token_hex(16)}"
     meter = call.meter(completion_id, model)
     events = complete(body.for_engine(completion_id, model.settings.defaults), meter)

@@ -66,7 +66,7 @@ class EmbeddingBody(Schema):
 async def create_embedding(call: Annotated[Call, Depends(call)]) -> Response:
     """Turn texts into vectors."""
     body = await call.read(lambda data: parse_body(EmbeddingBody, data))
-    model = call.admit(body.model)
+    model = await call.admit(body.model)
     request_id = f"embd-{secrets.token_hex(16)}"
     meter = call.meter(request_id, model)
     request = EmbeddingRequest(request_id=request_id, inputs=body.inputs, dimensions=body.dimensions)

@@ -21,7 +21,7 @@ from gateway.api.options import ShannonOptions
 from gateway.auth import Principal
 from gateway.catalog import ModelSpec
 from gateway.chunking import rechunk
-from gateway.errors import BadRequest, RequestTimeout
+from gateway.errors import GatewayError, RequestTimeout
 from gateway.events import Event
 from gateway.images import with_images
 from gateway.meter import Meter
@@ -42,7 +42,7 @@ class Caller:
     principal: Principal
     services: Services
 
-    def admit(self, model_id: str | None) -> ModelSpec:
+    async def admit(self, model_id: str | None) -> ModelSpec:
         """Return the model that was asked for. Raises what the drain and the catalog raise."""
         self.services.drain.admit()
         return self.services.catalog.resolve(model_id, self.principal)
@@ -108,16 +108,21 @@ class Call(Caller):
         return meter
 
     async def read(self, parse: Callable[[bytes], _Body]) -> _Body:
-        """Read the body and parse it. Raises RequestTimeout, and what `parse` raises."""
+        """Read the body and parse it. Raises RequestTimeout, RequestTooLarge, and what `parse` raises."""
         timeout_s = self.services.config.server.body_timeout_s
-        try:
-            async with asyncio.timeout(timeout_s):
-                body = await self.request.body()
-        except TimeoutError:
-            raise RequestTimeout(f"The request body did not arrive within {timeout_s:g} seconds.") from None
         # Which model a bad body means can't be relied on; the default's limits are the best answer there is.
         async with self.telling_standing(self.services.catalog.default_for(self.principal)):
+            try:
+                async with asyncio.timeout(timeout_s):
+                    body = await self.request.body()
+            except TimeoutError:
+                raise RequestTimeout(f"The request body did not arrive within {timeout_s:g} seconds.") from None
             return parse(body)
+
+    async def admit(self, model_id: str | None) -> ModelSpec:
+        """Return the model as a Caller does."""
+        async with self.telling_standing(self.services.catalog.resolve(model_id, self.principal)):
+            return await Caller.admit(self, model_id)
 
     async def converse(
         self, generation: GenerationRequest, meter: Meter, options: ShannonOptions | None = None
@@ -179,13 +184,13 @@ class Call(Caller):
 
     @contextlib.asynccontextmanager
     async def telling_standing(self, model: ModelSpec | None) -> AsyncIterator[None]:
-        """Send with a BadRequest where the caller's limits stand."""
+        """Send with an error where the caller's limits stand."""
         try:
             yield
-        except BadRequest as error:
+        except GatewayError as error:
             standing = None if model is None else await self.services.limits.peek(self.principal, model)
             if standing is not None:
-                error.extra_headers = standing.headers()
+                error.extra_headers = standing.headers() | error.extra_headers
             raise
 
 

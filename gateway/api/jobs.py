@@ -101,7 +101,7 @@ async def open_job_stream(
 async def submit_job(call: Annotated[Call, Depends(call)]) -> Response:
     """Queue a prompt for a client whose stream is open."""
     body = await call.read(lambda data: parse_body(JobRequest, data))
-    model = call.admit(body.model)
+    model = await call.admit(body.model)
     async with call.telling_standing(model):
         _check_client_id(body.client_id)
         job = Job(
@@ -113,7 +113,7 @@ async def submit_job(call: Annotated[Call, Depends(call)]) -> Response:
         most = call.services.config.jobs.max_job_bytes
         if len(job.text().encode()) > most:
             raise RequestTooLarge(f"The job is larger than the limit of {most} bytes; shorten its context.", "context")
-    position = await call.services.jobs.submit(body.client_id, job)
+        position = await call.services.jobs.submit(body.client_id, job)
     standing = await call.services.limits.peek(call.principal, model)
     return Response(
         orjson.dumps({"job_id": job.id, "client_id": body.client_id, "position": position}),
@@ -140,7 +140,7 @@ async def run_job(app: FastAPI, job: Job) -> AsyncGenerator[JobEvent, None]:
     services: Services = app.state.services  # of now: the stream may be older than the last reload
     caller = Caller(job.principal, services)
     body = JobRequest.model_validate(job.request)
-    model = caller.admit(body.model)
+    model = await caller.admit(body.model)
     meter = caller.meter(job.id, model)
     generation = body.for_engine(job.id, model.settings.defaults)
     session = await services.sessions.open(job.principal, job.session_id, generation.messages)

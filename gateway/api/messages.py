@@ -59,7 +59,7 @@ def _body(name: str) -> dict[str, Any]:
 async def create_message(call: Annotated[Call, Depends(call)]) -> Response:
     """Create a message, streamed or whole."""
     body = await call.read(lambda data: parse_body(MessagesRequest, data))
-    model = call.admit(body.model)
+    model = await call.admit(body.model)
     message_id = f"msg_{secrets.token_hex(12)}"
     meter = call.meter(message_id, model)
     generation = dataclasses.replace(body.for_engine(message_id), **body.sampling(model.settings.defaults))
@@ -79,7 +79,7 @@ async def create_message(call: Annotated[Call, Depends(call)]) -> Response:
 async def count_tokens(call: Annotated[Call, Depends(call)]) -> Response:
     """Count the input tokens of a message, exactly. A request that costs no tokens."""
     body = await call.read(lambda data: parse_body(CountTokensRequest, data))
-    meter = call.meter(f"tok-{secrets.token_hex(16)}", call.admit(body.model))
+    meter = call.meter(f"tok-{secrets.token_hex(16)}", await call.admit(body.model))
     request = body.for_engine(meter.request_id)
 
     async def chunks() -> AsyncGenerator[bytes, None]:

@@ -27,7 +27,7 @@ _STREAM_QUERY = {"name": "stream", "in": "query", "schema": {"type": "boolean"}}
 async def create_chat_completion(call: Annotated[Call, Depends(call)]) -> Response:
     """Create a chat completion, streamed or whole."""
     body = await call.read(lambda data: parse_chat_request(data, call.request.query_params.get("stream")))
-    model = call.admit(body.model)
+    model = await call.admit(body.model)
     completion_id = f"chatcmpl-{secrets.token_hex(16)}"
     meter = call.meter(completion_id, model)
     resumable = body.stream and call.services.resumable.wants(call.principal, body.resumable)

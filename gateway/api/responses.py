@@ -50,7 +50,7 @@ AppServices = Annotated[Services, Depends(services)]
 async def create_response(call: Annotated[Call, Depends(call)]) -> Response:
     """Create a response: whole, streamed, or in the background."""
     body = await call.read(lambda data: parse_body(ResponseRequest, data))
-    model = call.admit(body.model)
+    model = await call.admit(body.model)
     meter = call.meter(f"resp_{secrets.token_hex(24)}", model)
     async with call.telling_standing(model):
         if body.shannon_options is not None:

@@ -70,7 +70,7 @@ def _body(name: str) -> dict[str, Any]:
 async def tokenize(call: Annotated[Call, Depends(call)]) -> Response:
     """Return the token ids of a text or a conversation."""
     body = await call.read(lambda data: parse_body(TokenizeRequest, data))
-    meter = call.meter(f"tok-{secrets.token_hex(16)}", call.admit(body.model))
+    meter = call.meter(f"tok-{secrets.token_hex(16)}", await call.admit(body.model))
 
     async def chunks() -> AsyncGenerator[bytes, None]:
         request = await inlined(body.for_engine(meter.request_id), meter, call.services.images)
@@ -86,7 +86,7 @@ async def tokenize(call: Annotated[Call, Depends(call)]) -> Response:
 async def detokenize(call: Annotated[Call, Depends(call)]) -> Response:
     """Return the text of token ids."""
     body = await call.read(lambda data: parse_body(DetokenizeRequest, data))
-    meter = call.meter(f"tok-{secrets.token_hex(16)}", call.admit(body.model))
+    meter = call.meter(f"tok-{secrets.token_hex(16)}", await call.admit(body.model))
 
     async def chunks() -> AsyncGenerator[bytes, None]:
         yield orjson.dumps({"prompt": await meter.detokenize(body.tokens)})

@@ -205,7 +205,7 @@ async def _inspect(
 ) -> Response:
     inspector = _inspector(call.services)
     body: ChatStreamRequest | FullAttentionRequest = await call.read(lambda data: parse_body(schema, data))
-    model = call.admit(body.model if isinstance(body, InspectRequest | InspectAttentionRequest) else None)
+    model = await call.admit(body.model if isinstance(body, InspectRequest | InspectAttentionRequest) else None)
     engine = model.settings.engine
     async with call.telling_standing(model):
         request = body.for_inspector(call.services.config.inspector)

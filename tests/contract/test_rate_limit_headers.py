@@ -177,6 +177,54 @@ async def test_body_that_is_not_json_has_the_six(gateway: Gateway) -> None:
     assert_six(response)
 
 
+async def test_body_that_is_too_large_or_too_slow_has_the_six(start: Start) -> None:
+    gateway = await start(server={"max_body_bytes": 2048, "body_timeout_s": 0.05})
+
+    async def stalling() -> Any:
+        yield b"{"
+        await asyncio.Event().wait()
+
+    for content, status in ((b"x" * 2049, 413), (stalling(), 408)):
+        response = await gateway.client.post("/v1/chat/completions", content=content)
+        assert response.status_code == status
+        assert_six(response)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
+        ("/v1/responses", {"input": "hi"}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}),
+        ("/v1/completions", {"prompt": "hi"}),
+        ("/v1/embeddings", {"input": "hi"}),
+        ("/tokenize", {"prompt": "hi"}),
+        ("/detokenize", {"tokens": [1]}),
+        ("/api/v1/chat/submit", {"prompt": "hi", "client_id": "c"}),
+    ],
+)
+async def test_draining_gateway_tells_the_standing_with_the_model_that_was_meant(
+    start: Start, path: str, fields: dict[str, Any]
+) -> None:
+    config = models(requests_per_minute=7)
+    config["models"]["shannon-chat"]["limits"] = {"requests_per_minute": 5}
+    gateway = await start(config=config)
+    gateway.services.drain.draining = True
+    response = await gateway.client.post(path, json=fields | {"model": "shannon-complex"})
+
+    assert response.status_code == 503
+    assert_six(response)
+    assert response.headers["x-ratelimit-limit-requests"] == "7"
+    assert response.headers["retry-after"] == "1"
+
+
+async def test_job_for_nobody_has_the_six(gateway: Gateway) -> None:
+    response = await gateway.client.post("/api/v1/chat/submit", json={"prompt": "hi", "client_id": "nobody"})
+
+    assert response.status_code == 404
+    assert_six(response)
+
+
 async def test_bad_request_of_a_key_without_the_default_model_is_still_about_the_request(gateway: Gateway) -> None:
     _, key = await gateway.services.keys.create(KeySpec(name="narrow", models=["shannon-complex"]))
     response = await gateway.client.post(
