@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from engine.mock import MockEngine
 from gateway.tools.base import Toolbox
-from tests.conftest import Gateway, Start, chunks
+from tests.conftest import ROOT, Gateway, Start, chunks
 from tests.event_grammar import PAYLOADS, check_events
 from tests.scripted import FakeFetch, FakeSearch, ScriptedModel, steps
 
@@ -66,6 +67,17 @@ async def test_all_ten_types_are_used(start: Start) -> None:
         seen |= {event["type"] for event in await events_of(gateway, stream=True)}
     assert seen == PAYLOADS.keys()
     assert len(seen) == 10
+
+
+def test_readme_names_every_field_of_every_payload() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([A-Z_]+)` \| [^|]+ \|([^|]*)\|([^|]*)\|$", readme, re.M)
+    told = {
+        kind: tuple(set(re.findall(r"`([a-z_]+)`", re.sub(r"\(.*?\)", "", cell))) for cell in cells)
+        for kind, *cells in rows
+    }
+
+    assert told == {kind: (set(always), set(perhaps)) for kind, (always, perhaps) in PAYLOADS.items()}
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS)
