@@ -155,7 +155,7 @@ class Metrics:
         )
         self.usage_refused = Counter(
             "shannon_usage_refused",
-            "Usage entries that the store refused; they stand in the log alone.",
+            "Usage entries that the store or a full disk refused; they stand in the log alone.",
             registry=self._registry,
         )
         self._sessions = Counter(

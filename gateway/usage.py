@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import fcntl
 import logging
+import os
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -88,6 +89,7 @@ class Ledger:
         self._journal: IO[bytes] | None = None
         self._replayer: asyncio.Task[None] | None = None
         self._adopter: asyncio.Task[None] | None = None
+        self._closing = False
 
     async def start(self) -> None:
         """Begin to replay what earlier gateways left behind."""
@@ -96,6 +98,7 @@ class Ledger:
     async def close(self) -> None:
         """Write what is waiting; what the store does not take stays in the journal."""
         await self._store.answered()  # what was reserved for callers who have left is given back then
+        self._closing = True
         while self._writer is not None and not self._writer.done():
             await self._writer
         for task in (self._adopter, self._replayer):
@@ -109,6 +112,8 @@ class Ledger:
                 await self._replay(path, self._process)
                 path.unlink()
             self._journal.close()
+        for entry, _ in self._waiting:
+            self._set_aside(entry, "neither the store nor the disk takes")
 
     @property
     def _journal_path(self) -> Path:
@@ -139,13 +144,22 @@ class Ledger:
 
     async def _write(self) -> None:
         """Send entries in order, all that wait at once; order is what makes the numbers mean anything."""
+        stuck = False
         while self._waiting:
             batch, self._waiting = self._waiting[:_BATCH], self._waiting[_BATCH:]
             try:
                 answers = await self._send([entry for entry, _ in batch], self._process)
             except StoreUnavailable:
                 self._waiting = batch + self._waiting
-                self._turn_to_journal()
+                try:
+                    self._turn_to_journal()
+                except OSError as error:
+                    if not stuck:
+                        log.error("usage stays in memory until the store is back, as no journal can be made: %s", error)
+                    stuck = True
+                    if not self._closing:
+                        await asyncio.sleep(_RETRY_S)
+                        continue
                 return
             for (entry, result), answer in zip(batch, answers, strict=True):
                 if not result.done():
@@ -154,7 +168,7 @@ class Ledger:
     async def _send(self, entries: list[Entry], process: str) -> list[Any]:
         answers = await self._store.try_in_order([entry.command(process) for entry in entries])
         answers = [
-            self._set_aside(entry, answer) if isinstance(answer, StoreRefused) else answer
+            self._set_aside(entry, f"the store refuses ({answer})") if isinstance(answer, StoreRefused) else answer
             for entry, answer in zip(entries, answers, strict=True)
         ]
         if unlisted := {entry.key_id for entry in entries} - self._listed:
@@ -162,34 +176,43 @@ class Ledger:
             self._listed |= unlisted
         return answers
 
-    def _set_aside(self, entry: Entry, error: StoreRefused) -> list[int]:
-        """Leave an entry that the store refuses to the log: it must not hold up all that follow. Returns an answer.
+    def _set_aside(self, entry: Entry, reason: str) -> list[int]:
+        """Leave an entry to the log: it must not hold up all that follow. Returns an answer.
 
         It is not sent again: its number counts as applied where the script broke off half-way.
         """
         self._store.metrics.usage_refused.inc()
-        log.error("usage that the store refuses (%s): %s", error, orjson.dumps(asdict(entry)).decode())
-        limits = entry.allowance
-        return [0, limits.requests_per_minute, limits.tokens_per_minute, 0, 0]
+        log.error("usage that %s: %s", reason, orjson.dumps(asdict(entry)).decode())
+        return [0, entry.allowance.requests_per_minute, entry.allowance.tokens_per_minute, 0, 0]
 
     def _turn_to_journal(self) -> None:
+        """Put what waits into a journal, and all that comes until the store is back. Raises OSError."""
+        for _, result in self._waiting:
+            if not result.done():
+                result.set_result(None)
         self._data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         path = self._journal_path
         unlocked = path.with_suffix(".new")
-        self._journal = unlocked.open("ab", buffering=0)
-        fcntl.flock(self._journal, fcntl.LOCK_EX)
+        journal = unlocked.open("ab", buffering=0)
+        fcntl.flock(journal, fcntl.LOCK_EX)
         unlocked.rename(path)  # seen by others only now that it is locked
+        self._journal = journal
         waiting, self._waiting = self._waiting, []
-        for entry, result in waiting:
+        for entry, _ in waiting:
             self._append(entry)
-            if not result.done():
-                result.set_result(None)
         log.warning("usage goes to %s until the store is back", path.name)
         self._replayer = asyncio.create_task(self._replay_when_back(path))
 
     def _append(self, entry: Entry) -> None:
         assert self._journal is not None
-        self._journal.write(orjson.dumps(asdict(entry)) + b"\n")
+        line = orjson.dumps(asdict(entry)) + b"\n"
+        end = os.fstat(self._journal.fileno()).st_size
+        try:
+            if self._journal.write(line) < len(line):
+                raise OSError("the disk is full")
+        except OSError as error:
+            self._journal.truncate(end)  # half a line would spoil the next
+            self._set_aside(entry, f"the journal can't take ({error})")
 
     async def _replay_when_back(self, path: Path) -> None:
         done = 0

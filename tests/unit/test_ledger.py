@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import resource
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -314,3 +315,63 @@ async def test_journal_is_for_its_owner_only(own: StoreServer, tmp_path: Path) -
         await ledger.settle(entry())
 
         assert folder.stat().st_mode & 0o077 == 0
+
+
+async def test_entries_stay_in_memory_where_no_journal_can_be_made(
+    own: StoreServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    async with opened(own.url, tmp_path / "file") as (store, ledger):
+        own.stop()
+        async with asyncio.timeout(30):
+            assert await ledger.settle(entry()) is None
+            assert await ledger.settle(entry()) is None
+        own.start()
+        await until(lambda: store.available and not ledger._waiting, within_s=30)
+        await ledger.settle(entry())
+
+        assert (await ledger.totals(KEY_ID))[0]["requests"] == 3
+    assert caplog.text.count("usage stays in memory") == 1
+
+
+async def test_ledger_that_closes_without_store_and_disk_leaves_its_entries_to_the_log(
+    own: StoreServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    async with asyncio.timeout(30), opened(own.url, tmp_path / "file") as (store, ledger):
+        own.stop()
+        await ledger.settle(entry(prompt_tokens=4711))
+
+    assert "usage that neither the store nor the disk takes" in caplog.text
+    assert '"prompt_tokens":4711' in caplog.text
+    assert b"shannon_usage_refused_total 1.0" in store.metrics.render()
+
+
+async def test_entry_that_a_full_disk_cuts_is_logged_and_spoils_no_other(
+    own: StoreServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with opened(own.url, tmp_path) as (store, ledger):
+        own.stop()
+        await ledger.settle(entry())
+        (journal,) = journals(tmp_path)
+        with full_disk(journal.stat().st_size + 20):
+            await ledger.settle(entry(prompt_tokens=4711))
+        await ledger.settle(entry())
+        own.start()
+        await until(lambda: not journals(tmp_path), within_s=30)
+
+        assert (await ledger.totals(KEY_ID))[0]["requests"] == 2
+        assert b"shannon_usage_refused_total 1.0" in store.metrics.render()
+    assert "usage that the journal can't take" in caplog.text
+    assert '"prompt_tokens":4711' in caplog.text
+
+
+@contextlib.contextmanager
+def full_disk(most_bytes: int) -> Iterator[None]:
+    """Let no file of this process grow beyond a size: writes are cut there, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
