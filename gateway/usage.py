@@ -257,7 +257,7 @@ class Ledger:
             return False
         except (BlockingIOError, FileNotFoundError):
             return True
-        except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+        except (OSError, orjson.JSONDecodeError, KeyError, TypeError) as error:  # another user's, or damaged
             log.error("the journal %s can't be read and stays where it is: %r", path.name, error)
             return True
         log.warning("replayed the journal that an earlier gateway left: %s", path.name)

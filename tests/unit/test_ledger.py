@@ -270,8 +270,9 @@ async def test_journal_that_a_living_process_holds_is_left_alone(store_url: str,
             assert (await ledger.totals(KEY_ID))[0]["requests"] == 1
 
 
-async def test_unreadable_journal_does_not_keep_others_from_being_replayed(store_url: str, tmp_path: Path) -> None:
+async def test_unreadable_journals_do_not_keep_others_from_being_replayed(store_url: str, tmp_path: Path) -> None:
     (tmp_path / "ledger-a.jsonl").write_bytes(b"{}\n")
+    (tmp_path / "ledger-aa.jsonl").mkdir()  # can't be opened, as another user's can't
     good = tmp_path / "ledger-b.jsonl"
     good.write_bytes(line(1))
     async with opened(store_url, tmp_path) as (_, ledger):
