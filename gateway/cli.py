@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from redis.exceptions import RedisError
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from engine.weights import WeightsError
 from gateway import __version__, logs, tracing
@@ -318,7 +318,8 @@ def _print(rows: list[dict[str, Any]], as_json: bool) -> None:
         for name, value in rows[0].items():
             table.add_row(name, _cell(name, value))
     else:
-        table = Table(*rows[0])
+        # Ids are copied from here, so the others give way on a narrow terminal.
+        table = Table(*(Column(name, no_wrap=name in ("id", "key_id")) for name in rows[0]))
         for row in rows:
             table.add_row(*(_cell(name, value) for name, value in row.items()))
     out.print(table)

@@ -108,6 +108,12 @@ def test_show_and_list_never_show_a_secret(shell: Shell) -> None:
             assert digest(secret) not in printed
 
 
+def test_list_shows_whole_ids_however_narrow_the_terminal(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = shell.json("keys", "create", "a name that needs more room than there is", "--tenant", "a-long-tenant")
+    monkeypatch.setenv("COLUMNS", "60")
+    assert made["id"] in shell("keys", "list")
+
+
 def test_list_and_show_agree(shell: Shell) -> None:
     shell("keys", "create", "one")
     made = shell.json("keys", "create", "two")
