@@ -28,7 +28,19 @@ class StoreServer:
 
     def start(self) -> None:
         command = [self._binary, "--port", "0", "--unixsocket", str(self._folder / "s.sock")]
-        command += ["--dir", str(self._folder), "--appendonly", "yes", "--save", "", "--logfile", "store.log"]
+        # With `everysec` a server that is killed may lose what it has answered: a write waits for a slow fsync.
+        command += [
+            "--dir",
+            str(self._folder),
+            "--appendonly",
+            "yes",
+            "--appendfsync",
+            "always",
+            "--save",
+            "",
+            "--logfile",
+            "store.log",
+        ]
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
