@@ -104,7 +104,7 @@ class Hub:
     def check_space(self, plans: Sequence[Plan]) -> None:
         """Raise NoSpace unless all of `plans` fit on the volume, less what is there already."""
         needed = sum(plan.missing_bytes for plan in plans)
-        volume = next(path for path in (self.cache_dir, *self.cache_dir.parents) if path.exists())
+        volume = next(path for path in (self.cache_dir, *self.cache_dir.parents) if os.path.exists(path))
         free = self._free_bytes(volume)
         if needed > free:
             models = ", ".join(plan.model for plan in plans)

@@ -88,6 +88,6 @@ def _packages() -> dict[str, str]:
 
 
 def existing_parent(path: Path) -> Path:
-    """Return `path`, or else the nearest folder above it that exists."""
+    """Return `path`, or else the nearest folder above it that exists, as far as this user may look."""
     path = Path(os.path.abspath(path.expanduser()))
-    return next(folder for folder in (path, *path.parents) if folder.exists())
+    return next(folder for folder in (path, *path.parents) if os.path.exists(folder))

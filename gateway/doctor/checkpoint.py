@@ -7,6 +7,7 @@ known. Leaves out checksums: `shannon download` compares them as the files come.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,13 @@ class Checkpoint:
 
 def find_checkpoint(case: Case, engine: EmbeddedSettings) -> Checkpoint:
     """Look for the files of an engine's model, and ask the hub for what is not here."""
+    try:
+        return _find_checkpoint(case, engine)
+    except PermissionError as error:
+        return Checkpoint(engine.model, failure=f"{error.filename} can't be read: {error.strerror}")
+
+
+def _find_checkpoint(case: Case, engine: EmbeddedSettings) -> Checkpoint:
     if engine.model == "demo":
         return Checkpoint("demo", DEMO_WEIGHTS)
     if not is_hub_id(engine.model):
@@ -94,7 +102,7 @@ def check_weights(case: Case, name: str, engine: EmbeddedSettings, found: Checkp
         return Finding("weights", "failed", f"{model}: {found.failure}", "Correct `model`", subject)
     if found.failure:
         failure = found.failure.removeprefix(f"{model}: ")
-        begun = " Part of it is in the cache." if repository_folder(cache_dir(case), model).exists() else ""
+        begun = " Part of it is in the cache." if os.path.exists(repository_folder(cache_dir(case), model)) else ""
         return Finding(
             "weights", "failed", f"{model}: not whole in the cache, and {failure}.{begun}", download, subject
         )

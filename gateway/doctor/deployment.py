@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import shutil
 
 from gateway.app import build_authenticator, build_engines, build_store
@@ -65,10 +66,11 @@ async def check_tools(case: Case) -> list[Finding]:
     if tools.local_search is not None:
         folder = tools.local_search.folder.expanduser()
         subject = "tools.local_search"
-        if folder.is_dir():
+        if os.path.isdir(folder):
             findings.append(Finding("tools", "ok", f"{folder} is there", subject=subject))
         else:
-            findings.append(Finding("tools", "failed", f"there is no folder {folder}", "Correct `folder`", subject))
+            text = f"there is no folder {folder}, or this user may not see it"
+            findings.append(Finding("tools", "failed", text, "Correct `folder`", subject))
     if not findings:
         agents = sum(model.workflow != "chat" for model in case.config.models.values())
         text = f"none is set up: the {agents} models with agents answer from what the model knows, and say so"

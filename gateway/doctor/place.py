@@ -32,10 +32,10 @@ def check_data_dir(case: Case) -> Finding:
     path = settings.data_dir.expanduser().absolute()
     parent = existing_parent(path)
     step = "Name another folder in store.data_dir, or give it to the gateway's user"
-    foreign = [file for file in (path.iterdir() if path.is_dir() else ()) if not os.access(file, os.W_OK)]
-    if foreign:
-        return Finding("data_dir", "failed", f"{foreign[0]} belongs to somebody else", step)
     try:
+        foreign = [file for file in (path.iterdir() if path == parent else ()) if not os.access(file, os.W_OK)]
+        if foreign:
+            return Finding("data_dir", "failed", f"{foreign[0]} belongs to somebody else", step)
         with tempfile.TemporaryFile(dir=parent):
             pass
     except OSError as error:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from gateway.cli import main
+from gateway.doctor.checkpoint import check_weights, find_checkpoint
 from gateway.doctor.deployment import check_drain, check_exposure, check_keys, check_tools
 from gateway.doctor.examination import check_all, conceal, secrets
 from gateway.doctor.finding import Finding
@@ -29,6 +30,36 @@ def test_data_dir_that_can_not_be_written_fails(tmp_path: Path) -> None:
     assert finding.verdict == "failed"
     assert "/proc/shannon" in finding.text
     assert "store.data_dir" in finding.next_step
+
+
+@pytest.fixture
+def locked(tmp_path: Path) -> Iterator[Path]:
+    """A folder that this user may not look into, as a service's is for whoever runs the doctor."""
+    folder = tmp_path / "locked"
+    folder.mkdir(mode=0o700)
+    if os.geteuid() == 0:
+        tmp_path.chmod(0o755)
+        os.seteuid(65534)
+        yield folder
+        os.seteuid(0)
+    else:
+        folder.chmod(0)
+        yield folder
+        folder.chmod(0o700)
+
+
+@pytest.mark.anyio
+async def test_folders_of_another_user_are_findings(locked: Path) -> None:
+    tree = {"engines": {"main": {"kind": "embedded", "model": str(locked / "model")}}}
+    tree |= {"tools": {"local_search": {"folder": str(locked / "docs")}}}
+    data_dirs = [check_data_dir(case({"store": {"data_dir": str(path)}})) for path in (locked, locked / "data")]
+    deployment = case(tree)
+    (engine,) = deployment.in_process.values()
+    weights = check_weights(deployment, "main", engine, find_checkpoint(deployment, engine))
+    findings = [*data_dirs, *await check_tools(deployment), weights]
+
+    assert [finding.verdict for finding in findings] == ["failed"] * 4
+    assert all(str(locked) in finding.text for finding in findings)
 
 
 def test_data_dir_needs_room(tmp_path: Path) -> None:
