@@ -99,6 +99,9 @@ def _read_html(html: str) -> Document:
     from trafilatura.utils import load_html
 
     tree = load_html(html)
+    if tree is None:  # a page may leave out all that tells it from text, but its server or its name have told
+        html = f"<!doctype html>{html}"
+        tree = load_html(html)
     if tree is None:
         raise Unreadable("it is not HTML")
     # The extensive search takes any year in the text for a date.

@@ -57,6 +57,15 @@ async def test_short_page_is_read_whole(reader: Reader) -> None:
     assert page == Document("Hi there.", "T")
 
 
+@pytest.mark.parametrize(
+    "content", [b"<title>Pumps</title><p>They move heat.", b"<p>They move heat.", b"They move heat."]
+)
+async def test_page_may_leave_out_its_outer_tags(reader: Reader, content: bytes) -> None:
+    document = await reader.read(content, "html")
+
+    assert document == Document("They move heat.", "Pumps" if b"title" in content else "")
+
+
 async def test_pdf_becomes_text_page_by_page(reader: Reader) -> None:
     content = pdf("Heat pumps", ["The first page tells of air.", "The second page tells of water."])
 
