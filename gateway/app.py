@@ -106,7 +106,7 @@ EXPOSED_HEADERS = [
     "X-Session-ID",
     "X-Request-ID",
     "X-Shannon-Resume",
-    "Retry-After",
+    *("Retry-After", "Retry-After-Ms", "X-Should-Retry"),  # a browser's SDK obeys what it may read
     *(f"X-RateLimit-{kind}-{of}" for kind in ("Limit", "Remaining", "Reset") for of in ("Requests", "Tokens")),
 ]
 

@@ -1,4 +1,4 @@
-"""CORS: configured origins only, and they may read the session, the request id and the rate limits."""
+"""CORS: configured origins only, and they may read the session, the request id, when to retry and the rate limits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ORIGIN = "https://app.example.com"
 EXPOSED = {
     "x-session-id",
     "x-request-id",
-    "retry-after",
+    *("retry-after", "retry-after-ms", "x-should-retry"),
     *(f"x-ratelimit-{kind}-{of}" for kind in ("limit", "remaining", "reset") for of in ("requests", "tokens")),
 }
 
