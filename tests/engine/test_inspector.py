@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import AsyncIterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from vllm.inputs import TokensPrompt
 from engine.base import EngineDied, InvalidRequest
 from engine.demo import WEIGHTS
 from engine.embedded import EmbeddedEngine
-from engine.inspection import distribution, draw, entropy, rounded
+from engine.inspection import Job, Subject, distribution, draw, entropy, rounded
 from engine.inspector import InspectionRequest, Source, Step
 from engine.transformers_inspector import TransformersInspector
 from tests.conftest import until
@@ -253,6 +254,33 @@ async def test_equal_seeds_draw_equal_tokens(inspector: TransformersInspector) -
 
     assert await draw_with(1) == await draw_with(1)
     assert await draw_with(1) != await draw_with(2)
+
+
+@pytest.mark.parametrize(
+    ("written", "reply"),
+    [
+        ("Hello.\nuser: And then?\nassistant: Nothing", "Hello."),
+        ("Hello.\nsystem: Be brief. Hello again", "Hello."),
+        ("\nuser: Who goes first", ""),
+        ("Ask a user: they know.\nusers: some", "Ask a user: they know.\nusers: some"),
+    ],
+    ids=["user", "system", "at the boundary", "no tag"],
+)
+def test_model_that_writes_the_next_turn_itself_is_stopped_before_it(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, written: str, reply: str
+) -> None:
+    ids: list[int] = tokenizer.encode(written, add_special_tokens=False)
+    script = iter(ids)
+    monkeypatch.setattr("engine.inspection.draw", lambda *_: next(script))
+    asked = asdict(ask(QUESTION, max_new_tokens=len(ids)))
+    job = Job(**asked, max_model_len=2048, max_prompt_bytes=2000, max_attention_tokens=200)
+    answers = [answer for answer in Subject(str(WEIGHTS), "cpu", False).trace(job) if answer[0]["kind"] != "busy"]
+
+    *steps, (last,) = answers
+    assert last == {"kind": "reply", "reply": reply}
+    said = "".join(token["token_text"] for _, token, _ in steps)
+    assert written.startswith(said)
+    assert said == written if reply == written else len(steps) < len(ids)
 
 
 async def test_prompt_over_the_bound_is_refused(inspector: TransformersInspector) -> None:
