@@ -232,6 +232,26 @@ def make_run(
     return Run(request, meter, session or Session(), Toolbox(tools), budget, lambda: 1_700_000_000, dict(options or {}))
 
 
+CONTEXT = "We sell tea."
+CONVERSATION = [
+    {"role": "system", "content": "Answer like a pirate. Our page is https://ours.example/x."},
+    {"role": "user", "content": "Before?"},
+    {"role": "assistant", "content": "Yes."},
+    {"role": "user", "content": "And now?"},
+]
+"""What a client may bring along; CONTEXT is for its options."""
+
+
+def check_conversation(asked: list[tuple[str, GenerationRequest]], plan: str, answer: str) -> None:
+    """Assert that agents were told CONTEXT, the planner the earlier turns, and whoever writes the answer everything."""
+    by_kind = {kind: request for kind, request in asked if kind != "chat"}
+    assert [message["content"] for message in by_kind[answer].messages[1:3]] == ["Before?", "Yes."]
+    assert "user: Before?\nassistant: Yes." in text_of(by_kind[plan])
+    for kind, request in by_kind.items():
+        assert CONTEXT in text_of(request)
+        assert ("pirate" in text_of(request, 0)) is (kind == answer), "it does not replace agents' roles"
+
+
 @dataclass
 class Outcome:
     """What a run sent."""

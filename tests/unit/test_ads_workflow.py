@@ -26,7 +26,19 @@ from gateway.workflows.offers import Profile, checked, stands_in
 from gateway.workflows.run import Budget, conduct
 from gateway.workflows.tables import cell, table
 from tests.conftest import until
-from tests.scripted import FakeFetch, FakeTool, Outcome, make_run, outcome_of, outside_fences, text_of, tokens
+from tests.scripted import (
+    CONTEXT,
+    CONVERSATION,
+    FakeFetch,
+    FakeTool,
+    Outcome,
+    check_conversation,
+    make_run,
+    outcome_of,
+    outside_fences,
+    text_of,
+    tokens,
+)
 from tests.unit.conftest import Metered, metered
 
 pytestmark = pytest.mark.anyio
@@ -167,6 +179,12 @@ async def test_ads_and_pages_are_compared_and_explained() -> None:
     )
     assert [entry["domain"] for entry in outcome.result["ads"]] == ["acme.test", "tidy.test"]
     assert outcome.result["ads"][1]["profile"]["price"] == ""
+
+
+async def test_history_system_prompt_and_context_are_honoured() -> None:
+    model = Model()
+    await asked(model, FakeAds(), FakeFetch(PAGES), messages=CONVERSATION, options={"context": CONTEXT})
+    check_conversation(model.asked, "plan", "answer")
 
 
 async def test_model_reads_ads_and_pages_as_data() -> None:

@@ -32,7 +32,18 @@ from gateway.workflows.figure_filter import REMOVED
 from gateway.workflows.report_plans import Menu, earlier, sensible
 from gateway.workflows.run import Budget
 from tests.conftest import NOW, ROOT, FakeClock
-from tests.scripted import FakeTool, Outcome, make_run, outcome_of, outside_fences, text_of, tokens
+from tests.scripted import (
+    CONTEXT,
+    CONVERSATION,
+    FakeTool,
+    Outcome,
+    check_conversation,
+    make_run,
+    outcome_of,
+    outside_fences,
+    text_of,
+    tokens,
+)
 from tests.unit.conftest import Metered, metered
 from tests.unit.test_ga4 import METADATA, PROPERTY, REPORT, TOKEN_URL, row
 
@@ -183,6 +194,12 @@ async def test_question_is_answered_from_reports_and_from_nothing_else(google: r
         "bounceRate": 0.4211,
     }
     assert "3 figures were taken out: no report holds them." in outcome.messages("DATA_PROCESSING")
+
+
+async def test_history_system_prompt_and_context_are_honoured(google: respx.Router) -> None:
+    model = Model()
+    await asked(model, Toolbox(ga4()), messages=CONVERSATION, options={"context": CONTEXT})
+    check_conversation(model.asked, "plan", "answer")
 
 
 async def test_model_can_choose_only_what_the_property_has(google: respx.Router) -> None:

@@ -19,12 +19,15 @@ from gateway.tools.base import Observation, Source
 from gateway.workflows.complex import MOST_STEPS, Plan, Step, ordered, supervise
 from gateway.workflows.run import Budget
 from tests.scripted import (
+    CONTEXT,
+    CONVERSATION,
     Address,
     FakeFetch,
     FakeSearch,
     FakeTool,
     Outcome,
     ScriptedModel,
+    check_conversation,
     kind_of,
     make_run,
     outcome_of,
@@ -88,6 +91,12 @@ def test_any_plan_can_be_run_in_order(parts: list[tuple[int, list[int]]]) -> Non
         assert set(step.depends_on) <= done
         done.add(step.id)
     assert done == {number for number, _ in parts}
+
+
+async def test_history_system_prompt_and_context_are_honoured() -> None:
+    model = ScriptedModel()
+    await supervised(model, messages=CONVERSATION, options={"context": CONTEXT})
+    check_conversation(model.asked, "complex_plan", "complex_answer")
 
 
 async def test_results_are_passed_along_to_those_who_need_them() -> None:

@@ -17,12 +17,15 @@ from gateway.workflows.researcher import Step
 from gateway.workflows.run import Budget
 from gateway.workflows.verification import Checked, Claims, Verdict, limitations
 from tests.scripted import (
+    CONTEXT,
+    CONVERSATION,
     Address,
     FakeFetch,
     FakeSearch,
     FakeTool,
     Outcome,
     ScriptedModel,
+    check_conversation,
     make_run,
     outcome_of,
     outside_fences,
@@ -366,21 +369,8 @@ async def test_answer_that_the_client_binds_is_left_alone(strategy: str, tools: 
 
 async def test_history_system_prompt_and_context_are_honoured() -> None:
     place = await world()
-    messages = [
-        {"role": "system", "content": "Answer like a pirate. Our page is https://ours.example/x."},
-        {"role": "user", "content": "Before?"},
-        {"role": "assistant", "content": "Yes."},
-        {"role": "user", "content": "And now?"},
-    ]
-    await place.run("standard", messages=messages, options={"context": "We sell tea."})
-    by_kind = {kind: request for kind, request in place.model.asked if kind != "chat"}
-
-    assert "like a pirate" in text_of(by_kind["answer"], 0)
-    assert [message["content"] for message in by_kind["answer"].messages[1:3]] == ["Before?", "Yes."]
-    assert "user: Before?\nassistant: Yes." in text_of(by_kind["plan"])
-    for kind, request in by_kind.items():
-        assert "We sell tea." in text_of(request)
-        assert ("pirate" in text_of(request, 0)) is (kind == "answer"), "it does not replace agents' roles"
+    await place.run("standard", messages=CONVERSATION, options={"context": CONTEXT})
+    check_conversation(place.model.asked, "plan", "answer")
 
 
 async def test_own_addresses_may_be_named() -> None:
