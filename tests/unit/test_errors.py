@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from pydantic import BaseModel, ValidationError
@@ -25,6 +26,7 @@ from gateway.errors import (
     from_engine,
     from_validation,
 )
+from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize(
@@ -54,6 +56,18 @@ def test_error_has_the_documented_status_type_and_code(
         "error": {"message": "No.", "type": error_type, "param": "stop", "code": code},
     }
     assert error.headers()["x-should-retry"] == should_retry
+
+
+def test_readme_names_every_error() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    told = re.findall(r"^\| (\d{3}) \| `([a-z_]+)` \| `([a-z_]+)` \|", readme, re.M)
+    kinds = _below(GatewayError)
+
+    assert sorted(told) == sorted({(str(kind.status), kind.type, kind.code) for kind in kinds})
+
+
+def _below(kind: type[GatewayError]) -> list[type[GatewayError]]:
+    return [one for child in kind.__subclasses__() for one in (child, *_below(child))]
 
 
 def test_param_is_null_when_no_field_is_at_fault() -> None:
