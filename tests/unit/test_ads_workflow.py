@@ -12,13 +12,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+import respx
 
 from engine.base import Delta, EngineDied, GenerationRequest
 from engine.mock import Fault, MockEngine
+from gateway.config import SerpAdsSettings
 from gateway.errors import BadRequest, Unavailable
 from gateway.events import ShannonEvent
 from gateway.tools.base import Observation, Source, ToolError
-from gateway.tools.serp_ads import SerpAdsArguments
+from gateway.tools.serp_ads import SerpAds, SerpAdsArguments
 from gateway.workflows.ads import ads
 from gateway.workflows.figures import Figures
 from gateway.workflows.offer_filter import PRICE_REMOVED, OfferFilter
@@ -40,6 +42,8 @@ from tests.scripted import (
     tokens,
 )
 from tests.unit.conftest import Metered, metered
+from tests.unit.test_serp_ads import ADS as SERVED
+from tests.unit.test_serp_ads import KEYS, SEARCHAPI
 
 pytestmark = pytest.mark.anyio
 
@@ -179,6 +183,20 @@ async def test_ads_and_pages_are_compared_and_explained() -> None:
     )
     assert [entry["domain"] for entry in outcome.result["ads"]] == ["acme.test", "tidy.test"]
     assert outcome.result["ads"][1]["profile"]["price"] == ""
+
+
+async def test_ads_of_a_service_come_into_the_tables(respx_mock: respx.Router) -> None:
+    respx_mock.get(SEARCHAPI).respond(json={"ads": SERVED})
+    service: Any = SerpAds(SerpAdsSettings(provider="searchapi"), KEYS)
+    outcome = await asked(Model(), service, FakeFetch())
+
+    assert "| top 1 | weekly planner | acme.test | Acme Planner - 30% off | Plan your week." in outcome.text
+    assert "| bottom 2 | weekly planner | tidy.test | Tidy | Tidy up. | [1] |" in outcome.text
+    assert [(entry["domain"], entry["page_read"]) for entry in outcome.result["ads"]] == [
+        ("acme.test", True),
+        ("tidy.test", True),
+    ]
+    assert outcome.result["sources"][0]["url"] == "https://www.google.com/search?q=weekly+planner&gl=us&hl=en"
 
 
 async def test_history_system_prompt_and_context_are_honoured() -> None:
