@@ -51,7 +51,6 @@ from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
 from redis.exceptions import (
-    BusyLoadingError,
     ClusterDownError,
     MasterDownError,
     OutOfMemoryError,
@@ -59,6 +58,7 @@ from redis.exceptions import (
     RedisClusterException,
     RedisError,
     ResponseError,
+    TryAgainError,
 )
 
 from gateway.config import StoreSettings
@@ -74,8 +74,8 @@ SCHEMA = 1
 _MAX_BATCH = 256
 _LAG_S = 0.005  # a timer that fires this late says that the loop was busy
 _MAX_FLUSHERS = 4  # one slow batch must not hold up the next
-# A server that is loading its file, out of memory or disk, a replica turned read-only, a lost master: as good as away.
-_AWAY = (BusyLoadingError, ClusterDownError, MasterDownError, OutOfMemoryError, ReadOnlyError)
+# A server that is out of memory, a replica turned read-only, a lost master, slots on the move: as good as away.
+_AWAY = (ClusterDownError, MasterDownError, OutOfMemoryError, ReadOnlyError, TryAgainError)
 # RedisClusterException, of a cluster without a node that answers, is no RedisError.
 _FAILURES = (RedisError, RedisClusterException, OSError, TimeoutError)
 
@@ -266,7 +266,7 @@ class Store:
                     sent.add(name)
         results: list[Any] = await pipeline.execute(raise_on_error=False)
         for result in results:
-            if isinstance(result, _AWAY) or (isinstance(result, ResponseError) and str(result).startswith("MISCONF")):
+            if isinstance(result, Exception) and not _is_refusal(result):
                 raise result
         return results
 
@@ -293,6 +293,12 @@ class Store:
                 self.available = True
                 log.warning("the store is back")
                 return
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Tell whether a command's error is the server's word on that command. A cluster's pipeline returns any other."""
+    away = isinstance(error, _AWAY) or str(error).startswith("MISCONF")  # it can't write to its disk
+    return isinstance(error, ResponseError) and not away
 
 
 def _fail(batch: Iterable[_Group]) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
+import signal
 import socket
 import subprocess
 from collections.abc import AsyncIterator, Iterator
@@ -20,7 +22,7 @@ from gateway.catalog import ModelSpec
 from gateway.config import LimiterSettings, ModelSettings, SessionSettings, StoreSettings
 from gateway.errors import StoreUnavailable
 from gateway.keys import Keys, KeySpec
-from gateway.limits import Limits, allowance_of
+from gateway.limits import Allowance, Limits, allowance_of
 from gateway.metrics import Metrics
 from gateway.sessions import Sessions
 from gateway.store import Store
@@ -126,3 +128,23 @@ async def test_nobody_waits_for_what_the_client_can_not_send(cluster_port: int) 
     async with opened(cluster_port) as store:
         with pytest.raises(StoreUnavailable):
             await asyncio.wait_for(store.run("CONFIG", "GET", "save"), 10)
+
+
+async def test_node_that_dies_with_a_command_is_a_store_that_is_away(cluster_port: int, tmp_path: Path) -> None:
+    """Whether it did what it was asked nobody knows: nothing is taken for refused, usage least of all."""
+    async with opened(cluster_port) as store:
+        ledger = Ledger(store, tmp_path)
+        allowance = Allowance(60, 1000)
+        await ledger.settle(Entry(key_id="TestKey00001", model_id="m", allowance=allowance, requests=1))
+        node = (await store.run("INFO", "server"))["process_id"]
+        os.kill(node, signal.SIGSTOP)
+        settled = ledger.settle(Entry(key_id="TestKey00001", model_id="m", allowance=allowance, requests=1))
+        for _ in range(100):  # until it is on its way
+            await asyncio.sleep(0)
+        os.kill(node, signal.SIGKILL)
+        await asyncio.wait_for(settled, 10)
+
+        assert not store.available
+        assert b"shannon_usage_refused_total 0.0" in store.metrics.render()
+        assert ledger.journal_bytes > 0
+        await ledger.close()
