@@ -78,6 +78,8 @@ class Connection:
             assert await self._reader.read(1) == b""
 
     async def _send(self, data: bytes) -> None:
+        if self._writer.is_closing():  # uvloop's would raise no ConnectionError
+            raise ConnectionResetError
         self._writer.write(data)
         await self._writer.drain()
 
