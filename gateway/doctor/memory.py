@@ -70,7 +70,7 @@ def check_gpu_memory(case: Case, name: str, engine: EmbeddedSettings, found: Che
         return Finding("memory", "failed", text, "Lower tensor_parallel_size, or take a larger node", subject)
     # A device without memory of its own shares the machine's.
     total = min(case.machine.memory_bytes if gpu.total_bytes is None else gpu.total_bytes for gpu in gpus)
-    share = float(engine.args.get("gpu_memory_utilization", UTILIZATION))
+    share = _share(engine)
     budget = int(share * total)
     taken = f"{share:g} of {show_bytes(total)}"
     wanted = need(engine, found, "")
@@ -98,7 +98,7 @@ def check_gpu_memory(case: Case, name: str, engine: EmbeddedSettings, found: Che
 
 def check_shares(case: Case) -> list[Finding]:
     """Tell whether engines on the same GPUs leave room for each other."""
-    shares = {name: float(e.args.get("gpu_memory_utilization", UTILIZATION)) for name, e in case.in_process.items()}
+    shares = {name: _share(engine) for name, engine in case.in_process.items()}
     if len(shares) < 2 or sum(shares.values()) <= 1 or not case.machine.driver.gpus:
         return []
     told = " + ".join(f"{name} {share:g}" for name, share in shares.items())
@@ -157,6 +157,12 @@ def _context_bytes(text: dict[str, Any], length: Any, element_bytes: int, tensor
 
 def _shards(engine: EmbeddedSettings) -> int:
     return max(1, _count(engine, "tensor_parallel_size")) * max(1, _count(engine, "pipeline_parallel_size"))
+
+
+def _share(engine: EmbeddedSettings) -> float:
+    """Return the part of a GPU that an engine takes. What is no number vLLM itself objects to."""
+    value = engine.args.get("gpu_memory_utilization")
+    return float(value) if isinstance(value, int | float) else UTILIZATION
 
 
 def _count(engine: EmbeddedSettings, name: str) -> int:

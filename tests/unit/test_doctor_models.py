@@ -202,6 +202,7 @@ def test_weights_grow_with_their_type_unless_they_are_quantized(sized: Sized) ->
         (140, {}, "failed", "do not fit"),
         (60, {"max_model_len": 131072}, "failed", "131072 tokens take 40.0 GiB"),
         (60, {"max_model_len": 8192}, "ok", "sequences of 8192"),
+        (60, {"max_model_len": 8192, "gpu_memory_utilization": "high"}, "ok", "sequences of 8192"),
         (16, {"tensor_parallel_size": 16}, "failed", "needs 16 GPUs"),
         (16, {"gpu_memory_utilization": 0.999, "max_model_len": 1024}, "failed", "79.0 GiB are free"),
     ],
