@@ -18,6 +18,8 @@ Keys, all under `sh:`; the braces are hash tags, so that what one script touches
     sh:{k:<key id>}:applied          hash: gateway process -> number of its last ledger entry
     sh:{k:<key id>}:u:<date>:<model> hash: usage of that day (UTC)
     sh:{k:<key id>}:days             set of "<date>:<model>" that have usage
+    sh:cache-salt                    secret that the gateways of this store salt cached prompts with
+    sh:drain:interrupted             how many exchanges shutdowns have cut short
     sh:{s:<session id>}              hash: owner, creation time, turns begun
     sh:{s:<session id>}:t            sorted set: turns as JSON, by turn number
     sh:{r:<response id>}             a response as JSON: its owner, object, input items, and the ids before it
