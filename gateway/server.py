@@ -18,6 +18,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from gateway.api.dependencies import Services
+from gateway.connection import Connection
 from gateway.drain import INTERRUPTED
 from gateway.errors import StoreUnavailable
 
@@ -51,7 +52,7 @@ class Server(uvicorn.Server):
                 host=host,
                 port=port,
                 loop="uvloop",
-                http="httptools",
+                http=Connection,
                 ws="none",
                 lifespan="on",
                 log_config=None,

@@ -1,0 +1,57 @@
+"""uvicorn's HTTP/1.1 connection, with a bound on what is no body.
+
+The parser gathers a header until its end, however far that is, before anybody is asked for a key. Bodies are bounded
+by `gateway.middleware`, and a body that stalls by the route that reads it.
+"""
+
+from __future__ import annotations
+
+import orjson
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+MAX_HEAD_BYTES = 65_536
+"""What uvicorn's other parser allows; common proxies take 8 to 32 KiB. The packet that a head begins in comes on top,
+so that one with a body in front of it is not counted."""
+
+
+class Connection(HttpToolsProtocol):
+    """See the module."""
+
+    _got_on = False
+    """The last packet had some of a body, or a beginning or an end: the parser gathers nothing older than it."""
+    _gathered_bytes = 0
+
+    def data_received(self, data: bytes) -> None:
+        self._got_on = False
+        super().data_received(data)
+        self._gathered_bytes = 0 if self._got_on else self._gathered_bytes + len(data)
+        if self._gathered_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self._refuse()
+
+    def on_message_begin(self) -> None:
+        self._got_on = True
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._got_on = True
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._got_on = True
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._got_on = True
+        super().on_message_complete()
+
+    def _refuse(self) -> None:
+        """Close the connection, with a word unless an answer is on its way."""
+        if self.cycle is None or self.cycle.response_complete:
+            message = f"The request's headers are larger than the limit of {MAX_HEAD_BYTES} bytes."
+            fields = {"message": message, "type": "invalid_request_error", "param": None, "code": "headers_too_large"}
+            body = orjson.dumps({"error": fields})
+            self.transport.write(
+                b"HTTP/1.1 431 Request Header Fields Too Large\r\nx-should-retry: false\r\nconnection: close\r\n"
+                b"content-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
+            )
+        self.transport.close()

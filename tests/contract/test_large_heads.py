@@ -1,0 +1,73 @@
+"""What is no body is bounded as well: an endless header fills nobody's memory, key or no key."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+
+import pytest
+
+from gateway.connection import MAX_HEAD_BYTES
+from tests.conftest import Gateway, Start
+
+pytestmark = pytest.mark.anyio
+
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\n"
+ENDLESS = 64 * MAX_HEAD_BYTES
+"""Far more than lies in the buffers between a client and a server that has stopped to read."""
+
+
+async def send(gateway: Gateway, begin: bytes, piece: bytes) -> tuple[int, bytes]:
+    """Send `piece` again and again until the server has closed. Returns the bytes sent, and the answer."""
+    host, port = gateway.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    answer = asyncio.create_task(reader.read())
+    sent = 0
+    with contextlib.suppress(ConnectionError):
+        writer.write(begin)
+        while sent < ENDLESS and not answer.done():
+            writer.write(piece)
+            await writer.drain()
+            sent += len(piece)
+    writer.close()
+    with contextlib.suppress(ConnectionError):
+        return sent, await answer
+    return sent, b""
+
+
+@pytest.mark.parametrize(
+    ("begin", "piece"),
+    [(HEAD + b"X-A: ", b"a" * 4096), (HEAD, b"X-A: a\r\n" * 512), (b"GET /", b"a" * 4096)],
+    ids=["one header", "many headers", "url"],
+)
+async def test_endless_head_ends_with_the_connection(serve: Start, begin: bytes, piece: bytes) -> None:
+    gateway = await serve()
+    sent, answer = await send(gateway, begin, piece)
+
+    assert sent < ENDLESS
+    if answer:  # it is lost where the client was still sending
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 431 "), head
+        assert json.loads(body)["error"]["code"] == "headers_too_large"
+    assert (await gateway.chat()).status_code == 200
+
+
+async def test_endless_trailers_end_with_the_connection(serve: Start) -> None:
+    gateway = await serve()
+    begin = HEAD + f"Authorization: Bearer {gateway.key}\r\n".encode() + b"Transfer-Encoding: chunked\r\n\r\n0\r\nX-A: "
+    sent, _ = await send(gateway, begin, b"a" * 4096)
+
+    assert sent < ENDLESS
+    assert (await gateway.chat()).status_code == 200
+
+
+async def test_head_within_the_bound_is_read_whatever_the_packets(serve: Start) -> None:
+    gateway = await serve()
+    padding = "a" * (MAX_HEAD_BYTES - 2000)
+    response = await gateway.client.get("/v1/models", headers={"X-Padding": padding})
+    assert response.status_code == 200
+
+    body = json.dumps({"messages": [{"role": "user", "content": "hi"}], "padding": "x" * (4 * MAX_HEAD_BYTES)}).encode()
+    for _ in range(3):  # on one connection: a body is not counted, nor what came before it
+        assert (await gateway.client.post("/v1/chat/completions", content=body)).status_code == 200
