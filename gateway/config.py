@@ -15,7 +15,16 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, IPvAnyNetwork, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    IPvAnyNetwork,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from gateway.environment import override
 
@@ -30,6 +39,7 @@ class _Settings(BaseModel):
 
 Priority = Literal["high", "normal", "low"]
 _VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*$"
+_OwnPath = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]  # `~` is the user's home
 
 
 def _base_url(url: str) -> str:
@@ -201,7 +211,7 @@ class DefaultSettings(_Settings):
 
 
 class WeightsSettings(_Settings):
-    cache_dir: Path | None = None
+    cache_dir: _OwnPath | None = None
     """Directory of the model cache, in Hugging Face's own layout: `shannon download` fills it, `shannon serve` reads
     it. null means HF_HUB_CACHE, else `hub` in HF_HOME; SHANNON_MODEL_CACHE overrides it."""
 
@@ -253,7 +263,7 @@ class KeySettings(_Settings):
     """For people; appears in logs beside the key's id."""
     key_env: str | None = Field(None, pattern=_VARIABLE)
     """Environment variable that holds the key (`sk-shannon-...`)."""
-    key_file: Path | None = None
+    key_file: _OwnPath | None = None
     """File that holds it, in place of `key_env`: a mounted secret, read again on SIGHUP."""
     tenant: str = "default"
     """Sessions and cached prompts are never shared between tenants."""
@@ -275,7 +285,7 @@ class StoreSettings(_Settings):
     url_env: str = "SHANNON_REDIS_URL"
     """Environment variable with the store's URL: `redis://`, `rediss://` (TLS), `unix://`, `redis+cluster://` or
     `redis+sentinel://host:port,host:port/service`. Unset, a bundled Valkey is started in `data_dir`."""
-    data_dir: Path = Path(".shannon")
+    data_dir: _OwnPath = Path(".shannon")
     """Where the bundled Valkey keeps its file, and where usage is journalled while the store is away."""
     command_timeout_ms: int = Field(50, ge=1)
     """Longest wait for the store on the path of a request."""
@@ -450,10 +460,10 @@ class WebFetchSettings(_Settings):
 
 
 class LocalSearchSettings(_Settings):
-    folder: Path
+    folder: _OwnPath
     """Documents that agents may search and read: PDF, HTML, Markdown and text, folders within included, hidden ones
     not. All of it is open to every key that may use a model with these tools."""
-    index: Path | None = None
+    index: _OwnPath | None = None
     """File of the index, on a local disk; null means `documents.sqlite3` in `store.data_dir`. One per folder."""
     refresh_s: float = Field(60.0, gt=0)
     """Pause between two looks through the folder for what is new, changed or gone."""

@@ -83,8 +83,7 @@ def _find_checkpoint(case: Case, engine: EmbeddedSettings) -> Checkpoint:
             _damage(folder) if folder.is_dir() else "there is no such folder, nor is it the id of a model on a hub"
         )
         return Checkpoint(engine.model, None if failure else folder, failure=failure)
-    cache = case.config.weights.cache_dir
-    snapshot = find_snapshot(engine.model, engine.revision, cache and cache.expanduser())
+    snapshot = find_snapshot(engine.model, engine.revision, case.config.weights.cache_dir)
     if snapshot is not None:
         return Checkpoint(engine.model, snapshot)
     try:

@@ -64,7 +64,7 @@ async def check_tools(case: Case) -> list[Finding]:
     alone |= {f"mcp.{name}": none.model_copy(update={"mcp": {name: server}}) for name, server in tools.mcp.items()}
     findings = [await _check_tool(case, name, settings) for name, settings in alone.items()]
     if tools.local_search is not None:
-        folder = tools.local_search.folder.expanduser()
+        folder = tools.local_search.folder
         subject = "tools.local_search"
         if os.path.isdir(folder):
             findings.append(Finding("tools", "ok", f"{folder} is there", subject=subject))

@@ -29,7 +29,7 @@ _OPEN_FILES = 8192
 def check_data_dir(case: Case) -> Finding:
     """Tell whether `store.data_dir` can be written, lies on a local disk, and has room."""
     settings = case.config.store
-    path = settings.data_dir.expanduser().absolute()
+    path = settings.data_dir.absolute()
     parent = existing_parent(path)
     step = "Name another folder in store.data_dir, or give it to the gateway's user"
     try:

@@ -123,6 +123,15 @@ def test_config_is_frozen() -> None:
         setattr(config.server, "port", 1)  # noqa: B010  # a plain assignment is refused by mypy already
 
 
+def test_paths_may_begin_at_home() -> None:
+    settings = {"store": {"data_dir": "~/data"}, "tools": {"local_search": {"folder": "~/docs"}}}
+    config = parse_config(tree(**settings))
+
+    assert config.store.data_dir == Path.home() / "data"
+    assert config.tools.local_search is not None
+    assert config.tools.local_search.folder == Path.home() / "docs"
+
+
 def test_included_file_lies_under_the_including_one(tmp_path: Path) -> None:
     write(
         tmp_path / "base.yaml",
