@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import array
 import asyncio
+import base64
 import contextlib
 import math
 import uuid
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from engine.base import EmbeddingRequest, EngineDied, EngineUnavailable, InvalidRequest, Prepared
 from engine.pooling import PoolingEngine
+from tests.conftest import Start
 from tests.engine.test_embedded import STORY, counter, request
 
 pytestmark = [pytest.mark.anyio, pytest.mark.vllm]
@@ -159,6 +162,41 @@ async def test_it_makes_embeddings_and_nothing_else(pooling: PoolingEngine) -> N
             await asked
         assert (refusal.value.param, refusal.value.code) == ("model", "model_not_supported")
     assert not pooling.takes_images
+
+
+class _Borrowed(PoolingEngine):
+    """The module's engine, which an app that closes must leave running."""
+
+    def __init__(self, engine: PoolingEngine) -> None:
+        self.__dict__ = engine.__dict__
+
+    async def start(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+async def test_clients_get_the_engines_vectors_and_the_ledger_its_count(pooling: PoolingEngine, start: Start) -> None:
+    texts = ["Say hello.", "What is vLLM?"]
+    gateway = await start(mock=lambda: cast(Any, _Borrowed(pooling)))
+
+    async def post(**fields: Any) -> Any:
+        response = await gateway.client.post("/v1/embeddings", json={"input": texts} | fields)
+        return response.raise_for_status().json()
+
+    before = counter("prompt_tokens_total")
+    bodies = [await post(), await post(encoding_format="base64"), await post(dimensions=8)]
+    counted = counter("prompt_tokens_total") - before
+    vectors, _ = await embed(pooling, *texts)
+
+    floats, packed, short = ([entry["embedding"] for entry in body["data"]] for body in bodies)
+    unpacked = [array.array("f", base64.b64decode(text)).tolist() for text in packed]
+    for number, vector in enumerate(vectors):
+        assert floats[number] == pytest.approx(vector, abs=1e-5)
+        assert unpacked[number] == pytest.approx(vector, abs=1e-5)
+        assert len(short[number]) == 8
+    (row,) = (await gateway.client.get("/v1/usage")).json()["data"]
+    assert row["requests"] == 3
+    assert row["prompt_tokens"] == counted == sum(body["usage"]["prompt_tokens"] for body in bodies)
 
 
 async def test_closing_ends_what_runs(pooling: PoolingEngine) -> None:
