@@ -25,7 +25,16 @@ TOOLS = [
     },
     *(
         {"name": name, "description": f"Do {name}.", "inputSchema": {"type": "object"}}
-        for name in ("traffic", "environment", "wait", "die", "fail", "page.views/v2")
+        for name in ("traffic", "wait", "die", "fail", "page.views/v2")
+    ),
+    *(
+        {
+            "name": name,
+            "description": f"Do {name}.",
+            "inputSchema": {"type": "object"},
+            "annotations": {"readOnlyHint": True},
+        }
+        for name in ("environment", "look_and_die")
     ),
     {"name": "broken", "inputSchema": {"type": "object", "properties": {"x": {"type": "no such type"}}}},
 ]
@@ -43,7 +52,10 @@ def call(name: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
     if name == "wait":
         Path(arguments["touch"]).touch()
         return None
-    if name == "die":
+    if name in ("die", "look_and_die"):
+        if "note" in arguments:
+            with Path(arguments["note"]).open("a") as note:
+                note.write("called\n")
         os._exit(3)
     if name == "fail":
         return text("no such segment") | {"isError": True}

@@ -45,6 +45,7 @@ _MAX_DESCRIPTION_CHARS = 600
 _MAX_DATA_CHARS = 400_000
 _MAX_PAGES = 20
 _MAX_REFUSAL_CHARS = 300
+_LOST = "The connection to the server was lost."
 _MAX_TIMEOUTS = 3
 """In a row, after which a server counts as hung and is connected anew, which starts its process anew."""
 _RETRY_S = 30.0
@@ -120,9 +121,12 @@ class McpServer:
     async def start(self) -> None:
         """Nothing: it is connected when its tools are wanted."""
 
-    async def call(self, tool: str, arguments: dict[str, Any]) -> Observation:
-        """Call a tool by the server's own name for it. Raises ToolError."""
-        async with self._using() as client:
+    async def call(self, tool: str, arguments: dict[str, Any], *, repeatable: bool = False) -> Observation:
+        """Call a tool by the server's own name for it. Raises ToolError.
+
+        One that is not `repeatable` may have done its work when the connection is lost, and is not called again.
+        """
+        async with self._using(repeatable=repeatable) as client:
             result = await client.call_tool(tool, arguments)
         return _observation(result)
 
@@ -149,7 +153,7 @@ class McpServer:
             if self._allowed is not None and entry.name not in self._allowed:
                 continue
             try:
-                tool = McpTool(self, entry.name, entry.description or entry.title or "", dict(entry.input_schema))
+                tool = McpTool(self, entry)
             except ValueError as error:
                 log.warning("tools.mcp.%s: %r is left out: %s", self.name, entry.name[:80], error)
                 continue
@@ -157,7 +161,7 @@ class McpServer:
         return list(tools.values())[:MAX_TOOLS]
 
     @contextlib.asynccontextmanager
-    async def _using(self) -> AsyncIterator[Client]:
+    async def _using(self, *, repeatable: bool = True) -> AsyncIterator[Client]:
         """Give the client, connected, and put its failures into our words."""
         from mcp import MCPError
 
@@ -165,15 +169,15 @@ class McpServer:
         try:
             yield connection.ready.result()
         except MCPError as error:
-            raise self._failure(connection, error.code, error.message) from error
+            raise self._failure(connection, error.code, error.message, repeatable) from error
         except (RuntimeError, ValueError) as error:  # pydantic's ValidationError is one; the package raises both
             raise ToolError("The server's answer is not what it announced.") from error
         except (anyio.ClosedResourceError, anyio.BrokenResourceError, OSError) as error:
             connection.close()
-            raise ToolError("The connection to the server was lost.", may_pass=True) from error
+            raise ToolError(_LOST, may_pass=repeatable) from error
         connection.timeouts = 0
 
-    def _failure(self, connection: _Connection, code: int, message: str) -> ToolError:
+    def _failure(self, connection: _Connection, code: int, message: str, repeatable: bool) -> ToolError:
         from mcp_types import CONNECTION_CLOSED, INTERNAL_ERROR, INVALID_REQUEST, REQUEST_TIMEOUT
 
         if code == REQUEST_TIMEOUT:
@@ -181,12 +185,13 @@ class McpServer:
             if connection.timeouts >= _MAX_TIMEOUTS:
                 connection.close()
             return ToolError(f"The server did not answer within {self.timeout_s:g} s.", out_of_order=True)
-        # An HTTP server that no longer knows our session calls the request invalid.
-        if code == CONNECTION_CLOSED or (self._url and code == INVALID_REQUEST):
+        # An HTTP server that no longer knows our session calls the request invalid, and has done nothing.
+        forgotten = bool(self._url) and code == INVALID_REQUEST
+        if code == CONNECTION_CLOSED or forgotten:
             connection.close()
-            return ToolError("The connection to the server was lost.", may_pass=True)
+            return ToolError(_LOST, may_pass=repeatable or forgotten)
         if code == INTERNAL_ERROR and self._url:
-            return ToolError("The server failed.", may_pass=True)  # it, or what stands in front of it
+            return ToolError("The server failed.", may_pass=repeatable)  # it, or what stands in front of it
         return ToolError(f"The server refuses the call: {message[:_MAX_REFUSAL_CHARS]}")
 
     async def _connect(self) -> _Connection:
@@ -257,22 +262,24 @@ class McpServer:
 class McpTool:
     """A tool of a server, as one of ours."""
 
-    def __init__(self, server: McpServer, name: str, description: str, schema: dict[str, Any]) -> None:
-        """`name` is the server's own. Raises ValueError on a schema that can't be used."""
+    def __init__(self, server: McpServer, listed: ListedTool) -> None:
+        """Raises ValueError on a schema that can't be used."""
         from gateway.tools.json_arguments import arguments_model
 
-        safe = re.sub(r"[^A-Za-z0-9_-]", "_", name)
+        safe = re.sub(r"[^A-Za-z0-9_-]", "_", listed.name)
         self.name = f"{server.name}{SEPARATOR}{safe}"[:_MAX_NAME_CHARS]
-        self.description = " ".join(description.split())[:_MAX_DESCRIPTION_CHARS]
-        self.arguments: type[BaseModel] = arguments_model(schema)
+        self.description = " ".join((listed.description or listed.title or "").split())[:_MAX_DESCRIPTION_CHARS]
+        self.arguments: type[BaseModel] = arguments_model(dict(listed.input_schema))
         # Room to connect anew first; then the server's own limit counts, which tells a slow answer from a dead server.
         self.timeout_s = 2 * server.timeout_s + 1
         self._server = server
-        self._own_name = name
+        self._own_name = listed.name
+        hints = listed.annotations
+        self._repeatable = bool(hints and (hints.read_only_hint or hints.idempotent_hint))
 
     async def run(self, arguments: Any) -> Observation:
         """Call it. Raises ToolError."""
-        return await self._server.call(self._own_name, arguments.root)
+        return await self._server.call(self._own_name, arguments.root, repeatable=self._repeatable)
 
     async def close(self) -> None:
         """Nothing: the server closes its connection."""

@@ -73,8 +73,8 @@ async def environment(tools: Toolbox) -> dict[str, Any]:
 async def test_tools_of_a_server_have_its_name_in_front(servers: Callable[..., McpServer]) -> None:
     tools = await box(servers())
     assert tools.names == [
-        *("stub__add", "stub__traffic", "stub__environment", "stub__wait", "stub__die", "stub__fail"),
-        "stub__page_views_v2",
+        *("stub__add", "stub__traffic", "stub__wait", "stub__die", "stub__fail", "stub__page_views_v2"),
+        *("stub__environment", "stub__look_and_die"),
     ]
     added = next(tool for tool in tools.describe() if tool["name"] == "stub__add")
     assert added["description"] == "Add two numbers."
@@ -180,6 +180,16 @@ async def test_server_that_dies_under_a_call_is_an_observation(servers: Callable
     assert (await tools.call("stub__add", {"a": 1, "b": 1})).text == "2"
 
 
+@pytest.mark.parametrize(("tool", "times"), [("die", 1), ("look_and_die", 3)])
+async def test_call_is_only_repeated_where_that_changes_nothing(
+    servers: Callable[..., McpServer], tmp_path: Path, tool: str, times: int
+) -> None:
+    found = await (await box(servers())).call(f"stub__{tool}", {"note": str(tmp_path / "note")})
+
+    assert not found.ok
+    assert (tmp_path / "note").read_text().count("called") == times
+
+
 async def test_server_that_does_not_answer_costs_one_call(servers: Callable[..., McpServer], tmp_path: Path) -> None:
     server = servers(timeout_s=2.0)
     tools = await box(server)
@@ -222,7 +232,7 @@ async def test_caller_that_leaves_while_connecting_leaves_nothing_half_open(
     connecting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await connecting
-    assert len(await server.tools()) == 7
+    assert len(await server.tools()) == 8
 
 
 async def test_server_that_can_not_start_has_no_tools_for_a_while(servers: Callable[..., McpServer]) -> None:
@@ -232,7 +242,7 @@ async def test_server_that_can_not_start_has_no_tools_for_a_while(servers: Calla
     server._command = STUB
     assert await server.tools() == []
     clock.advance(31)
-    assert len(await server.tools()) == 7
+    assert len(await server.tools()) == 8
 
 
 async def test_server_that_never_speaks_is_given_up(servers: Callable[..., McpServer]) -> None:
