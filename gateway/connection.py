@@ -1,10 +1,13 @@
-"""uvicorn's HTTP/1.1 connection, with a bound on what is no body.
+"""uvicorn's HTTP/1.1 connection, with bounds on what is no body: its size, and how long a head may take.
 
-The parser gathers a header until its end, however far that is, before anybody is asked for a key. Bodies are bounded
-by `gateway.middleware`, and a body that stalls by the route that reads it.
+The parser gathers a header until its end, however far that is and whenever it comes, before anybody is asked for a
+key. Bodies are bounded by `gateway.middleware`, a body that stalls by the route that reads it, and a connection that
+is idle between two requests by uvicorn.
 """
 
 from __future__ import annotations
+
+import asyncio
 
 import orjson
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -13,10 +16,14 @@ MAX_HEAD_BYTES = 65_536
 """What uvicorn's other parser allows; common proxies take 8 to 32 KiB. The packet that a head begins in comes on top,
 so that one with a body in front of it is not counted."""
 
+HEAD_TIMEOUT_S = 60.0
+"""From the connection, or the first byte of a later request, to the end of the head; what nginx allows."""
+
 
 class Connection(HttpToolsProtocol):
     """See the module."""
 
+    _late: asyncio.TimerHandle | None = None
     _got_on = False
     """The last packet had some of a body, or a beginning or an end: the parser gathers nothing older than it."""
     _gathered_bytes = 0
@@ -28,13 +35,32 @@ class Connection(HttpToolsProtocol):
         if self._gathered_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
             self._refuse()
 
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        super().connection_made(transport)
+        self._expect_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
     def on_message_begin(self) -> None:
         self._got_on = True
+        self._expect_head()
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         self._got_on = True
+        self._stop_timer()
         super().on_headers_complete()
+
+    def _expect_head(self) -> None:
+        if self._late is None:
+            self._late = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.close)
+
+    def _stop_timer(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
 
     def on_body(self, body: bytes) -> None:
         self._got_on = True

@@ -1,4 +1,4 @@
-"""What is no body is bounded as well: an endless header fills nobody's memory, key or no key."""
+"""What is no body is bounded as well: an endless header fills no memory, and half of one keeps no connection."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 
 import pytest
 
+from engine.mock import MockEngine
 from gateway.connection import MAX_HEAD_BYTES
 from tests.conftest import Gateway, Start
 
@@ -71,3 +72,28 @@ async def test_head_within_the_bound_is_read_whatever_the_packets(serve: Start) 
     body = json.dumps({"messages": [{"role": "user", "content": "hi"}], "padding": "x" * (4 * MAX_HEAD_BYTES)}).encode()
     for _ in range(3):  # on one connection: a body is not counted, nor what came before it
         assert (await gateway.client.post("/v1/chat/completions", content=body)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "begin", [b"", HEAD, b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n" + HEAD], ids=["nothing", "half", "later"]
+)
+async def test_head_that_does_not_come_ends_with_the_connection(
+    serve: Start, monkeypatch: pytest.MonkeyPatch, begin: bytes
+) -> None:
+    monkeypatch.setattr("gateway.connection.HEAD_TIMEOUT_S", 0.2)
+    gateway = await serve()
+    host, port = gateway.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(begin)
+    answered = await asyncio.wait_for(reader.read(), 20)
+    writer.close()
+
+    assert answered.startswith(b"HTTP/1.1 200 ") == begin.startswith(b"GET /health")
+    assert (await gateway.chat()).status_code == 200
+
+
+async def test_answer_may_take_longer_than_a_head(serve: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.connection.HEAD_TIMEOUT_S", 0.05)
+    gateway = await serve(mock=lambda: MockEngine(token_s=0.05))
+
+    assert (await gateway.chat(max_tokens=4)).status_code == 200
