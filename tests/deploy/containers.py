@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ class Podman:
             pytest.skip("containers need root")
         if subprocess.run(["unshare", "--mount", "--pid", "--fork", "true"], capture_output=True).returncode != 0:
             pytest.skip("namespaces are not permitted here")
-        self._command = [program("podman", "podman"), "--root", str(folder / "root"), "--runroot", str(folder / "run")]
+        self._run = tempfile.mkdtemp(prefix="podman-")  # it takes no path of more than 50 characters
+        self._command = [program("podman", "podman"), "--root", str(folder / "root"), "--runroot", self._run]
         # Neither systemd nor control groups of version 2, which crun asks for, are everywhere.
         self._command += ["--cgroup-manager=cgroupfs", f"--runtime={program('runc', 'runc')}"]
         self._folder = folder
@@ -117,3 +119,4 @@ class Podman:
         self.try_to("rm", "--all", "--force", "--time=0", timeout_s=120)
         self.try_to("image", "unmount", "--all", "--force")
         self.try_to("rmi", "--all", "--force", timeout_s=300)
+        shutil.rmtree(self._run, ignore_errors=True)
