@@ -272,9 +272,7 @@ def test_walk_finds_settings_at_every_depth() -> None:
     } <= values
 
 
-@pytest.mark.parametrize(
-    ("path", "field"), [(path, field) for path, field, _ in SETTINGS], ids=lambda value: str(value)
-)
+@pytest.mark.parametrize(("path", "field"), [pytest.param(path, field, id=path) for path, field, _ in SETTINGS])
 def test_setting_is_explained(path: str, field: FieldInfo) -> None:
     assert field.description, f"{path} has no docstring"
     assert field.description.rstrip().endswith("."), f"{path}: {field.description!r} is not a sentence"
