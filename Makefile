@@ -56,13 +56,10 @@ serve: setup ## Start the gateway with SHANNON_CONFIG (configs/demo.yaml)
 
 .PHONY: test
 test: setup-dev check test-gateway ## Run every test
-	$(BIN)/pytest tests/contract/test_messages.py tests/engine tests/deploy tests/e2e tests/chaos tests/browser \
-		$(addprefix --ignore ,$(filter tests/chaos/%,$(WITHOUT_VLLM)))
+	$(BIN)/pytest tests/contract/test_messages.py tests/engine tests/deploy tests/e2e tests/chaos tests/browser
 
 # The gateway and its contract don't need vllm; this proves it in an environment that has none. (What tests/contract
-# does with Anthropic's SDK runs in the other one: the SDK comes with vllm.) Faults that take their time, and no core,
-# are played beside them.
-WITHOUT_VLLM := tests/unit tests/contract $(foreach fault,reload resume shared_limits,tests/chaos/test_$(fault).py)
+# does with Anthropic's SDK runs in the other one: the SDK comes with vllm.)
 GATEWAY_VENV := build/gateway-venv
 $(GATEWAY_VENV)/.installed: requirements-gateway.lock requirements-dev.lock pyproject.toml
 	@echo "Installing an environment without vllm ..."
@@ -72,9 +69,9 @@ $(GATEWAY_VENV)/.installed: requirements-gateway.lock requirements-dev.lock pypr
 	@touch $@
 
 .PHONY: test-gateway
-test-gateway: $(GATEWAY_VENV)/.installed ## Run the tests that need no engine where vllm is not installed
+test-gateway: $(GATEWAY_VENV)/.installed ## Run the unit and contract tests where vllm is not installed
 	@! $(GATEWAY_VENV)/bin/python -c 'import vllm' 2>/dev/null
-	$(GATEWAY_VENV)/bin/python -m pytest --numprocesses 2 $(WITHOUT_VLLM)
+	$(GATEWAY_VENV)/bin/python -m pytest tests/unit tests/contract
 
 .PHONY: check
 check: setup-dev ## Check format, lint, types and import contracts
