@@ -206,12 +206,19 @@ class Store:
             return result
         self._queue.append(_Group(commands, result))
         if len(self._flushers) < _MAX_FLUSHERS:
-            flusher = asyncio.create_task(self._flush())
-            self._flushers.add(flusher)
-            flusher.add_done_callback(self._flushers.discard)
+            self._flushers.add(asyncio.create_task(self._flush()))
         return result
 
     async def _flush(self) -> None:
+        flusher = asyncio.current_task()
+        assert flusher is not None
+        try:
+            await self._empty_queue()
+        finally:
+            # At once, not by a done callback: what is queued before that ran would wait for one who has gone.
+            self._flushers.discard(flusher)
+
+    async def _empty_queue(self) -> None:
         while self._queue:
             batch: list[_Group] = []
             size = 0
@@ -226,8 +233,9 @@ class Store:
                 self._open_breaker(error)
                 _fail(batch)
                 return
-            except BaseException:
-                _fail(batch)  # whatever it is, nobody shall wait for ever
+            except BaseException:  # whatever it is, nobody shall wait for ever
+                _fail([*batch, *self._queue])
+                self._queue.clear()
                 raise
             self.metrics.store_latency.observe(time.perf_counter() - started)
             for group in batch:

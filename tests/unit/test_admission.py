@@ -9,7 +9,7 @@ import itertools
 import math
 import random
 from collections.abc import AsyncGenerator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given, settings
@@ -54,6 +54,9 @@ class Gated(MockEngine):
 class Front:
     """A queued engine, and the generations that were asked of it."""
 
+    everyone: ClassVar[set[asyncio.Task[str]]] = set()
+    """Holds what still runs when its test ends until the event loop cancels it; it holds tasks only weakly itself."""
+
     def __init__(self, inner: MockEngine, **options: Any) -> None:
         self.inner = inner
         self.engine = QueuedEngine(inner, **options)
@@ -65,9 +68,11 @@ class Front:
         given: dict[str, Any] = {"flow": request_id[0], "messages": HELLO, "stream": True} | fields
         prepared = await self.engine.prepare(GenerationRequest(request_id=request_id, **given))
         self.prepared[request_id] = prepared
-        self.tasks[request_id] = asyncio.create_task(self._generate(prepared))
+        task = self.tasks[request_id] = asyncio.create_task(self._generate(prepared))
+        self.everyone.add(task)
+        task.add_done_callback(self.everyone.discard)
         await settle()
-        return self.tasks[request_id]
+        return task
 
     async def _generate(self, prepared: Prepared) -> str:
         async with contextlib.aclosing(self.engine.generate(prepared)) as deltas:

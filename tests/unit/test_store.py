@@ -94,6 +94,32 @@ async def test_commands_in_order_stay_in_order(store_url: str) -> None:
         assert all(answers[-1] == [str(i) for i in range(20)] for answers in lists)
 
 
+async def test_command_asked_for_on_the_heels_of_an_answer_is_sent(
+    store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its caller runs before anything that the event loop was told to do when the last pipeline is done."""
+    monkeypatch.setattr("gateway.store._MAX_FLUSHERS", 1)
+    async with opened(store_url) as store:
+        assert await store.run("INCR", "x") == 1
+        assert await asyncio.wait_for(store.run("INCR", "x"), 5) == 2
+
+
+async def test_unforeseen_failure_fails_those_who_are_queued_too(
+    store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.store._MAX_FLUSHERS", 1)
+    async with opened(store_url) as store:
+        pipeline = store._client.pipeline
+        monkeypatch.setattr(store._client, "pipeline", lambda transaction: 1 / 0)
+        asked = [asyncio.ensure_future(store.run("INCR", "x")) for _ in range(300)]
+        for one in asked:
+            with pytest.raises(StoreUnavailable):
+                await asyncio.wait_for(one, 5)
+
+        monkeypatch.setattr(store._client, "pipeline", pipeline)
+        assert await store.run("INCR", "x") == 1
+
+
 async def test_refused_command_fails_its_own_caller_alone(store_url: str) -> None:
     async with opened(store_url) as store:
         await store.run("SET", "text", "x")
