@@ -33,7 +33,8 @@ class Connection(HttpToolsProtocol):
         super().data_received(data)
         self._gathered_bytes = 0 if self._got_on else self._gathered_bytes + len(data)
         if self._gathered_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-            self._refuse()
+            message = f"The request's headers are larger than the limit of {MAX_HEAD_BYTES} bytes."
+            self._refuse(b"431 Request Header Fields Too Large", message, "headers_too_large")
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
@@ -70,14 +71,17 @@ class Connection(HttpToolsProtocol):
         self._got_on = True
         super().on_message_complete()
 
-    def _refuse(self) -> None:
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is not HTTP; uvicorn's own words would be plain text."""
+        self._refuse(b"400 Bad Request", msg, "invalid_http")
+
+    def _refuse(self, status: bytes, message: str, code: str) -> None:
         """Close the connection, with a word unless an answer is on its way."""
         if self.cycle is None or self.cycle.response_complete:
-            message = f"The request's headers are larger than the limit of {MAX_HEAD_BYTES} bytes."
-            fields = {"message": message, "type": "invalid_request_error", "param": None, "code": "headers_too_large"}
+            fields = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
             body = orjson.dumps({"error": fields})
             self.transport.write(
-                b"HTTP/1.1 431 Request Header Fields Too Large\r\nx-should-retry: false\r\nconnection: close\r\n"
-                b"content-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
+                b"HTTP/1.1 %b\r\nx-should-retry: false\r\nconnection: close\r\n"
+                b"content-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (status, len(body), body)
             )
         self.transport.close()

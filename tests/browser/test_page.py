@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import time
-from collections.abc import Callable
 from typing import Any
 
 import httpx
 import pytest
 
 from tests.browser.visit import Open, Site, Visit, expect
-from tests.gateway_process import UNLIMITED
+from tests.gateway_process import UNLIMITED, wait_until
 
 pytestmark = pytest.mark.slow  # the first test starts an engine
 
@@ -32,13 +30,6 @@ def _session_ids(page: Any) -> list[str]:
 def _unfinished(site: Site) -> float:
     text = httpx.get(f"{site.url}/metrics", headers=site.authorization).text
     return float(re.findall(r'^shannon_engine_unfinished_requests\{engine="main"\} (\S+)', text, re.M)[0])
-
-
-def _until(condition: Callable[[], bool], within_s: float = 10) -> None:
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def _without_end(route: Any) -> None:
@@ -139,7 +130,7 @@ def test_stop_ends_the_generation_in_the_engine(page: Visit) -> None:
     expect(answer.get_by_role("status")).to_have_text("stopped")
     expect(page.message).to_be_focused()
     expect(page.page.get_by_role("button", name="Send")).to_be_visible()
-    _until(lambda: _unfinished(page.site) == 0)
+    wait_until(lambda: _unfinished(page.site) == 0, "the engine still works on it")
 
 
 def test_retry_asks_the_first_question_anew(page: Visit) -> None:
@@ -341,7 +332,7 @@ def test_key_that_is_revoked_meanwhile_leads_back_to_the_door(visit: Open, demo:
     opened.refusals.add(401)
     opened.sign_in(made["key"])
     httpx.delete(f"{demo.url}/admin/keys/{made['id']}", headers=demo.authorization).raise_for_status()
-    _until(lambda: _models(demo, made["key"]) == 401)
+    wait_until(lambda: _models(demo, made["key"]) == 401, "the key still works")
     opened.ask("What are you?")
 
     expect(opened.page.get_by_role("alert")).to_contain_text("does not accept the key any more")

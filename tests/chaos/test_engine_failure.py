@@ -72,13 +72,6 @@ def _break_engine(gateway: GatewayProcess, number: signal.Signals) -> tuple[list
     return clients, sent_at
 
 
-def _until(condition: Callable[[], bool], timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def _check_clients(clients: list[Client], deadline: float) -> None:
     for client in clients:
         assert 0 < client.ended_at <= deadline, "the stream did not end in time"

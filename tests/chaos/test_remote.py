@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine.demo import WEIGHTS
-from tests.gateway_process import ROOT, UNLIMITED, GatewayProcess, serve
+from tests.gateway_process import ROOT, UNLIMITED, GatewayProcess, serve, wait_until
 from tests.upstream_server import Connection, UpstreamServer, run_upstream_beside
 
 pytest.importorskip("vllm", reason="this kills a real vLLM server; `make setup` installs vllm")
@@ -39,13 +39,6 @@ STORY = {
     "stream": True,
 }
 STREAMS = 4
-
-
-def _until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 class VllmServer:
@@ -217,13 +210,13 @@ def _check_failover_before_the_first_token(site: Site) -> None:
 
 def _check_books(site: Site) -> None:
     """Compare the ledger with vLLM's own counters: equal for what ended; for what was left, but for the way there."""
-    _until(lambda: site.ledger() == site.vllm.tokens())
+    wait_until(lambda: site.ledger() == site.vllm.tokens(), "the ledger is not what the server counted")
     prompt, completion = site.ledger()
 
     for reader in _read(site.gateway, leave_after=20):
         reader.join(30)
-    _until(lambda: site.gateway.metric("shannon_engine_unfinished_requests") == 0)
-    _until(lambda: site.ledger()[0] == site.vllm.tokens()[0] > prompt)
+    wait_until(lambda: site.gateway.metric("shannon_engine_unfinished_requests") == 0, "requests are unfinished")
+    wait_until(lambda: site.ledger()[0] == site.vllm.tokens()[0] > prompt, "the prompt is not in the ledger")
     told, generated = site.ledger()[1] - completion, site.vllm.tokens()[1] - completion
     print(f"left streams: {told} tokens in the ledger, {generated} generated")
     assert STREAMS * 15 < told <= generated < STREAMS * 1500
@@ -246,7 +239,7 @@ def _check_death_under_streams(site: Site) -> None:
         assert (error["type"], error["code"]) == ("server_error", "engine_unavailable")
         assert error["message"] == "The engine failed during generation."
         assert not any('"error"' in frame for frame in reader.frames[:-1])
-    _until(lambda: site.gateway.metric("shannon_engine_unfinished_requests") == 0)
+    wait_until(lambda: site.gateway.metric("shannon_engine_unfinished_requests") == 0, "requests are unfinished")
     prompt, completion = (after - earlier for after, earlier in zip(site.ledger(), before, strict=True))
     contents = sum('"content":"' in frame and '"content":""' not in frame for r in readers for frame in r.frames)
     assert prompt == STREAMS * 14

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.gateway_process import UNLIMITED, GatewayProcess, serve
+from tests.gateway_process import UNLIMITED, GatewayProcess, serve, wait_until
 from tests.store_server import StoreServer, run_store
 
 COMMAND_TIMEOUT_S = 0.05
@@ -121,9 +121,7 @@ def test_closed_limits_refuse_while_the_store_is_away(tmp_path: Path) -> None:
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_unavailable")
             assert refused.headers["retry-after"] == "1"
             store.start()
-            deadline = time.monotonic() + 10
-            while gateway.chat(**BODY).status_code != 200:
-                assert time.monotonic() < deadline
+            wait_until(lambda: gateway.chat(**BODY).status_code == 200, "the store is back, and still refused")
 
 
 def test_usage_of_a_killed_gateway_is_replayed_by_the_next(tmp_path: Path) -> None:

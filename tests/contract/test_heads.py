@@ -54,6 +54,22 @@ async def test_endless_head_ends_with_the_connection(serve: Start, begin: bytes,
     assert (await gateway.chat()).status_code == 200
 
 
+@pytest.mark.parametrize("junk", [b"\x16\x03\x01\x02\x00\x01\x00", b"GET  / HTP\r\n\r\n"], ids=["tls", "no HTTP"])
+async def test_what_is_no_http_is_refused_in_the_usual_shape(serve: Start, junk: bytes) -> None:
+    gateway = await serve()
+    host, port = gateway.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(junk)
+    head, _, body = (await asyncio.wait_for(reader.read(), 10)).partition(b"\r\n\r\n")
+    writer.close()
+
+    assert head.startswith(b"HTTP/1.1 400 "), head
+    error = json.loads(body)["error"]
+    assert error["type"] == "invalid_request_error"
+    assert error["code"] == "invalid_http"
+    assert error["message"]
+
+
 async def test_endless_trailers_end_with_the_connection(serve: Start) -> None:
     gateway = await serve()
     begin = HEAD + f"Authorization: Bearer {gateway.key}\r\n".encode() + b"Transfer-Encoding: chunked\r\n\r\n0\r\nX-A: "

@@ -17,7 +17,7 @@ from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_openai import ChatOpenAI
 
 from engine.demo import Exchange, corpus
-from tests.gateway_process import GatewayProcess
+from tests.gateway_process import GatewayProcess, wait_until
 
 CLIENTS = Path(__file__).parent / "clients"
 CONVERSATIONS = [conversation for conversation in corpus() if len(conversation.turns) > 1 and not conversation.tools]
@@ -133,10 +133,7 @@ def test_cancelling_in_the_background_frees_the_engine_and_settles(
     assert cancelled.status == "cancelled"
     assert cancelled.usage is not None
     assert cancelled.usage.output_tokens < 1500
-    deadline = time.monotonic() + 10
-    while gateway.metric("vllm:num_requests_running") and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert gateway.metric("vllm:num_requests_running") == 0
+    wait_until(lambda: gateway.metric("vllm:num_requests_running") == 0, "it still runs")
 
 
 def test_background_is_fetched_when_it_is_complete(client: openai.OpenAI) -> None:
