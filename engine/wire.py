@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 CONTINUOUS_USAGE = "continuous_usage_stats"
 STREAM_OPTIONS = "stream_options"
 MAX_TOKENS = "max_tokens"
+RESPONSE_FORMAT = "response_format"
 
 _BYTES_PER_TOKEN = 4  # English prose and code; other scripts differ by half in either direction
 _MESSAGE_TOKENS = 4  # the role and the marks around a message
@@ -55,7 +56,6 @@ def generation_body(request: GenerationRequest, model: str, max_tokens: int | No
     given: dict[str, Any] = {
         MAX_TOKENS: max_tokens,
         "reasoning_effort": request.reasoning_effort,
-        "structured_outputs": request.structured_outputs,
         "temperature": request.temperature,
         "top_p": request.top_p,
         "top_k": request.top_k,
@@ -65,7 +65,7 @@ def generation_body(request: GenerationRequest, model: str, max_tokens: int | No
         "repetition_penalty": request.repetition_penalty,
         "seed": request.seed,
         "logit_bias": request.logit_bias,
-        "response_format": request.response_format,
+        **_bounds(request),
         "stop": request.stop or None,
         "stop_token_ids": request.stop_token_ids or None,
         "ignore_eos": request.ignore_eos or None,
@@ -82,6 +82,14 @@ def generation_body(request: GenerationRequest, model: str, max_tokens: int | No
     elif request.logprobs:
         given["logprobs"] = request.top_logprobs
     return body | {name: value for name, value in given.items() if value is not None}
+
+
+def _bounds(request: GenerationRequest) -> dict[str, Any]:
+    """Return what holds the answer to a form: a JSON schema in OpenAI's words, which others know as well as vLLM."""
+    bound = request.structured_outputs
+    if bound is not None and bound.keys() == {"json"} and isinstance(bound["json"], dict):
+        return {RESPONSE_FORMAT: {"type": "json_schema", "json_schema": {"name": "answer", "schema": bound["json"]}}}
+    return {"structured_outputs": bound, RESPONSE_FORMAT: request.response_format}
 
 
 def tokenize_body(request: GenerationRequest, model: str) -> dict[str, Any]:
@@ -185,6 +193,8 @@ def _invalid(status: int, error: dict[str, Any], request: GenerationRequest | Em
     if status == 413:
         return InvalidRequest("The request is too large for the model's server.", code="request_too_large")
     code = code if isinstance(code, str) and _NAME.fullmatch(code) else None
+    if param is None and RESPONSE_FORMAT in message:  # DeepSeek's word on schemas, for one
+        param = RESPONSE_FORMAT
     if not isinstance(param, str) or not _NAME.fullmatch(param):
         return InvalidRequest("The model's server refuses the request as invalid. Check its parameters.", code=code)
     if param in (MAX_TOKENS, "max_completion_tokens") and isinstance(request, GenerationRequest):

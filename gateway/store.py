@@ -233,10 +233,13 @@ class Store:
                 self._open_breaker(error)
                 _fail(batch)
                 return
-            except BaseException:  # whatever it is, nobody shall wait for ever
+            except BaseException as error:  # whatever it is, nobody shall wait for ever
                 _fail([*batch, *self._queue])
                 self._queue.clear()
-                raise
+                if not isinstance(error, Exception):
+                    raise
+                log.exception("the store can't be asked")
+                return
             self.metrics.store_latency.observe(time.perf_counter() - started)
             for group in batch:
                 if not group.result.done():  # else its caller has left

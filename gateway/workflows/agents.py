@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import math
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -35,6 +36,7 @@ _SHARES = (1.0, 0.5, 0.25, 0.12, 0.05, 0.0)
 """How much of the material is tried, until the prompt fits and leaves room for the answer."""
 _FIELD_SHARES = (0.5, 0.2, 0.05)
 """Then, without material, how much of the fields."""
+_SCHEMA_FIELDS = ("response_format", "structured_outputs")
 _THOUGHT_TOKENS = 2000
 """Of a model that thinks before every decision, although it is asked not to."""
 
@@ -136,15 +138,28 @@ class Agent:
         return (await self._collect(prompt, max_tokens)).strip()
 
     async def decide(self, prompt: Prompt, schema: type[M], max_tokens: int) -> M | None:
-        """Return the model's decision, held to `schema` while it is generated; None when it was cut short."""
-        constraint = {"json": schema.model_json_schema()}
-        text = await self._collect(prompt, max_tokens, structured_outputs=constraint)
+        """Return the model's decision, held to `schema` while it is generated; None when it was cut short.
+
+        A server that can't hold its model to a schema is asked in words.
+        """
+        text = await self._decided(prompt, schema.model_json_schema(), max_tokens)
         try:
-            # An upstream that knows no schemas may put words or a fence around the object.
+            # Asked in words, a model may put others or a fence around the object.
             return schema.model_validate_json(text[text.find("{") : text.rfind("}") + 1])
         except ValidationError:
             self.think("The decision was cut short; going on without it.")
             return None
+
+    async def _decided(self, prompt: Prompt, schema: dict[str, Any], max_tokens: int) -> str:
+        if self.run.holds_to_schemas:
+            try:
+                return await self._collect(prompt, max_tokens, structured_outputs={"json": schema})
+            except BadRequest as error:
+                if (error.param or "").partition(".")[0] not in _SCHEMA_FIELDS:
+                    raise
+                self.run.holds_to_schemas = False
+        form = f"The JSON object must be valid against this schema:\n{json.dumps(schema, ensure_ascii=False)}"
+        return await self._collect(replace(prompt, form=form), max_tokens)
 
     async def speak(
         self, prompt: Prompt, through: Callable[[str], str] = str, opening: str = ""

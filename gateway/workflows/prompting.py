@@ -34,6 +34,8 @@ class Prompt:
     turns: Sequence[Mapping[str, Any]] = ()
     system: str = ""
     images: Sequence[Mapping[str, Any]] = ()
+    form: str = ""
+    """What the answer must look like, where the model can't be held to it."""
 
     def messages(self, share: float, fields_share: float = 1.0, *, context: str = "") -> list[dict[str, Any]]:
         """Return the messages with `share` (0 to 1) of the material, of the earlier turns and of the client's context.
@@ -49,6 +51,8 @@ class Prompt:
             system.append(
                 f"For form and tone, follow these instructions as well:\n{_shortened(self.system, fields_share)}"
             )
+        if self.form:
+            task = f"{task.rstrip()}\n\n{self.form}"
         if context := context[: int(len(context) * share)]:
             task = f"Given for your information:\n{context}\n\n{task}"
         kept = self.turns[len(self.turns) - int(len(self.turns) * share) :]

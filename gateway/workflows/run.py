@@ -72,6 +72,8 @@ class Run:
         """How much agents that plan and judge should think; lowered when a model is seen to think."""
         self.thought_tokens = 0
         """More completion tokens for each of them, where a model can't help thinking."""
+        self.holds_to_schemas = True
+        """The model's server takes JSON schemas, as far as is known."""
         self._clock = clock
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
         self._stations = stations()

@@ -17,7 +17,7 @@ from engine.remote import RemoteEngine
 from tests.conftest import Start, chunks, until
 from tests.event_grammar import check_events
 from tests.scripted import ScriptedModel
-from tests.upstream_server import Connection, UpstreamServer, chunk, run_upstream, summary
+from tests.upstream_server import Connection, UpstreamServer, chunk, error, run_upstream, summary
 from tests.website import Website, page, run_website
 
 pytestmark = pytest.mark.anyio
@@ -26,17 +26,36 @@ PROMPT_TOKENS = 7
 
 
 class Upstream(ScriptedModel):
-    """A capable model at an OpenAI-compatible server, which counts what it says."""
+    """A capable model at an OpenAI-compatible server, which counts what it says.
 
-    completion_tokens = 0
+    Where it does not take schemas it refuses them as DeepSeek does, and reads what it is asked in words.
+    """
+
+    def __init__(self, *, takes_schemas: bool = True, **scripts: Any) -> None:
+        super().__init__(**scripts)
+        self.completion_tokens = 0
+        self.refused = 0
+        self._takes_schemas = takes_schemas
 
     async def answer(self, connection: Connection) -> None:
         body = connection.request.body
-        constraint = body.get("structured_outputs")
+        form = body.get("response_format")
+        if form and not self._takes_schemas:
+            self.refused += 1
+            words = "This response_format type is unavailable now"
+            await connection.reply(400, error(words, type="invalid_request_error", code="invalid_request_error"))
+            return
+        schema = form["json_schema"]["schema"] if form else _schema_in_words(body)
+        constraint = {"json": schema} if schema else None
         said = self(GenerationRequest(request_id="", messages=body["messages"], structured_outputs=constraint))
         self.completion_tokens += len(said)
         frames = [chunk(delta.text) for delta in said]
         await connection.stream(*frames, chunk("", "stop"), summary(PROMPT_TOKENS, len(said)))
+
+
+def _schema_in_words(body: dict[str, Any]) -> Any:
+    _, asked, schema = body["messages"][-1]["content"].partition("must be valid against this schema:\n")
+    return json.loads(schema) if asked else None
 
 
 def judgements() -> Any:
@@ -67,8 +86,11 @@ def html(title: str) -> bytes:
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-async def test_academic_research_goes_its_whole_way(start: Start, site: Website, stream: bool) -> None:
-    model = Upstream(coverage=judgements())
+@pytest.mark.parametrize("takes_schemas", [True, False], ids=["schemas", "words"])
+async def test_academic_research_goes_its_whole_way(
+    start: Start, site: Website, stream: bool, takes_schemas: bool
+) -> None:
+    model = Upstream(takes_schemas=takes_schemas, coverage=judgements())
     async with run_upstream(model.answer, max_model_len=16_384, prompt_tokens=PROMPT_TOKENS) as server:
         gateway = await start(
             mock=lambda: cast(Any, RemoteEngine([server.url], "demo")),
@@ -91,6 +113,7 @@ async def test_academic_research_goes_its_whole_way(start: Start, site: Website,
     assert any("query+6" in path for path in site.paths), "the gap was filled"
     _check_sources(text, events, site)
     _check_usage(usage, row, model, server)
+    assert model.refused == (0 if takes_schemas else 1), "what was learnt is kept"
 
 
 def read(content: bytes, *, stream: bool) -> tuple[str, list[dict[str, Any]], dict[str, Any]]:
@@ -119,7 +142,7 @@ def _check_sources(text: str, events: list[dict[str, Any]], site: Website) -> No
 
 
 def _check_usage(usage: dict[str, Any], row: dict[str, Any], model: Upstream, server: UpstreamServer) -> None:
-    spent = PROMPT_TOKENS * len(server.generations), model.completion_tokens
+    spent = PROMPT_TOKENS * (len(server.generations) - model.refused), model.completion_tokens
     assert (usage["prompt_tokens"], usage["completion_tokens"]) == spent
     assert (row["prompt_tokens"], row["completion_tokens"]) == spent
     assert (row["requests"], row["errors"]) == (1, {})

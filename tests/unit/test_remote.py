@@ -164,6 +164,16 @@ async def test_every_parameter_is_passed_on() -> None:
     assert server.generations[0].body.items() >= given.items()
 
 
+async def test_schema_is_sent_in_the_words_that_all_servers_know() -> None:
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}}
+    async with run_upstream(hello) as server, remote(server) as engine:
+        await generate(engine, structured_outputs={"json": schema})
+
+    body = server.generations[0].body
+    assert "structured_outputs" not in body
+    assert body["response_format"] == {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+
+
 async def test_key_and_request_id_are_sent_and_no_cookie_is_kept() -> None:
     async def biscuit(connection: Connection) -> None:
         await connection.reply(200, {"count": 7, "tokens": [1] * 7}, set_cookie="lb=replica-1")
