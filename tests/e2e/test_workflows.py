@@ -1,7 +1,8 @@
 """Every one of the eight models, with the real engine and the demo model, over a folder of real documents.
 
 The demo model writes word salad here, and must: whatever a small model plans, decides and says, the run completes, its
-events follow the grammar, and its usage is what vLLM counted. What is found and read is real.
+events follow the grammar, and its usage is what vLLM counted. What is found and read is real; Google, and the seller
+of results pages with ads, are played by a server on loopback.
 """
 
 from __future__ import annotations
@@ -12,17 +13,21 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
 
 from tests.documents import pdf
 from tests.e2e.test_clients import CLIENTS, _run
 from tests.event_grammar import check_events
 from tests.gateway_process import ROOT, UNLIMITED, GatewayProcess, serve, wait_until
+from tests.unit.test_analytics_workflow import MCP_STUB
+from tests.unit.test_ga4 import METADATA, REPORT, account
+from tests.upstream_server import Connection, UpstreamServer, run_upstream_beside
 
 pytestmark = pytest.mark.slow
 
@@ -35,22 +40,59 @@ QUESTION = "When did the harbour of Yokohama open, and what was traded there?"
 ASK: Any = [{"role": "user", "content": QUESTION}]
 
 
+def saying(body: Any) -> Callable[[Connection], Awaitable[None]]:
+    return lambda connection: connection.reply(200, body)
+
+
+async def shop(connection: Connection) -> None:
+    """Show the page that an ad leads to."""
+    await connection.begin("text/html; charset=utf-8")
+    await connection.send(b"<title>Acme</title><article><p>Plans from $9 a month. 30% off until May.</p></article>")
+    await connection.end(done=False)
+
+
 @pytest.fixture(scope="module")
-def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
-    """A gateway with the demo model and a folder of documents."""
+def outside() -> Iterator[UpstreamServer]:
+    """Google Analytics, and a seller of results pages, with one advertiser and its page."""
+    with run_upstream_beside(saying({})) as server:
+        ad = {"title": "Acme Planner", "link": f"http://127.0.0.1:{server.port}/plans", "snippet": "Plan your week."}
+        server.routes |= {
+            "/search": saying({"ads": [ad]}),
+            "/plans": shop,
+            "/token": saying({"access_token": "t-1", "expires_in": 3600}),
+            "/v1beta/properties/123/metadata": saying(METADATA),
+            "/v1beta/properties/123:runReport": saying(REPORT),
+        }
+        yield server
+
+
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory: pytest.TempPathFactory, outside: UpstreamServer) -> Iterator[GatewayProcess]:
+    """A gateway with the demo model, a folder of documents, and tools for ads and analytics."""
     folder = tmp_path_factory.mktemp("documents")
     filler = "The weather was mild that year, and the roads were dry. " * 60
     (folder / "harbour.md").write_text(f"# Harbour of Yokohama\n\nThe harbour opened in 1859.\n\n{filler}")
     (folder / "trade.txt").write_text("Silk and tea were traded in the harbour of Yokohama; silk came first.")
     (folder / "railway.html").write_text("<title>Railway</title><p>The railway from Shimbashi opened in 1872.</p>" * 9)
     (folder / "report.pdf").write_bytes(pdf("Customs report", ["", "In 1860 the harbour took in much silver."]))
+    root = f"http://127.0.0.1:{outside.port}"
+    key_file = tmp_path_factory.mktemp("google") / "account.json"
+    key_file.write_text(account(rsa.generate_private_key(65537, 2048), f"{root}/token"))
     tree = {
         "engines": {"main": {"kind": "embedded", "model": "demo", "args": {"max_model_len": 2048}}},
         "models": {model: {"limits": UNLIMITED} for model in MODELS},
         "store": {"command_timeout_ms": 2000},  # what is asked of it here has no journal to fall back on
-        "tools": {"web_fetch": {"enabled": False}, "local_search": {"folder": str(folder)}},
+        "fetch": {"ports": [], "allowed_networks": ["127.0.0.0/8"]},
+        "tools": {
+            "web_fetch": {"robots": False},
+            "local_search": {"folder": str(folder)},
+            "serp_ads": {"provider": "serper", "url": root},
+            "ga4": {"property_id": "123", "url": root},
+            "mcp": {"ptengine": {"command": MCP_STUB, "tools": ["traffic"]}},
+        },
     }
-    with serve(tmp_path_factory.mktemp("agents"), tree) as running:
+    environment = {"SERPER_API_KEY": "k-1", "GOOGLE_APPLICATION_CREDENTIALS": str(key_file)}
+    with serve(tmp_path_factory.mktemp("agents"), tree, **environment) as running:
         running.wait_until_ready()
         yield running
 
@@ -70,7 +112,7 @@ def wait_for_quiet(gateway: GatewayProcess) -> None:
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("model", MODELS)
-def test_every_model_completes(gateway: GatewayProcess, model: str, stream: bool) -> None:
+def test_every_model_completes(gateway: GatewayProcess, outside: UpstreamServer, model: str, stream: bool) -> None:
     client = openai.OpenAI(base_url=f"{gateway.url}/v1", api_key=gateway.key, max_retries=0)
     before = gateway.counted()
     events: list[dict[str, Any]] = []
@@ -92,6 +134,7 @@ def test_every_model_completes(gateway: GatewayProcess, model: str, stream: bool
     assert usage is not None
     after = gateway.counted()
     assert (usage.prompt_tokens, usage.completion_tokens) == (after[0] - before[0], after[1] - before[1])
+    assert usage.completion_tokens > 0
     if model in RESEARCH:
         sources = events[-1]["payload"]["sources"]
         assert sources, "documents were found and read"
@@ -99,6 +142,12 @@ def test_every_model_completes(gateway: GatewayProcess, model: str, stream: bool
         assert f"## Sources\n\n[{sources[0]['number']}] {sources[0]['title']}" in text
         named = {int(number) for number in re.findall(r"\[(\d+)\] .* \(local:", text)}
         assert named == {source["number"] for source in sources}
+    if model == "shannon-ads-research":
+        assert [one["domain"] for one in events[-1]["payload"]["ads"]], "an advertiser was found"
+        assert "/plans" in {request.path for request in outside.received}, "and its page was read"
+    if model == "shannon-analytics":
+        assert events[-1]["payload"]["reports"], "a report was had"
+        assert "1,204" in text
     wait_for_quiet(gateway)
 
 
@@ -128,7 +177,7 @@ def test_agents_of_a_run_share_the_prefix_of_their_prompts(gateway: GatewayProce
 
 
 @pytest.mark.usefixtures("books")
-@pytest.mark.parametrize("model", [*RESEARCH, "shannon-complex"])
+@pytest.mark.parametrize("model", MODELS[1:])
 def test_leaving_in_the_middle_leaves_nothing_in_the_engine(gateway: GatewayProcess, model: str) -> None:
     before = gateway.counted()
     body = {"model": model, "messages": ASK, "stream": True}

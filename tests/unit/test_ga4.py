@@ -66,20 +66,26 @@ def private_key() -> rsa.RSAPrivateKey:
     return rsa.generate_private_key(65537, 2048)
 
 
-@pytest.fixture
-def key_file(private_key: rsa.RSAPrivateKey, tmp_path: Path) -> Path:
+def account(private_key: rsa.RSAPrivateKey, token_url: str = TOKEN_URL) -> str:
+    """Return a service account's key file."""
     pem = private_key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-    account = {
-        "type": "service_account",
-        "client_email": "gateway@project.test",
-        "private_key_id": "k1",
-        "private_key": pem.decode(),
-        "token_uri": TOKEN_URL,
-    }
+    return json.dumps(
+        {
+            "type": "service_account",
+            "client_email": "gateway@project.test",
+            "private_key_id": "k1",
+            "private_key": pem.decode(),
+            "token_uri": token_url,
+        }
+    )
+
+
+@pytest.fixture
+def key_file(private_key: rsa.RSAPrivateKey, tmp_path: Path) -> Path:
     path = tmp_path / "account.json"
-    path.write_text(json.dumps(account))
+    path.write_text(account(private_key))
     return path
 
 
