@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import difflib
 import multiprocessing
+import multiprocessing.connection
 import os
 import shutil
 import sys
@@ -138,6 +139,8 @@ class AsyncLLMEngine:
         self._llm: AsyncLLM | None = None
         self._metrics = CollectorRegistry()
         self._collectors: set[RequestOutputCollector] = set()
+        self._cores: list[Any] = []
+        """The core's processes. vLLM forgets its own when one dies."""
 
     @property
     def max_model_len(self) -> int:
@@ -163,7 +166,8 @@ class AsyncLLMEngine:
         build = asyncio.ensure_future(asyncio.to_thread(self._build))
         try:
             self._llm = await asyncio.shield(build)
-            _claimed.update(self._core_processes())
+            self._cores = self._core_processes()
+            _claimed.update(self._cores)
             await self._llm.is_sleeping()  # the first word from the core itself
         except asyncio.CancelledError:
             # The thread can't be cancelled; without its core it ends by itself.
@@ -204,7 +208,8 @@ class AsyncLLMEngine:
         Of several cores (data parallel) a dead one never answers, and vLLM first takes 5 s to stop the others.
         """
         llm = self._running()
-        if not all(process.is_alive() for process in self._core_processes()):
+        # By their sentinels: `is_alive` says yes for a moment while a thread of vLLM's reaps the dead one.
+        if multiprocessing.connection.wait([process.sentinel for process in self._cores], timeout=0):
             raise EngineUnavailable("An engine core has died.")
         try:
             await llm.check_health()
@@ -214,14 +219,14 @@ class AsyncLLMEngine:
 
     async def close(self) -> None:
         """End the generations, ask the core to stop, and kill it if it does not: a frozen one acts on no SIGTERM."""
-        processes = self._core_processes()
+        cores, self._cores = self._cores, []
         llm, self._llm = self._llm, None
         for collector in self._collectors:  # vLLM tells them of a core that died, not of one that was shut down
             collector.put(EngineDied("The engine failed during generation."))
         if llm is not None:
             await asyncio.to_thread(llm.shutdown, _SHUTDOWN_S)
-        for process in processes:
-            process.kill()
+        for core in cores:
+            core.kill()
         drop_metrics(self._metrics)
 
 

@@ -1,4 +1,4 @@
-"""uvicorn's HTTP/1.1 connection, with bounds on what is no body: its size, and how long a head may take.
+"""uvicorn's HTTP/1.1 connection, with bounds on a head, its size and how long it may take, and on who does not read.
 
 The parser gathers a header until its end, however far that is and whenever it comes, before anybody is asked for a
 key. Bodies are bounded by `gateway.middleware`, a body that stalls by the route that reads it, and a connection that
@@ -19,6 +19,10 @@ so that one with a body in front of it is not counted."""
 HEAD_TIMEOUT_S = 60.0
 """From the connection, or the first byte of a later request, to the end of the head; what nginx allows."""
 
+WRITE_TIMEOUT_S = 60.0
+"""How long a client may take none of what waits for it; nginx allows as much. Else a stream that nobody reads would
+keep its place in the engine."""
+
 
 class Connection(HttpToolsProtocol):
     """See the module."""
@@ -27,6 +31,7 @@ class Connection(HttpToolsProtocol):
     _got_on = False
     """The last packet had some of a body, or a beginning or an end: the parser gathers nothing older than it."""
     _gathered_bytes = 0
+    _stalled: asyncio.TimerHandle | None = None
 
     def data_received(self, data: bytes) -> None:
         self._got_on = False
@@ -42,7 +47,33 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self._stop_watching()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_reader(self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        self._stop_watching()
+        super().resume_writing()
+
+    def _watch_reader(self, waiting_bytes: int) -> None:
+        """Look after a while whether the client has taken any of what waits, to which nothing is added meanwhile."""
+        self._stalled = self.loop.call_later(WRITE_TIMEOUT_S, self._end_if_stalled, waiting_bytes)
+
+    def _end_if_stalled(self, waiting_bytes: int) -> None:
+        left_bytes = self.transport.get_write_buffer_size()
+        if left_bytes < waiting_bytes:
+            self._watch_reader(left_bytes)
+        else:
+            self._stalled = None
+            self.transport.abort()
+
+    def _stop_watching(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
 
     def on_message_begin(self) -> None:
         self._got_on = True

@@ -137,7 +137,11 @@ class Resolver:
         await self._room.acquire()  # given back by the thread, which outlives a caller that does not wait for it
         loop = asyncio.get_running_loop()
         found: asyncio.Future[Sequence[str]] = loop.create_future()
-        threading.Thread(target=self._look_up, args=(loop, found, host, port), daemon=True).start()
+        try:
+            threading.Thread(target=self._look_up, args=(loop, found, host, port), daemon=True).start()
+        except RuntimeError as error:  # there are no more threads, nor will one give the room back
+            self._room.release()
+            raise OSError(str(error)) from error
         return await found
 
     def _look_up(self, loop: asyncio.AbstractEventLoop, found: asyncio.Future[Any], host: str, port: int) -> None:

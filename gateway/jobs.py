@@ -13,6 +13,7 @@ waiting until it looks there by itself. Fails with NotFound, RateLimitExceeded, 
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing, suppress
@@ -28,6 +29,8 @@ from gateway.job_queue import ClientQueue, Job, RunJob, event_frame
 from gateway.log_writer import Reader, log_keys
 from gateway.metrics import Metrics
 from gateway.store import Script, Store
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -53,6 +56,8 @@ class Jobs:
         self._queues: dict[str, ClientQueue] = {}
         self._readers: dict[str, Reader] = {}
         """The newest stream of each client in this process."""
+        self._streams: set[Reader] = set()
+        """All that are open or on their way, older ones of a client included."""
         self._opening: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._watcher: asyncio.Task[None] | None = None
@@ -102,14 +107,14 @@ class Jobs:
 
     def _check_room(self, reader: Reader) -> None:
         most = self._settings.max_streams_per_key
-        if sum(other.owner == reader.owner for other in self._readers.values()) >= most and (
-            reader.log_id not in self._readers
-        ):
+        clients = {other.log_id for other in self._streams if other.owner == reader.owner}
+        if len(clients) >= most and reader.log_id not in clients:
             raise RateLimitExceeded(
                 f"This API key has {most} streams of jobs open, which is as many as it may. Close one first.",
                 code="too_many_streams",
                 retry_after_s=1.0,
             )
+        self._streams.add(reader)
 
     async def _attach(self, reader: Reader, run: RunJob) -> Opened:
         """Make `reader` the stream of its client, and this process the one that runs its jobs if there is no other."""
@@ -145,16 +150,17 @@ class Jobs:
                 older.stop("replaced")
             if not reader.stopped:  # else it has left again
                 self._readers[reader.log_id] = reader
-            if writer is not None and queue is not None:
-                queue.take_over(opened)
             if self._watcher is None or self._watcher.done():
                 self._watcher = asyncio.create_task(self._watch())
+            if writer is not None and queue is not None:
+                queue.take_over(opened)
         if opened.process != self._process:
             await self._poke(opened.process, reader.log_id)
         return opened
 
     def _detach(self, reader: Reader) -> None:
         reader.stop("left")
+        self._streams.discard(reader)
         if self._readers.get(reader.log_id) is reader:
             del self._readers[reader.log_id]
             if reader.log_id not in self._queues:
@@ -262,6 +268,8 @@ class Jobs:
                     queue.look_again = queue.look_again or finished != queue.finished
         except StoreUnavailable:
             return  # the next look is due soon
+        except Exception:  # the leases of all other clients hang on the task that looks
+            log.exception("the jobs of a client can't be looked after")
         finally:
             queue.looking = False
 

@@ -149,7 +149,7 @@ class LogWriter:
             except StoreUnavailable:
                 await asyncio.sleep(_RETRY_S)
                 continue
-            self.lost = not kept
+            self.lost = self.lost or not kept  # it may have lost frames meanwhile
             self._stored = last
             self._trim()
             return

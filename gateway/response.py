@@ -24,7 +24,7 @@ from gateway.metrics import Metrics
 log = logging.getLogger(__name__)
 
 _FAILURE_S = 1.0
-"""How long the error frame may wait for a client that does not read."""
+"""How long the last bytes may wait for a client that does not read, once the exchange is to end."""
 
 RenderError = Callable[[GatewayError, bool], bytes]
 """Returns the bytes of an error, as a frame of a stream (True) or as a whole body."""
@@ -82,6 +82,8 @@ class GenerationResponse(Response):
         self._keepalive_s = keepalive_s
         self._next_comment = comment
         self._started = False
+        self._said = False
+        """Nothing but the last bytes is left to send."""
         self._ended = False
         self._reason: GatewayError | None = None
         self._client_left = False
@@ -100,7 +102,10 @@ class GenerationResponse(Response):
     def interrupt(self, reason: GatewayError) -> None:
         """End the exchange with `reason` for the client."""
         self._reason = reason
-        self._cancel()
+        if self._said:
+            asyncio.get_running_loop().call_later(_FAILURE_S, self._cancel)
+        else:
+            self._cancel()
 
     def _cancel(self) -> None:
         if self._task is not None and not self._ended:
@@ -129,7 +134,7 @@ class GenerationResponse(Response):
                 raise  # somebody else's cancellation
             assert self._task is not None
             self._task.uncancel()
-            failure = self._reason
+            failure = None if self._said else self._reason
         except GatewayError as error:
             failure = error
         except EngineError as error:
@@ -163,7 +168,7 @@ class GenerationResponse(Response):
             if not self._started:
                 await self._start(send)
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
-        self._ended = True
+        self._said = True
         if not self._started:  # there was nothing to send
             await self._start(send)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -171,7 +176,7 @@ class GenerationResponse(Response):
     async def _send_body(self, chunks: AsyncGenerator[bytes, None], send: Send) -> None:
         body = b"".join([chunk async for chunk in chunks])
         self.raw_headers.append((b"content-length", b"%d" % len(body)))
-        self._ended = True
+        self._said = True
         await self._start(send)
         await send({"type": "http.response.body", "body": body, "more_body": False})
 
@@ -203,7 +208,7 @@ class GenerationResponse(Response):
         """Runs on the loop's timer, about once a second: a timer per token would cost more than the tokens."""
         loop = asyncio.get_running_loop()
         stuck = self._comment is not None and not self._comment.done()  # behind a client that does not read
-        if not self._ended and not stuck:
+        if not self._said and not self._ended and not stuck:
             comment = self._next_comment()
             if comment is None and loop.time() - self._last_sent >= self._keepalive_s:
                 comment = KEEPALIVE
@@ -223,7 +228,7 @@ class GenerationResponse(Response):
         """Cancel the exchange when the client has left."""
         while (await receive())["type"] != "http.disconnect":
             pass
-        if not self._ended:
+        if not self._said and not self._ended:
             self._client_left = True
             self._cancel()
 

@@ -157,6 +157,7 @@ class Store:
     async def close(self) -> None:
         if self._probe is not None:
             self._probe.cancel()
+            await asyncio.gather(self._probe, return_exceptions=True)  # it may be starting the server
         await self.answered()
         with contextlib.suppress(*_FAILURES):
             await self._client.aclose()
@@ -297,15 +298,20 @@ class Store:
     async def _probe_until_back(self) -> None:
         while True:
             await asyncio.sleep(self._settings.breaker_s)
-            with contextlib.suppress(*_FAILURES):
+            try:
+                if self._embedded is not None:
+                    await self._embedded.revive()
                 async with asyncio.timeout(self._timeout_s):
                     _, found = await self._send(_SCHEMA_CHECK)
-                if str(found) != str(SCHEMA):
-                    log.error("the store is back with layout version %s, not %s; not using it", found, SCHEMA)
-                    continue
-                self.available = True
-                log.warning("the store is back")
-                return
+            except Exception as error:  # whatever it is, nobody else would look again
+                log.debug("the store is still away: %r", error)
+                continue
+            if str(found) != str(SCHEMA):
+                log.error("the store is back with layout version %s, not %s; not using it", found, SCHEMA)
+                continue
+            self.available = True
+            log.warning("the store is back")
+            return
 
 
 def _is_refusal(error: Exception) -> bool:

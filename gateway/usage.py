@@ -104,11 +104,10 @@ class Ledger:
         for task in (self._adopter, self._replayer):
             if task is not None:
                 task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
+                await asyncio.gather(task, return_exceptions=True)
         if self._journal is not None:
             path = self._journal_path
-            with contextlib.suppress(StoreUnavailable):
+            with contextlib.suppress(StoreUnavailable, OSError, ValueError):  # it stays for the next gateway
                 await self._replay(path, self._process)
                 path.unlink()
             self._journal.close()
@@ -197,11 +196,11 @@ class Ledger:
         fcntl.flock(journal, fcntl.LOCK_EX)
         unlocked.rename(path)  # seen by others only now that it is locked
         self._journal = journal
+        self._replayer = asyncio.create_task(self._replay_when_back(path))
         waiting, self._waiting = self._waiting, []
         for entry, _ in waiting:
             self._append(entry)
         log.warning("usage goes to %s until the store is back", path.name)
-        self._replayer = asyncio.create_task(self._replay_when_back(path))
 
     def _append(self, entry: Entry) -> None:
         assert self._journal is not None
@@ -211,24 +210,33 @@ class Ledger:
             if self._journal.write(line) < len(line):
                 raise OSError("the disk is full")
         except OSError as error:
-            self._journal.truncate(end)  # half a line would spoil the next
+            with contextlib.suppress(OSError):
+                self._journal.truncate(end)  # half a line would spoil the next
             self._set_aside(entry, f"the journal can't take ({error})")
 
     async def _replay_when_back(self, path: Path) -> None:
-        done = 0
+        done, said = 0, ""
         while True:
             await asyncio.sleep(_RETRY_S)
             if not self._store.available:
                 continue
-            with contextlib.suppress(StoreUnavailable):
+            try:
                 done = await self._replay(path, self._process, done)
-                # No await since the last line was read: nothing was appended in between.
-                assert self._journal is not None
-                self._journal.close()
-                self._journal = None
+            except StoreUnavailable:
+                continue
+            except Exception as error:  # whatever it is, nobody else would replay it
+                if str(error) != said:
+                    said = str(error)
+                    log.error("the journal %s can't be replayed yet: %r", path.name, error)
+                continue
+            # No await since the last line was read: nothing was appended in between.
+            assert self._journal is not None
+            self._journal.close()
+            self._journal = None
+            with contextlib.suppress(OSError):  # what is replayed again counts once
                 path.unlink()
-                log.warning("the journal is replayed, %d bytes", done)
-                return
+            log.warning("the journal is replayed, %d bytes", done)
+            return
 
     async def _replay(self, path: Path, process: str, start: int = 0) -> int:
         """Apply a journal from byte `start` on. Returns where it ends. Raises StoreUnavailable, and may be repeated."""

@@ -43,6 +43,15 @@ class EmbeddedValkey:
             self._spawn()
             await self._wait()
 
+    async def revive(self) -> None:
+        """Start the server again if it is gone; one that is merely frozen still holds its socket. Raises StoreError."""
+        try:
+            _, writer = await asyncio.open_unix_connection(str(self.socket))
+        except (ConnectionRefusedError, FileNotFoundError):
+            await self.start()
+        else:
+            writer.close()
+
     def _spawn(self) -> None:
         command = [_find_server(), "--port", "0", "--unixsocket", str(self.socket), "--unixsocketperm", "700"]
         command += ["--dir", str(self._data_dir), "--appendonly", "yes", "--appendfsync", "everysec", "--save", ""]

@@ -228,6 +228,7 @@ class Agent:
             most = prepared.prompt_tokens + prepared.max_tokens
             if not final:
                 run.budget.take_tokens(most)
+            settlements = run.settlements
             try:
                 async with (
                     run.meter.reserved([prepared]),
@@ -240,6 +241,8 @@ class Agent:
             except (RateLimitExceeded, Overloaded) as error:
                 if not run.begun:
                     raise  # the client can wait as well as we
+                if run.settlements != settlements:
+                    continue  # room was made while the refusal was on its way
                 wait_s = self._wait_s(error, run.budget.left_s() if final else run.left_s())
                 if not waited:
                     why = "token limit" if isinstance(error, RateLimitExceeded) else "turn at the engine"

@@ -66,6 +66,8 @@ class Run:
         """Something was generated or called. Until then the client may still be refused with a status of its own."""
         self.running = 0
         """Generations that the limits have let in."""
+        self.settlements = 0
+        """Generations that have ended, and gave back what they did not use."""
         self.numbers = itertools.count()
         """Tell the run's generations and tool calls apart."""
         self.effort = request.reasoning_effort
@@ -167,6 +169,7 @@ class Run:
         finally:
             self.running -= 1
             if ran:
+                self.settlements += 1
                 self._settled.set()
 
     async def wait_for_room(self, most_s: float) -> None:

@@ -94,6 +94,35 @@ async def test_leaving_with_a_full_socket_aborts_its_generation(serve: Start) ->
     assert gateway.spent().completion_tokens < 90_000
 
 
+async def test_reader_that_stays_and_reads_nothing_is_left(serve: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its place in the engine is somebody else's by then."""
+    monkeypatch.setattr("gateway.connection.WRITE_TIMEOUT_S", 0.3)
+    gateway = await serve(mock=lambda: MockEngine(reply="x" * 4000, token_s=0.0001, max_model_len=100_000))
+    body = {"messages": HELLO, "stream": True, "ignore_eos": True, "max_tokens": 90_000}
+    _, writer = await gateway.post_by_hand(json.dumps(body).encode())
+    await until(gateway.writes_are_paused)
+
+    await assert_aborted_and_settled(gateway)
+    assert gateway.spent().completion_tokens < 90_000
+    writer.transport.abort()
+
+
+async def test_reader_that_is_slow_is_waited_for(serve: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.connection.WRITE_TIMEOUT_S", 1.0)
+    gateway = await serve(mock=lambda: MockEngine(reply="x" * 4000, max_model_len=100_000))
+    body = {"messages": HELLO, "stream": True, "ignore_eos": True, "max_tokens": 2_000}
+    reader, writer = await gateway.post_by_hand(json.dumps(body).encode())
+    await until(gateway.writes_are_paused)
+    read = b""
+    while b"[DONE]" not in read[-200:]:
+        assert (piece := await asyncio.wait_for(reader.read(2**17), 5)), "the server has left"
+        read += piece
+        await asyncio.sleep(0.005)
+    writer.transport.abort()
+
+    assert read.count(b"x" * 4000) == 2_000
+
+
 async def test_leaving_during_the_upload_is_no_server_error(serve: Start, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     gateway = await serve()

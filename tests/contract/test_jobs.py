@@ -458,6 +458,35 @@ async def test_streams_of_a_key_are_bounded(serve: Start) -> None:
         assert len(second.opened) == 1
 
 
+async def test_streams_of_a_key_that_open_at_once_are_bounded(serve: Start) -> None:
+    gateway = await serve(config={"jobs": {"max_streams_per_key": 3}})
+    clients = [JobClient(f"client-{number}") for number in range(12)]
+    reading = [asyncio.create_task(client.follow(gateway)) for client in clients]
+    await until(lambda: all(task.done() or client.opened for task, client in zip(reading, clients, strict=True)))
+    for task in reading:
+        task.cancel()
+    await asyncio.gather(*reading, return_exceptions=True)
+
+    statuses = [client.response.status_code for client in clients if client.response is not None]
+    assert sorted(statuses) == [200] * 3 + [429] * 9
+
+
+async def test_job_that_can_not_be_read_disturbs_no_other_client(
+    serve: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One of a newer gateway, perhaps."""
+    gateway = await serve()
+    store = gateway.services.store
+    bad, good = JobClient("bad"), JobClient("good")
+    async with bad.connected(gateway), good.connected(gateway):
+        await store.run("RPUSH", "sh:{l:TestKey00001:bad}:q", json.dumps({"id": "job_x", "from": "tomorrow"}))
+        await submit(gateway, "bad")
+        await until(lambda: "can't be looked after" in caplog.text)
+        for _ in range(3):
+            await submitted(gateway, "good")
+        await until(lambda: len([name for name, *_ in good.events if name == "done"]) == 3)
+
+
 async def test_idle_stream_is_ended(serve: Start) -> None:
     gateway = await serve(config={"jobs": {"max_idle_s": 0.1}})
     client = JobClient("c")

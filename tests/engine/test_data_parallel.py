@@ -79,13 +79,13 @@ async def test_death_of_one_rank_is_the_engines(parallel: EmbeddedEngine) -> Non
     streams = [parallel.generate(one) for one in prepared]
     for stream in streams:
         await anext(stream)
-    dead, *others = parallel._core_processes()
+    dead, *others = parallel._cores
 
     dead.kill()
     dead.join()
 
     with pytest.raises(EngineUnavailable, match="core has died"):
-        await parallel.check_health()
+        await asyncio.wait_for(parallel.check_health(), 30)
     await parallel.close()
     for stream in streams:
         with pytest.raises(EngineDied):

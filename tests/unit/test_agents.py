@@ -427,6 +427,22 @@ async def test_agent_waits_for_the_limit_and_says_so(over: Metered) -> None:
     assert [entry.error for entry in over.books.entries] == [""] * len(over.books.entries)
 
 
+async def test_agent_does_not_wait_for_room_that_was_made_while_it_was_refused(over: Metered) -> None:
+    """Another's generation ends between the engine's refusal and the agent that learns of it."""
+    run = begun(over)
+    over.engine.faults.append(Fault(error=EngineOverloaded("full", retry_after_s=60)))
+    settle = over.meter._settle
+
+    async def slow(*arguments: Any) -> None:
+        with run.generating():
+            pass
+        await settle(*arguments)
+
+    over.meter._settle = slow  # type: ignore[method-assign]
+    async with over.meter.counted():
+        assert await asyncio.wait_for(Agent(run, "Ueno", "researcher").write(NOTES, 50), 5) == "Noted [99]."
+
+
 async def test_nothing_waits_before_anything_has_run(over: Metered) -> None:
     limited(over, 1, 0.01)
     with pytest.raises(RateLimitExceeded):

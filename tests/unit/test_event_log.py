@@ -7,6 +7,7 @@ import random
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -329,6 +330,29 @@ async def test_writer_gives_up_what_grows_too_large_without_the_store(store_serv
             await writer.release(0.1)
         finally:
             store_server.send(signal.SIGCONT)
+
+
+async def test_writer_that_lost_frames_while_some_were_stored_writes_no_more(one: Store) -> None:
+    writer = await written(EventLogs(one), "gap", max_bytes=300_000)
+    writer.append(b"data: 1\n\n")
+    stored: list[list[Any]] = []
+    run = one.run
+
+    async def burst(*command: Any) -> Any:
+        stored.append(list(command))
+        answer = await run(*command)
+        for number in range(2, 9):
+            writer.append(b"data: %b%d\n\n" % (b"x" * 60_000, number))
+        return answer
+
+    one.run = burst  # type: ignore[method-assign]
+    try:
+        await writer.flush(5)
+    finally:
+        del one.run
+    assert writer.lost
+    assert len(stored) == 1
+    await writer.release(0.1)
 
 
 @pytest.mark.parametrize("seed", range(6))

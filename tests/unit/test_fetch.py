@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 import ssl
+import threading
 from collections.abc import AsyncIterator, Sequence
 from ipaddress import ip_address
 from pathlib import Path
@@ -337,6 +338,21 @@ async def test_resolver_serves_on_after_callers_that_left() -> None:
         task = asyncio.create_task(resolve("localhost", 80))
         await asyncio.sleep(0)
         task.cancel()
+
+    assert "127.0.0.1" in await asyncio.wait_for(resolve("127.0.0.1", 80), 5)
+
+
+async def test_resolver_without_a_thread_says_so_and_looks_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    resolve = Resolver()
+
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as none_left:
+        none_left.setattr(threading.Thread, "start", start)
+        for _ in range(20):
+            with pytest.raises(OSError, match="new thread"):
+                await resolve("localhost", 80)
 
     assert "127.0.0.1" in await asyncio.wait_for(resolve("127.0.0.1", 80), 5)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import resource
 from collections.abc import AsyncGenerator, Iterator
@@ -167,6 +168,44 @@ async def test_entries_go_to_a_journal_while_the_store_is_away_and_count_once_wh
         assert (await ledger.totals(KEY_ID))[0]["requests"] == 201
         assert await ledger.settle(entry()) is not None
         assert (await ledger.totals(KEY_ID))[0]["requests"] == 202
+
+
+async def test_replay_that_fails_for_another_reason_is_tried_again(
+    own: StoreServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "data"
+    async with opened(own.url, folder) as (_, ledger):
+        own.stop()
+        await ledger.settle(entry())
+        replay, failures = ledger._replay, 3
+
+        async def fail_at_first(*arguments: Any) -> int:
+            nonlocal failures
+            failures -= 1
+            if failures >= 0:
+                raise OSError(errno.EMFILE, "Too many open files")
+            return await replay(*arguments)
+
+        monkeypatch.setattr(ledger, "_replay", fail_at_first)
+        own.start()
+        await until(lambda: not journals(folder), within_s=15)
+        assert caplog.text.count("can't be replayed yet") == 1
+        assert (await ledger.totals(KEY_ID))[0]["requests"] == 1
+
+
+async def test_ledger_closes_though_its_journal_can_not_be_read(
+    own: StoreServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "data"
+    async with opened(own.url, folder) as (_, ledger):
+        own.stop()
+        await ledger.settle(entry())
+
+        async def fail(*arguments: Any) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr(ledger, "_replay", fail)
+    assert len(journals(folder)) == 1
 
 
 async def test_entry_that_was_applied_though_its_answer_was_lost_counts_once(own: StoreServer, tmp_path: Path) -> None:

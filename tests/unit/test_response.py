@@ -364,6 +364,34 @@ async def test_interruption_while_the_error_frame_waits_changes_nothing() -> Non
     assert exchange.client.complete
 
 
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+async def test_interruption_ends_though_the_client_does_not_take_the_end(stream: bool) -> None:
+    exchange = Exchange(stream=stream)
+    exchange.client.reading.clear()
+    exchange.source.put(None)
+    await until(lambda: exchange.source.closed)
+
+    assert await asyncio.wait_for(exchange.drain.run(timeout_s=0), timeout=3) == 1
+    exchange.client.reading.set()
+    await exchange.finished()
+
+    assert not exchange.client.complete
+
+
+async def test_end_that_the_client_takes_late_is_no_failure() -> None:
+    exchange = Exchange()
+    exchange.client.reading.clear()
+    exchange.source.put(None)
+    await until(lambda: exchange.source.closed)
+    draining = asyncio.create_task(exchange.drain.run(timeout_s=0))
+    await until(lambda: exchange.response.reason is not None)
+    exchange.client.reading.set()
+
+    assert await asyncio.wait_for(draining, timeout=3) == 1
+    assert exchange.client.complete
+    assert exchange.client.body == b""
+
+
 async def test_interruption_ends_though_the_client_reads_nothing() -> None:
     exchange = Exchange()
     exchange.source.put(b"data: 1\n\n")

@@ -332,3 +332,26 @@ async def test_bundled_server_is_started_where_no_url_is_given_and_keeps_its_dat
         finally:
             await store.close()
     assert not any(b"SIGKILL" in log.read_bytes() for log in tmp_path.glob("*.log"))
+
+
+async def test_bundled_server_that_died_is_started_again(tmp_path: Path) -> None:
+    settings = StoreSettings(data_dir=tmp_path, command_timeout_ms=2000, breaker_s=0.05)
+    store, guest = (Store(settings, {}, Metrics()) for _ in range(2))
+    await store.start()
+    await guest.start()
+    try:
+        for one in (store, guest):
+            await one.run("SET", "x", "kept")
+            assert store._embedded is not None
+            process = store._embedded._process
+            assert process is not None
+            process.kill()
+            process.wait()
+            with pytest.raises(StoreUnavailable):
+                await one.run("GET", "x")
+            await until(lambda one=one: one.available, within_s=15)  # type: ignore[misc]
+            if one is store:
+                assert await one.run("GET", "x") == "kept"
+    finally:
+        await guest.close()
+        await store.close()
