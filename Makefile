@@ -71,7 +71,7 @@ $(GATEWAY_VENV)/.installed: requirements-gateway.lock requirements-dev.lock pypr
 .PHONY: test-gateway
 test-gateway: $(GATEWAY_VENV)/.installed ## Run the unit and contract tests where vllm is not installed
 	@! $(GATEWAY_VENV)/bin/python -c 'import vllm' 2>/dev/null
-	$(GATEWAY_VENV)/bin/python -m pytest tests/unit tests/contract
+	$(GATEWAY_VENV)/bin/python -m pytest -n 2 --dist loadfile tests/unit tests/contract
 
 .PHONY: check
 check: setup-dev ## Check format, lint, types and import contracts

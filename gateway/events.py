@@ -11,6 +11,9 @@ from engine.base import Delta
 Clock = Callable[[], float]
 """Returns Unix time in seconds."""
 
+ORCHESTRATOR = "orchestrator"
+"""The agent id of events about the workflow as a whole."""
+
 EventType = Literal[
     "WORKFLOW_STARTED",
     "AGENT_STARTED",

@@ -18,7 +18,6 @@ from gateway.errors import BadRequest
 Message = dict[str, Any]
 
 MAX_ITEMS = 4096
-_TEXTS = ("input_text", "output_text", "text")
 
 
 class InputPart(Schema):

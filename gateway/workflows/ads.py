@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from engine.base import Delta
+from gateway.events import ORCHESTRATOR
 from gateway.sessions import text_of
 from gateway.tools.base import Observation
 from gateway.workflows.agents import AGENT_FAILURES, Agent, Decision, Prompt, fenced, quoted
@@ -23,7 +24,7 @@ from gateway.workflows.excerpts import excerpt
 from gateway.workflows.figures import Figures
 from gateway.workflows.offer_filter import OfferFilter
 from gateway.workflows.offers import Advertiser, Profile, ads_table, advertisers_of, checked, comparison
-from gateway.workflows.run import ORCHESTRATOR, Run
+from gateway.workflows.run import Run
 from gateway.workflows.tables import cell
 
 MOST_QUERIES = 3

@@ -19,7 +19,7 @@ import orjson
 from pydantic import Field
 
 from engine.base import Delta
-from gateway.events import Clock
+from gateway.events import ORCHESTRATOR, Clock
 from gateway.tools.base import Observation
 from gateway.tools.mcp_servers import SEPARATOR
 from gateway.tools.server_toolbox import server_of, stocked
@@ -30,7 +30,7 @@ from gateway.workflows.figure_filter import FigureFilter
 from gateway.workflows.figures import Figures
 from gateway.workflows.report_plans import MOST_REPORTS, Menu, ReportPlan
 from gateway.workflows.reports import Report, ga4_report, other_report
-from gateway.workflows.run import ORCHESTRATOR, Run
+from gateway.workflows.run import Run
 
 _STEPS = 6
 """Calls of one agent to the tools of MCP servers."""

@@ -9,12 +9,10 @@ import contextlib
 from collections.abc import AsyncGenerator
 
 from engine.base import GenerationRequest
-from gateway.events import Clock, Event, EventType, ShannonEvent
+from gateway.events import ORCHESTRATOR, Clock, Event, EventType, ShannonEvent
 from gateway.meter import Meter
 from gateway.sessions import Session
 
-ORCHESTRATOR = "orchestrator"
-"""The agent id of events about the workflow as a whole."""
 AGENT_ID = "Ryogoku"
 """Agents are named after stations of Tokyo's Yamanote line and its neighbours; this one is the field's oldest."""
 

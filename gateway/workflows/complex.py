@@ -17,12 +17,13 @@ import orjson
 from pydantic import Field
 
 from gateway.errors import BadRequest
+from gateway.events import ORCHESTRATOR
 from gateway.tools.base import Observation
 from gateway.tools.server_toolbox import stocked
 from gateway.workflows.agents import AGENT_FAILURES, Agent, Decision, Prompt, fenced, quoted
 from gateway.workflows.citations import Sources
 from gateway.workflows.excerpts import excerpt
-from gateway.workflows.run import ORCHESTRATOR, OutOfBudget, Run
+from gateway.workflows.run import OutOfBudget, Run
 from gateway.workflows.synthesis import answer
 
 MOST_STEPS = 8

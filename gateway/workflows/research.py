@@ -15,9 +15,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from gateway.errors import BadRequest
+from gateway.events import ORCHESTRATOR
 from gateway.workflows.agents import AGENT_FAILURES, Agent, Decision, Prompt
 from gateway.workflows.researcher import SEARCHES, Library, Notes, Researcher, SubQuestion, Thoroughness
-from gateway.workflows.run import ORCHESTRATOR, Run, Workflow
+from gateway.workflows.run import Run, Workflow
 from gateway.workflows.synthesis import answer
 from gateway.workflows.verification import Checked, findings, limitations, verify
 

@@ -18,19 +18,17 @@ import orjson
 
 from engine.base import Delta, GenerationRequest
 from gateway.errors import BadRequest, Overloaded, Unavailable
-from gateway.events import Clock, Event, EventType, ShannonEvent
+from gateway.events import ORCHESTRATOR, Clock, Event, EventType, ShannonEvent
 from gateway.meter import Meter
 from gateway.sessions import Session, text_of
 from gateway.tools.base import Toolbox
 from gateway.workflows.budget import Budget, OutOfBudget
 from gateway.workflows.stations import stations
 
-__all__ = ["AGENTS_SHARE", "ORCHESTRATOR", "Budget", "OutOfBudget", "Run", "Workflow", "check_for_agents", "conduct"]
+__all__ = ["AGENTS_SHARE", "Budget", "OutOfBudget", "Run", "Workflow", "check_for_agents", "conduct"]
 
 T = TypeVar("T")
 
-ORCHESTRATOR = "orchestrator"
-"""The agent id of events about the workflow as a whole."""
 AGENTS_SHARE = 0.85
 """Of a run's time, for everything but the answer."""
 _GRACE_S = 0.25

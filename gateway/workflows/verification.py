@@ -13,9 +13,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from gateway.events import ORCHESTRATOR
 from gateway.workflows.agents import AGENT_FAILURES, Agent, Decision, Prompt, fenced
 from gateway.workflows.researcher import Library
-from gateway.workflows.run import ORCHESTRATOR, Run
+from gateway.workflows.run import Run
 
 _SHARE = 0.85
 """Of a run's time, by which all checks must be done."""

@@ -115,7 +115,8 @@ async def test_reader_that_is_slow_is_waited_for(serve: Start, monkeypatch: pyte
     await until(gateway.writes_are_paused)
     read = b""
     while b"[DONE]" not in read[-200:]:
-        assert (piece := await asyncio.wait_for(reader.read(2**17), 5)), "the server has left"
+        piece = await asyncio.wait_for(reader.read(2**17), 5)
+        assert piece, "the server has left"
         read += piece
         await asyncio.sleep(0.005)
     writer.transport.abort()

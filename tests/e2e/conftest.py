@@ -16,6 +16,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess
     tree = {
         "engines": {"main": {"kind": "embedded", "model": "demo", "args": {"max_model_len": 2048}}},
         "models": {"shannon-chat": {"defaults": {"temperature": 0}, "limits": UNLIMITED}},
+        "inspector": {"enabled": True},
         "store": {"command_timeout_ms": 2000},  # a busy machine is no store that is away
     }
     with serve(tmp_path_factory.mktemp("gateway"), tree) as running:

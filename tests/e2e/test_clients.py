@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -71,6 +73,32 @@ def test_printed_curl_line_works_when_pasted(gateway: GatewayProcess) -> None:
     assert ANSWER in output
 
 
-@pytest.mark.parametrize("client", ["chat.py", "chat.mjs", "chat_langchain.py"])
+def test_cut_stream_is_taken_up_by_the_printed_lines(gateway: GatewayProcess, tmp_path: Path) -> None:
+    output = _run(gateway, "bash", str(CLIENTS / "resume.sh"), cwd=tmp_path)
+    numbers = [int(line.removeprefix("id: ")) for line in output.splitlines() if line.startswith("id: ")]
+    assert numbers == list(range(1, len(numbers) + 1)), "every event once"
+    frames = [json.loads(line.removeprefix("data: ")) for line in output.splitlines() if line.startswith("data: {")]
+    assert "".join(frame["choices"][0]["delta"].get("content") or "" for frame in frames) == ANSWER
+    assert "data: [DONE]" in output
+
+
+def test_jobs_are_answered_in_order_by_the_printed_lines(gateway: GatewayProcess, tmp_path: Path) -> None:
+    output = _run(gateway, "bash", str(CLIENTS / "jobs.sh"), cwd=tmp_path)
+    events = re.findall(r"event: (\w+)\ndata: (\{.*\})$", output, re.M)
+    names = [name for name, _ in events if name not in ("token", "queued")]
+    assert names == ["open", "started", "done", "started", "done", "end"], output
+    jobs = [json.loads(data) for name, data in events if name == "token"]
+    first = jobs[0]["job_id"]
+    assert "".join(job["text"] for job in jobs if job["job_id"] == first) == ANSWER
+
+
+def test_tokens_are_looked_into_by_the_printed_lines(gateway: GatewayProcess, tmp_path: Path) -> None:
+    output = _run(gateway, "bash", str(CLIENTS / "inspect.sh"), cwd=tmp_path)
+    events = re.findall(r"event: (\w+)\ndata: (\{.*\})$", output, re.M)
+    assert [name for name, _ in events] == ["token", "trace", "token", "trace", "done"], output
+    assert ANSWER.startswith(json.loads(events[0][1])["token_text"])
+
+
+@pytest.mark.parametrize("client", ["chat.py", "chat.mjs", "chat_langchain.py", "resume.sh", "jobs.sh", "inspect.sh"])
 def test_readme_shows_the_tested_client(client: str) -> None:
     assert (CLIENTS / client).read_text() in (ROOT / "README.md").read_text()

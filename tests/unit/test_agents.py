@@ -438,7 +438,7 @@ async def test_agent_does_not_wait_for_room_that_was_made_while_it_was_refused(o
             pass
         await settle(*arguments)
 
-    over.meter._settle = slow  # type: ignore[method-assign]
+    over.meter._settle = slow  # type: ignore[assignment, method-assign]
     async with over.meter.counted():
         assert await asyncio.wait_for(Agent(run, "Ueno", "researcher").write(NOTES, 50), 5) == "Noted [99]."
 
