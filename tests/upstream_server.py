@@ -165,8 +165,8 @@ async def _read(reader: asyncio.StreamReader) -> Received:
     method, path, _ = head[0].split(" ")
     headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in head[1:-2])}
     body = await reader.readexactly(int(headers.get("content-length", 0)))
-    is_json = "json" in headers.get("content-type", "")
-    return Received(method, path, headers, json.loads(body) if is_json else body or None)
+    is_form = headers.get("content-type", "").endswith("form-urlencoded")
+    return Received(method, path, headers, json.loads(body) if body and not is_form else body or None)
 
 
 @contextlib.asynccontextmanager
