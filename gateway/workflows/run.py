@@ -33,6 +33,8 @@ AGENTS_SHARE = 0.85
 """Of a run's time, for everything but the answer."""
 _GRACE_S = 0.25
 """For agents whose time is up to hand on what they have, before they are stopped."""
+_LEAST_S = 0.01
+"""With less, no agent begins; timers may fire a millisecond early, when those before it give up."""
 _CONVERSATION_CHARS = 2000
 """Of the earlier turns, for prompts that only need to know of them."""
 _OWN_SOURCES = re.compile(r"\n\n## Sources(?:\n\n\[\d+\] [^\n]*)+\s*$")
@@ -216,7 +218,7 @@ class Run:
         if ready is not None:
             await ready(number)
         async with self._places:
-            if self.left_s() <= 0:
+            if self.left_s() < _LEAST_S:
                 raise asyncio.CancelledError  # too late to begin
             return await job()
 
