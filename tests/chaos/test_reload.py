@@ -161,6 +161,7 @@ def test_terminal_that_is_closed_ends_the_gateway_and_a_signal_in_one_reloads(tm
     master, slave = pty.openpty()
 
     def take_terminal() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
         fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
 
     with log.open("wb") as output:
