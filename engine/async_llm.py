@@ -139,8 +139,6 @@ class AsyncLLMEngine:
         self._llm: AsyncLLM | None = None
         self._metrics = CollectorRegistry()
         self._collectors: set[RequestOutputCollector] = set()
-        self._cores: list[Any] = []
-        """The core's processes. vLLM forgets its own when one dies."""
 
     @property
     def max_model_len(self) -> int:
@@ -166,8 +164,7 @@ class AsyncLLMEngine:
         build = asyncio.ensure_future(asyncio.to_thread(self._build))
         try:
             self._llm = await asyncio.shield(build)
-            self._cores = self._core_processes()
-            _claimed.update(self._cores)
+            _claimed.update(self._core_processes())
             await self._llm.is_sleeping()  # the first word from the core itself
         except asyncio.CancelledError:
             # The thread can't be cancelled; without its core it ends by itself.
@@ -209,7 +206,7 @@ class AsyncLLMEngine:
         """
         llm = self._running()
         # By their sentinels: `is_alive` says yes for a moment while a thread of vLLM's reaps the dead one.
-        if multiprocessing.connection.wait([process.sentinel for process in self._cores], timeout=0):
+        if multiprocessing.connection.wait([process.sentinel for process in self._core_processes()], timeout=0):
             raise EngineUnavailable("An engine core has died.")
         try:
             await llm.check_health()
@@ -219,14 +216,14 @@ class AsyncLLMEngine:
 
     async def close(self) -> None:
         """End the generations, ask the core to stop, and kill it if it does not: a frozen one acts on no SIGTERM."""
-        cores, self._cores = self._cores, []
+        processes = self._core_processes()
         llm, self._llm = self._llm, None
         for collector in self._collectors:  # vLLM tells them of a core that died, not of one that was shut down
             collector.put(EngineDied("The engine failed during generation."))
         if llm is not None:
             await asyncio.to_thread(llm.shutdown, _SHUTDOWN_S)
-        for core in cores:
-            core.kill()
+        for process in processes:
+            process.kill()
         drop_metrics(self._metrics)
 
 

@@ -79,7 +79,7 @@ async def test_death_of_one_rank_is_the_engines(parallel: EmbeddedEngine) -> Non
     streams = [parallel.generate(one) for one in prepared]
     for stream in streams:
         await anext(stream)
-    dead, *others = parallel._cores
+    dead, *others = parallel._core_processes()
 
     dead.kill()
     dead.join()
