@@ -474,8 +474,9 @@ class LocalSearchSettings(_Settings):
 
 
 class ReadingSettings(_Settings):
-    processes: int = Field(2, ge=1, le=32)
-    """Processes that parse web pages at once; the documents of `local_search` have one more. Each may take 1 GiB."""
+    processes: int = Field(3, ge=1, le=32)
+    """Processes that parse web pages at once; one key uses half of them at most, rounded up. The documents of
+    `local_search` have one more. Each may take 1 GiB."""
     timeout_s: float = Field(15.0, gt=0)
     """Longest time to parse one page or document; it is given up then."""
 

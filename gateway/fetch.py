@@ -19,9 +19,7 @@ import asyncio
 import contextlib
 import logging
 import re
-import socket
 import ssl
-import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,6 +31,8 @@ import httpx
 
 from gateway import __version__
 from gateway.config import FetchSettings
+from gateway.fair_slots import FairSlots
+from gateway.resolver import Resolver
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +50,8 @@ _CHARSET = re.compile(r"""(?:^|;)\s*charset\s*=\s*["']?([a-z0-9_.:+-]{1,40})""")
 _CONNECT_S = 3.0
 """For one of several addresses: one that is not reachable must not use up the time of the next."""
 _MAX_ADDRESSES = 4
-_MAX_FETCHES = 32
-_MAX_LOOKUPS = 8
+_MAX_FETCHES = 64
+"""At once, shared fairly by keys."""
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
 _UNICAST = ip_network("2000::/3")
@@ -127,43 +127,6 @@ def is_public(address: Address) -> bool:
     return address.is_global and not address.is_multicast and not any(address in network for network in _NOT_PUBLIC)
 
 
-class Resolver:
-    """Looks names up in threads of its own: a name server that is slow on purpose must hold up nobody else's names."""
-
-    def __init__(self) -> None:
-        self._room = asyncio.Semaphore(_MAX_LOOKUPS)
-
-    async def __call__(self, host: str, port: int) -> Sequence[str]:
-        await self._room.acquire()  # given back by the thread, which outlives a caller that does not wait for it
-        loop = asyncio.get_running_loop()
-        found: asyncio.Future[Sequence[str]] = loop.create_future()
-        try:
-            threading.Thread(target=self._look_up, args=(loop, found, host, port), daemon=True).start()
-        except RuntimeError as error:  # there are no more threads, nor will one give the room back
-            self._room.release()
-            raise OSError(str(error)) from error
-        return await found
-
-    def _look_up(self, loop: asyncio.AbstractEventLoop, found: asyncio.Future[Any], host: str, port: int) -> None:
-        outcome: list[str] | Exception
-        try:
-            infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            outcome = list(dict.fromkeys(str(info[4][0]) for info in infos))
-        except (OSError, UnicodeError) as error:  # the latter for labels that are too long
-            outcome = OSError(str(error))
-        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
-            loop.call_soon_threadsafe(self._deliver, found, outcome)
-
-    def _deliver(self, found: asyncio.Future[Any], outcome: list[str] | Exception) -> None:
-        self._room.release()
-        if found.done():
-            return
-        if isinstance(outcome, Exception):
-            found.set_exception(outcome)
-        else:
-            found.set_result(outcome)
-
-
 class _Pinned(httpcore.AsyncNetworkBackend):
     """Dials given addresses, whatever the host is called, and keeps the stream to close it."""
 
@@ -209,7 +172,7 @@ class Fetcher:
         self._settings = settings
         self._resolve = resolve or Resolver()
         self._given_ssl_context = ssl_context
-        self._room = asyncio.Semaphore(_MAX_FETCHES)
+        self._slots = FairSlots(_MAX_FETCHES)
 
     @cached_property
     def _ssl_context(self) -> ssl.SSLContext:
@@ -233,7 +196,7 @@ class Fetcher:
         for _ in range(self._settings.max_redirects + 1):
             if admit is not None:
                 await admit(url)  # holds no place meanwhile: it may fetch something itself
-            async with self._room, self._get(url, accept) as response:
+            async with self._slots.held(), self._get(url, accept) as response:
                 if response.status not in _REDIRECTS:
                     content = await _read(response, max_bytes)
                     media_type, _, parameters = _header(response, b"content-type").lower().partition(";")

@@ -12,9 +12,9 @@ import asyncio
 import base64
 import io
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from PIL import Image
@@ -24,6 +24,7 @@ from engine.supervisor import SupervisedEngine
 from gateway.config import ImageSettings
 from gateway.errors import BadRequest
 from gateway.events import Event
+from gateway.fair_slots import FairThreads, working_for
 from gateway.fetch import Fetcher, FetchError
 from gateway.meter import Meter
 
@@ -104,7 +105,8 @@ async def inlined(request: GenerationRequest, meter: Meter, images: Images) -> G
             place = next(_pictures(request.messages)).place
             message = f"The model {meter.model.id!r} does not take images, and '{place}' is one. Send text only."
             raise BadRequest(message, place)
-        return replace(request, messages=await images.inline(request.messages, meter.count))
+        with working_for(meter.principal.key_id):
+            return replace(request, messages=await images.inline(request.messages, meter.count))
 
 
 class Images:
@@ -113,11 +115,11 @@ class Images:
     def __init__(self, settings: ImageSettings, fetcher: Fetcher) -> None:
         self._settings = settings
         self._fetcher = fetcher
-        self._threads = ThreadPoolExecutor(_DECODERS, thread_name_prefix="images")
+        self._threads = FairThreads(_DECODERS, "images")
 
     def close(self) -> None:
         """Let the threads end."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
 
     async def inline(self, messages: list[Message], before_fetching: Check | None = None) -> list[Message]:
         """Return `messages` with every image as a data URL that decodes. Raises BadRequest.
@@ -149,9 +151,8 @@ class Images:
 
     async def _each(self, pictures: list[_Picture], step: Callable[[_Picture], None]) -> None:
         """Run `step` on each picture, in a thread and one after the other: a request gets one thread at a time."""
-        loop = asyncio.get_running_loop()
         for picture in pictures:
-            await loop.run_in_executor(self._threads, step, picture)
+            await self._threads.run(partial(step, picture))
 
     async def _fetch(self, pictures: list[_Picture]) -> None:
         """Fetch all at once. The first that fails ends the others."""

@@ -15,12 +15,12 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from gateway.config import LocalSearchSettings
+from gateway.fair_slots import FairThreads
 from gateway.tools.document_folder import File, read, scan
 from gateway.tools.document_index import DocumentIndex, Entry, Excerpt, IndexFailed, Match
 from gateway.tools.documents import Unreadable
@@ -51,7 +51,7 @@ class DocumentLibrary:
         self._index = DocumentIndex(index_path, settings.folder)
         self._lock_path = index_path.with_name(index_path.name + ".lock")
         self._reader = reader
-        self._threads = ThreadPoolExecutor(3, thread_name_prefix="documents")
+        self._threads = FairThreads(3, "documents")
         self._refreshing: asyncio.Task[None] | None = None
         self._opened = False
         self._retry_failed = True
@@ -68,7 +68,7 @@ class DocumentLibrary:
         if self._refreshing is not None:
             self._refreshing.cancel()
             await asyncio.gather(self._refreshing, return_exceptions=True)
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
         await self._reader.close()
 
     async def search(self, query: str, limit: int) -> list[Match]:
@@ -173,4 +173,4 @@ class DocumentLibrary:
             os.close(descriptor)
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        return await self._threads.run(work)

@@ -14,7 +14,9 @@ import json
 import logging
 import os
 import sys
+from collections.abc import AsyncIterator
 
+from gateway.fair_slots import FairSlots
 from gateway.tools.documents import Document, Kind, Unreadable
 from gateway.tools.reader_process import LENGTH
 
@@ -93,7 +95,7 @@ class Reader:
         """`timeout_s` is for one document, `idle_s` how long a process waits for the next before it ends."""
         self._timeout_s = timeout_s
         self._idle_s = idle_s
-        self._room = asyncio.Semaphore(processes)
+        self._slots = FairSlots(processes)
         self._idle: dict[_Process, asyncio.TimerHandle] = {}
         self._starting: set[asyncio.Task[_Process]] = set()
         self._all: set[_Process] = set()
@@ -105,9 +107,12 @@ class Reader:
         return len(self._all)
 
     async def read(self, content: bytes, kind: Kind, *, charset: str = "", max_chars: int = 2**21) -> Document:
-        """Return what a document says. Raises Unreadable; cancelling kills the process that reads it."""
+        """Return what a document says. Raises Unreadable; cancelling kills the process that reads it.
+
+        Waits for a process as long as one document may take. Keys share the processes fairly: of two, one key gets one.
+        """
         request = {"kind": kind, "charset": charset, "max_chars": max_chars, "timeout_s": self._timeout_s + 1.0}
-        async with self._room:
+        async with self._slot():
             process = await self._take()
             whole = False
             try:
@@ -126,6 +131,18 @@ class Reader:
                 log.info("a document (%s, %d bytes) can't be read: %s", kind, len(content), answer["reason"])
             raise Unreadable(answer["error"])
         return Document(answer["text"], answer["title"], answer["published"])
+
+    @contextlib.asynccontextmanager
+    async def _slot(self) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                key_id = await self._slots.take()
+        except TimeoutError:
+            raise Unreadable("too many documents are being read at the moment") from None
+        try:
+            yield
+        finally:
+            self._slots.give_back(key_id)
 
     async def start(self) -> None:
         """Do nothing: processes are started when they are needed."""

@@ -19,6 +19,7 @@ import orjson
 from engine.base import Delta, GenerationRequest
 from gateway.errors import BadRequest, Overloaded, Unavailable
 from gateway.events import ORCHESTRATOR, Clock, Event, EventType, ShannonEvent
+from gateway.fair_slots import working_for
 from gateway.meter import Meter
 from gateway.sessions import Session, text_of
 from gateway.tools.base import Toolbox
@@ -239,7 +240,10 @@ async def conduct(workflow: Workflow, run: Run) -> AsyncGenerator[Event, None]:
 
     async def to_the_end() -> None:
         try:
-            with run.meter.tracing.workflow(run.meter.model.settings.workflow, model_id) as span:
+            with (
+                working_for(run.meter.principal.key_id),
+                run.meter.tracing.workflow(run.meter.model.settings.workflow, model_id) as span,
+            ):
                 try:
                     async with run.meter.counted(), run.meter.noting_refusal():
                         await _within_budget(workflow, run)

@@ -5,14 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
 from engine.base import EngineUnavailable, GenerationRequest, InvalidRequest, Prepared
 from engine.mock import MockEngine
+from gateway.keys import KeySpec
+from gateway.resolver import Resolver
 from tests.conftest import HELLO, Gateway, Start, until
+from tests.dns_server import AAAA, A, Zone, run_name_server
 from tests.pictures import asking, data_url, image_part, picture
 from tests.website import Website, page, run_website
 
@@ -233,6 +238,33 @@ async def test_tokenize_hands_the_engine_data_as_well(start: Start, site: Websit
         assert (await gateway.client.post("/tokenize", json=body)).status_code == status
 
     assert [request.messages[0]["content"][1] for request in tokenized] == [image_part(RED)]
+
+
+async def test_names_that_never_resolve_hold_up_only_the_key_that_asks_for_them(
+    serve: Start, site: Website, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with run_name_server() as server:
+        names = [f"slow{number}.test" for number in range(8)]
+        server.zones |= {name: Zone(silent=frozenset({A, AAAA})) for name in names} | {"a.test": Zone(["127.0.0.1"])}
+        monkeypatch.setattr("gateway.fetch.Resolver", partial(Resolver, servers=[server.address]))
+        gateway = await serve(mock=seeing, config=reaching(site))
+        made = await gateway.services.keys.create(KeySpec(name="greedy", tenant="other"))
+        greedy = {"Authorization": f"Bearer {made[1]}"}
+        slow = {"messages": asking(*(f"http://{name}:{site.port}/" for name in names))}
+        limits = httpx.Limits(max_connections=50)
+        async with httpx.AsyncClient(base_url=gateway.url, headers=greedy, limits=limits) as client:
+            flood = [asyncio.create_task(client.post("/v1/chat/completions", json=slow)) for _ in range(20)]
+            await until(lambda: len(server.names) == 8)
+
+            response = await gateway.chat(messages=asking(f"http://a.test:{site.port}/red.png"))
+            assert not any(task.done() for task in flood)
+
+            for task in flood:
+                task.cancel()
+            await asyncio.gather(*flood, return_exceptions=True)
+            await until(lambda: gateway.requests_in_progress() == 0)
+
+        assert response.status_code == 200, response.text
 
 
 def tokenized_into(requests: list[Any]) -> Any:

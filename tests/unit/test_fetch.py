@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import datetime
 import ssl
-import threading
 from collections.abc import AsyncIterator, Sequence
 from ipaddress import ip_address
 from pathlib import Path
@@ -18,8 +17,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from gateway.config import FetchSettings
-from gateway.fetch import Fetcher, FetchError, FetchFailed, Resolver, TooLarge, UrlRefused, is_public, parse_url
+from gateway.fair_slots import working_for
+from gateway.fetch import Fetcher, FetchError, FetchFailed, TooLarge, UrlRefused, is_public, parse_url
+from gateway.resolver import Resolver
 from tests.conftest import until
+from tests.dns_server import AAAA, A, Zone, open_sockets, run_name_server
 from tests.website import Website, page, redirect, run_website
 
 pytestmark = pytest.mark.anyio
@@ -332,35 +334,74 @@ async def test_loopback_by_another_name_is_refused(site: Website, host: str) -> 
     assert site.asked == []
 
 
-async def test_resolver_serves_on_after_callers_that_left() -> None:
-    resolve = Resolver()
-    for _ in range(20):
-        task = asyncio.create_task(resolve("localhost", 80))
-        await asyncio.sleep(0)
-        task.cancel()
+async def test_one_keys_slow_sites_leave_room_for_other_keys(site: Website) -> None:
+    """Fetches that wait for a name or for an answer hold a slot; one key never holds the last."""
+    site.pages["/"] = page(b"hi")
+    names = Names(a_test=["127.0.0.1"])
+    fetch = fetcher(names)
 
-    assert "127.0.0.1" in await asyncio.wait_for(resolve("127.0.0.1", 80), 5)
+    async def greedy() -> list[asyncio.Task[Any]]:
+        with working_for("greedy"):
+            url = f"http://a.test:{site.port}/silent"
+            return [asyncio.create_task(fetch.fetch(url, max_bytes=10)) for _ in range(100)]
+
+    tasks = await greedy()
+    try:
+        await until(lambda: site.connections == 32)
+        with working_for("other"):
+            fetched = await asyncio.wait_for(fetch.fetch(f"http://a.test:{site.port}/", max_bytes=10), 5)
+        assert fetched.content == b"hi"
+        assert site.connections == 32, "half of what there is"
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    await until(lambda: site.connections == 0)
 
 
-async def test_resolver_without_a_thread_says_so_and_looks_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    resolve = Resolver()
+async def test_name_that_changes_between_lookups_is_dialled_where_it_was_checked(site: Website) -> None:
+    site.pages["/"] = page(b"hi")
+    turns = [["127.0.0.1"], ["127.0.0.1", "10.0.0.1"], ["127.0.0.1"]]
+    async with run_name_server(a_test=Zone(answers=lambda before: turns[before])) as server:
+        settings: Any = {"ports": [], "allowed_networks": LOOPBACK}
+        fetch = Fetcher(FetchSettings(**settings), resolve=Resolver(servers=[server.address]))
+        url = f"http://a.test:{site.port}/"
 
-    def start(thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
+        assert (await fetch.fetch(url, max_bytes=10)).content == b"hi"
+        await failure(fetch, url)  # one of two is private: the name is refused as a whole
+        assert (await fetch.fetch(url, max_bytes=10)).content == b"hi"
 
-    with monkeypatch.context() as none_left:
-        none_left.setattr(threading.Thread, "start", start)
-        for _ in range(20):
-            with pytest.raises(OSError, match="new thread"):
-                await resolve("localhost", 80)
-
-    assert "127.0.0.1" in await asyncio.wait_for(resolve("127.0.0.1", 80), 5)
+    assert len(site.asked) == 2
+    assert server.asked.count(("a.test", A)) == 3, "nothing is remembered between two lookups"
 
 
-@pytest.mark.parametrize("host", ["nowhere.invalid", "a" * 64 + ".test", ".", "a..b"])
-async def test_resolver_says_so_when_there_is_no_such_host(host: str) -> None:
-    with pytest.raises(OSError):  # noqa: PT011 - whatever the system says
-        await Resolver()(host, 80)
+async def test_alias_of_a_private_host_and_families_mixed_are_refused(site: Website) -> None:
+    zones = {"alias_test": Zone(alias="inside.test"), "inside_test": Zone(["10.0.0.1"])}
+    zones["mixed_test"] = Zone(["8.8.8.8", "::1"])
+    async with run_name_server(**zones) as server:
+        fetch = Fetcher(FetchSettings(ports=[]), resolve=Resolver(servers=[server.address]))
+        for name in ("alias.test", "mixed.test", "inside.test"):
+            await failure(fetch, f"http://{name}:{site.port}/")
+
+    assert site.asked == []
+
+
+async def test_leaving_a_fetch_ends_its_lookup_and_gives_its_slot_back(site: Website) -> None:
+    site.pages["/"] = page(b"hi")
+    async with run_name_server(silent_test=Zone(silent=frozenset({A, AAAA}))) as server:
+        settings: Any = {"ports": [], "allowed_networks": LOOPBACK}
+        fetch = Fetcher(FetchSettings(**settings), resolve=Resolver(servers=[server.address]))
+        sockets = open_sockets()
+        for _ in range(3):
+            tasks = [asyncio.create_task(fetch.fetch("http://silent.test/", max_bytes=10)) for _ in range(64)]
+            await until(lambda: open_sockets() > sockets)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+        await until(lambda: open_sockets() == sockets)
+        url = f"http://127.0.0.1:{site.port}/"
+        assert (await asyncio.wait_for(fetch.fetch(url, max_bytes=10), 5)).content == b"hi"
 
 
 def certify(folder: Path, name: str) -> tuple[ssl.SSLContext, ssl.SSLContext]:

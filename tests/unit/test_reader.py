@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from gateway.fair_slots import working_for
 from gateway.tools.documents import Document, Kind, Unreadable
 from gateway.tools.reader import Reader, kind_of
 from tests.conftest import until
@@ -201,7 +202,8 @@ async def test_cancelling_while_a_process_starts_leaves_none(reader: Reader) -> 
 
 
 async def test_processes_are_few_and_serve_in_turn() -> None:
-    reader = Reader(processes=2)
+    """One stays free for other keys."""
+    reader = Reader(processes=3)
     texts = [str(number) for number in range(20)]
 
     found = await asyncio.gather(*(reader.read(text.encode(), "text") for text in texts))
@@ -210,6 +212,37 @@ async def test_processes_are_few_and_serve_in_turn() -> None:
     assert reader.processes == 2
     await reader.close()
     assert reader.processes == 0
+
+
+async def test_one_keys_hostile_documents_leave_a_process_to_others() -> None:
+    reader = Reader(processes=2)
+    with working_for("greedy"):
+        greedy = [asyncio.create_task(reader.read(HOSTILE.encode(), "html")) for _ in range(5)]
+    await until(lambda: reader.processes == 1)
+    try:
+        with working_for("other"):
+            page = await reader.read(b"hello", "text")
+        assert page.text == "hello"
+        assert not any(task.done() for task in greedy)
+    finally:
+        for task in greedy:
+            task.cancel()
+        await asyncio.gather(*greedy, return_exceptions=True)
+        await reader.close()
+
+
+async def test_document_that_finds_no_process_in_time_is_given_up() -> None:
+    """By the reader, so that the tool that asked is not taken to be out of order, for all keys."""
+    reader = Reader(processes=1, timeout_s=0.5)
+    slow = asyncio.create_task(reader.read(HOSTILE.encode(), "html"))
+    await until(lambda: reader.processes == 1)
+    slower = asyncio.create_task(reader.read(HOSTILE.encode(), "html"))
+
+    reasons = await asyncio.gather(slow, slower, reader.read(b"", "text"), return_exceptions=True)
+
+    assert all(isinstance(reason, Unreadable) for reason in reasons)
+    assert "too many documents" in str(reasons[2])
+    await reader.close()
 
 
 async def test_idle_process_ends() -> None:
