@@ -342,8 +342,6 @@ def _middleware(config: Config, metrics: Metrics, tracing: Tracing) -> list[Midd
 
 async def _on_gateway_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, GatewayError)
-    services: Services = request.app.state.services
-    services.metrics.error(error.code)
     return ErrorResponse(error)
 
 

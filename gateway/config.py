@@ -392,8 +392,9 @@ class LoggingSettings(_Settings):
     """`text` for people, `json` for machines: every line of every logger, vLLM's included, is one object then.
     SHANNON_LOG_FORMAT overrides it."""
     level: Literal["debug", "info", "warning", "error"] = "info"
-    """The least that is logged. Each request is a line of `info`; only `debug` may quote one, where a remote server
-    refused it. SHANNON_LOG_LEVEL overrides it; vLLM's own is VLLM_LOGGING_LEVEL."""
+    """The least that is logged. Each request is a line of `info`, probes and scrapes are lines of `debug` unless their
+    answer changes. Only `debug` may quote a request, where a remote server refused it. SHANNON_LOG_LEVEL overrides it;
+    vLLM's own is VLLM_LOGGING_LEVEL."""
 
 
 class FetchSettings(_Settings):

@@ -84,6 +84,7 @@ class Meter:
         self._cache_salt = cache_salt
         self._counted = False  # by the limits
         self._noted = False  # by the ledger
+        self._failed = False  # by the ledger: a refusal may pass several places that note it
         self._leased = False
         self._aborted = False
         self._first = asyncio.Lock()
@@ -408,8 +409,9 @@ class Meter:
         entry = Entry(key_id=self.principal.key_id, model_id=self.model.id, allowance=self._allowance)
         entry.requests = 0 if self._noted else 1
         self._noted = True
-        if failure is not None and self._whole is None:
+        if failure is not None and self._whole is None and not self._failed:
             entry.error = failure.code
+            self._failed = True
         return entry
 
     async def _write(self, entry: Entry) -> None:

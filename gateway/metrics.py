@@ -247,11 +247,16 @@ class Metrics:
         """Count a generation for which there was no room."""
         self._queue_rejections.labels(engine, reason).inc()
 
-    def error(self, code: str, *, in_stream: bool = False) -> None:
-        """Count a request that ended with an error, told by a frame `in_stream` or by the status."""
+    def error(self, code: str) -> None:
+        """Count a request, or work without a request, that ended with an error.
+
+        `gateway.middleware` counts those of all requests; only work that outlives its request counts its own.
+        """
         self._errors.labels(code).inc()
-        if in_stream:
-            self._stream_failures.labels(code).inc()
+
+    def stream_failure(self, code: str) -> None:
+        """Count a stream that ended with an error frame."""
+        self._stream_failures.labels(code).inc()
 
     def reloaded(self, result: Literal["applied", "refused"]) -> None:
         """Count a reload of the configuration."""

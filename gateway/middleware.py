@@ -52,6 +52,8 @@ class RequestMiddleware:
         self._tracing = tracing or Tracing()
         self._max_body_bytes = max_body_bytes
         self._allowed_hosts = [host.lower() for host in allowed_hosts]
+        self._failing: dict[tuple[str, str | None], int] = {}
+        """Probes and scrapes that fail, by path and key, with their status."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -94,6 +96,7 @@ class RequestMiddleware:
             scope["state"]["error"] = CLIENT_DISCONNECTED
         except Exception:
             log.exception("request %s failed", request_id)
+            scope["state"]["error"] = InternalError.code
             if status == CLIENT_CLOSED_REQUEST:
                 unexpected = InternalError("The server had an error while processing your request.")
                 await ErrorResponse(unexpected)(scope, receive, send_with_headers)
@@ -133,15 +136,36 @@ class RequestMiddleware:
         route = getattr(scope.get("route"), "path", UNMATCHED)
         self._metrics.request(route, status, duration_s)
         state = scope["state"]
+        error = state.get("error")
+        if error not in (None, CLIENT_DISCONNECTED):
+            self._metrics.error(error)
         span.asked(state["request_id"], state.get("key_id"))
         sent = None if status == CLIENT_CLOSED_REQUEST else status
-        span.answered(scope["method"], route, sent, state.get("error"))
-        if log.isEnabledFor(logging.INFO):
+        span.answered(scope["method"], route, sent, error)
+        level = self._level(scope, status)
+        if log.isEnabledFor(level):
             # As it was asked for only where that helps. The server has decoded it: it could hold a line break.
             path = quote(scope["path"])[:_MAX_PATH_CHARS] if route == UNMATCHED else route
             fields = _fields(scope, route, status, started, duration_s) | {"trace_id": span.trace_id}
             told = {name: value for name, value in fields.items() if value is not None}
-            log.info("%s %s %d", scope["method"], path, status, extra={"fields": told})
+            log.log(level, "%s %s %d", scope["method"], path, status, extra={"fields": told})
+
+    def _level(self, scope: Scope, status: int) -> int:
+        """Return the level of a request's line in the access log: DEBUG for probes and scrapes.
+
+        They come every few seconds. The first one that fails is INFO, and the first one after that which does not.
+        Each key has its own state, because a scraper with a wrong key says nothing about another one.
+        """
+        path = scope["path"]
+        if path not in _UNTRACED or scope["method"] not in ("GET", "HEAD"):
+            return logging.INFO
+        asker = path, scope["state"].get("key_id")
+        before = self._failing.get(asker)
+        if status < 400:
+            self._failing.pop(asker, None)
+            return logging.DEBUG if before is None else logging.INFO
+        self._failing[asker] = status
+        return logging.DEBUG if before == status else logging.INFO
 
 
 def _fields(scope: Scope, route: str, status: int, started: float, duration_s: float) -> dict[str, Any]:

@@ -92,7 +92,7 @@ class GenerationResponse(Response):
         self._last_sent = 0.0
         self._comment: asyncio.Task[None] | None = None
         self._state: dict[str, Any] = {}
-        """Of the request, for the access log."""
+        """Of the request: `error` in it is what the middleware logs and counts."""
 
     @property
     def reason(self) -> GatewayError | None:
@@ -190,8 +190,9 @@ class GenerationResponse(Response):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
 
     async def _send_failure(self, failure: GatewayError, send: Send) -> None:
-        self._metrics.error(failure.code, in_stream=self._started)
         self._state["error"] = failure.code
+        if self._started:
+            self._metrics.stream_failure(failure.code)
         if failure.status >= 500:  # what was wrong with a request may be told in its client's words
             request_id = self._state.get("request_id")
             log.log(failure.log_level, "request %s ended with %s: %s", request_id, failure.code, failure)

@@ -138,7 +138,8 @@ class ResumableStreams:
         try:
             failure = await self._write(live, chunks)
             if failure is not None and live.writer.last:
-                self._metrics.error(failure.code, in_stream=True)
+                self._metrics.error(failure.code)
+                self._metrics.stream_failure(failure.code)
                 log.log(failure.log_level, "resumable completion ended with %s: %s", failure.code, failure)
                 live.writer.append(render_openai(failure, True))
                 failure = None

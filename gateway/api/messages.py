@@ -15,7 +15,6 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.routing import APIRoute
 from starlette.responses import Response
 
-from gateway.api.dependencies import Services
 from gateway.api.generation import Call, call
 from gateway.api.messages_schema import CountTokensRequest, MessagesRequest
 from gateway.api.places import reword
@@ -95,6 +94,4 @@ def _renderer(body: CountTokensRequest, messages: list[dict[str, Any]]) -> Rende
 
 
 def _failure(request: Request, error: GatewayError) -> Response:
-    services: Services = request.app.state.services
-    services.metrics.error(error.code)
     return ErrorResponse(error, error_body(error))

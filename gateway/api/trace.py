@@ -126,7 +126,6 @@ class _PlainErrors(APIRoute):
                 return await handle(request)
             except GatewayError as error:
                 plain = _plain(error)
-                request.app.state.services.metrics.error(plain.code)
                 return ErrorResponse(plain, _render_plainly(plain, False))
 
         return handle_plainly

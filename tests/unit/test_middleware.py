@@ -132,6 +132,63 @@ async def test_access_log_has_one_line_per_request(caplog: pytest.LogCaptureFixt
     assert "hidden" not in line
 
 
+class Probed:
+    """A gateway whose probes answer what they are told to."""
+
+    def __init__(self, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.DEBUG)
+        self._caplog = caplog
+        self.status = 200
+        paths = ("/health", "/ready", "/metrics")
+        routes = [Route(path, self._answer, methods=["GET", "POST"]) for path in paths]
+        middleware = [Middleware(RequestMiddleware, metrics=Metrics(), max_body_bytes=1024, allowed_hosts=[])]
+        self._app = Starlette(routes=routes, middleware=middleware)
+
+    async def _answer(self, request: Request) -> PlainTextResponse:
+        if key := request.headers.get("key"):
+            request.state.key_id = key
+        return PlainTextResponse("", self.status)
+
+    async def ask(self, path: str, status: int = 200, method: str = "GET", **headers: str) -> str:
+        """Ask once. Returns the level of the line in the access log."""
+        self.status = status
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(self._app), base_url="http://gateway.test"
+        ) as client:
+            await client.request(method, path, headers=headers)
+        return [record.levelname for record in self._caplog.records if record.name == "shannon.access"][-1]
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics"])
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_probe_is_a_line_of_debug(caplog: pytest.LogCaptureFixture, path: str, method: str) -> None:
+    probed = Probed(caplog)
+
+    assert [await probed.ask(path, method=method) for _ in range(3)] == ["DEBUG"] * 3
+    assert await probed.ask(path, method="POST") == "INFO", "no probe does that"
+
+
+async def test_probe_is_a_line_of_info_when_its_answer_changes(caplog: pytest.LogCaptureFixture) -> None:
+    probed = Probed(caplog)
+    statuses = [503, 503, 503, 200, 200, 503, 503, 500, 500, 200, 200]
+
+    levels = [await probed.ask("/ready", status) for status in statuses]
+
+    changes = [True, False, False, True, False, True, False, True, False, True, False]
+    assert levels == ["INFO" if change else "DEBUG" for change in changes]
+    assert await probed.ask("/health", 503) == "INFO", "each has a state of its own"
+
+
+async def test_scraper_with_a_wrong_key_does_not_hide_in_the_others_scrapes(caplog: pytest.LogCaptureFixture) -> None:
+    probed = Probed(caplog)
+
+    levels = [
+        await probed.ask("/metrics", status, key=key) for _ in range(3) for key, status in (("", 401), ("k", 200))
+    ]
+
+    assert levels == ["INFO", *["DEBUG"] * 5]
+
+
 async def test_path_cannot_forge_a_line_in_the_access_log(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     await get(wrapped(), "/nowhere/x%0AGET%20/forged%20200%20key_id=admin%1b%5b2J")
