@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from redis.exceptions import RedisClusterException
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -21,6 +24,7 @@ from engine.base import Engine, EngineError
 from engine.inspector import Inspector, Source
 from engine.supervisor import SupervisedEngine
 from engine.transformers_inspector import TransformersInspector
+from engine.weights import is_hub_id
 from gateway import __version__
 from gateway.address_limit import AddressLimit
 from gateway.api import (
@@ -188,6 +192,8 @@ def build_engines(config: Config, environment: Mapping[str, str] = os.environ) -
             go_offline()
     engines = {}
     for name, settings in config.engines.items():
+        if isinstance(settings, EmbeddedSettings):
+            _check_model(name, settings)
         try:
             engines[name] = SupervisedEngine(
                 name,
@@ -197,9 +203,26 @@ def build_engines(config: Config, environment: Mapping[str, str] = os.environ) -
                 max_engine_restarts=settings.max_engine_restarts,
                 restart_window_s=settings.restart_window_s,
             )
-        except (EngineError, TypeError) as error:
+        except TypeError as error:
+            raise ConfigError(f"engines.{name}: args: {_unknown_argument(error)}") from error
+        except EngineError as error:
             raise ConfigError(f"engines.{name}: {error}") from error
     return engines
+
+
+def _check_model(name: str, settings: EmbeddedSettings) -> None:
+    """Raise ConfigError where `model` is a path without a checkpoint. What a hub has, only it knows."""
+    path = Path(settings.model)
+    if settings.model == "demo" or is_hub_id(settings.model) or path.is_dir():
+        return
+    reason = "is a file, not a directory" if path.is_file() else "is neither a directory nor the id of a model on a hub"
+    raise ConfigError(f"engines.{name}.model: {settings.model!r} {reason}")
+
+
+def _unknown_argument(error: TypeError) -> str:
+    """Return which argument an engine does not take, without Python's words for it."""
+    found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    return f"{found[1]!r} is not an argument of this kind of engine" if found else str(error)
 
 
 def build_inspector(config: Config) -> Inspector | None:
@@ -226,6 +249,8 @@ def build_store(config: Config, environment: Mapping[str, str] = os.environ) -> 
         return Store(config.store, environment, Metrics())
     except StoreError as error:
         raise ConfigError(f"{config.store.url_env}: {error}") from error
+    except RedisClusterException as error:  # no RedisError, and several lines
+        raise ConfigError(f"{config.store.url_env}: the URL names no node of a cluster") from error
 
 
 def build_authenticator(config: Config, store: Store, environment: Mapping[str, str] = os.environ) -> Authenticator:
@@ -285,7 +310,11 @@ def _factory(name: str, settings: EngineSettings, environment: Mapping[str, str]
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Start all engines at once, without waiting: /health answers meanwhile, /ready tells when they are up."""
     services: Services = app.state.services
-    await services.store.start()
+    try:
+        await services.store.start()
+    except BaseException:
+        await services.store.close()  # the bundled server may run, with a layout that is not ours
+        raise
     await services.authenticator.start()
     await services.ledger.start()
     await services.cache_salts.start()

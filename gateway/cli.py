@@ -26,6 +26,7 @@ from engine.weights import WeightsError
 from gateway import __version__, logs, tracing
 from gateway.app import build_authenticator, build_engines, build_store, create_app
 from gateway.config import Config, ConfigError, StoreSettings, load_config
+from gateway.data_dir import usable_data_dir
 from gateway.download import download
 from gateway.environment import hub_environment
 from gateway.errors import GatewayError, StoreError, StoreUnavailable, from_validation
@@ -48,7 +49,9 @@ def main(argv: list[str] | None = None) -> int:
         message = "the store does not answer; is SHANNON_REDIS_URL right?"
     except (ConfigError, StoreError, GatewayError, RedisError, WeightsError) as error:
         message = str(error)
-    console.print("[red]shannon:[/red]", escape(message), soft_wrap=True)
+    except KeyboardInterrupt:
+        return 130
+    console.print("[red]shannon:[/red]", escape(" ".join(message.splitlines())), soft_wrap=True)
     return 2
 
 
@@ -149,11 +152,7 @@ def _serve(args: argparse.Namespace) -> int:
     for name, value in (logs.vllm_environment(config.logging.format) | tracing.vllm_environment(os.environ)).items():
         os.environ.setdefault(name, value)
     started = time.monotonic()
-    for name, engine in config.engines.items():
-        if as_json:
-            log.info("starting engine %s", name, extra={"fields": {"engine": name, "kind": engine.kind}})
-        else:
-            console.print(f"Starting engine [bold]{name}[/bold] ({engine.kind}) ...")
+    usable_data_dir(config.store.data_dir, bundled=not environment.get(config.store.url_env))
     engines = build_engines(config)
     store = build_store(config, environment)
     app = create_app(config, engines, store, build_authenticator(config, store, environment))
@@ -165,7 +164,17 @@ def _serve(args: argparse.Namespace) -> int:
         on_ready=lambda url: _announce_ready(url, key, config.default_model, time.monotonic() - started),
         reload=Reload(app, Path(args.config), environment),
     )
-    uvloop.run(server.serve())
+    for name, engine in config.engines.items():
+        if as_json:
+            log.info("starting engine %s", name, extra={"fields": {"engine": name, "kind": engine.kind}})
+        else:
+            console.print(f"Starting engine [bold]{name}[/bold] ({engine.kind}) ...")
+    try:
+        uvloop.run(server.serve())
+    except OSError as error:
+        if server.started:
+            raise
+        raise ConfigError(f"can't start: {error}") from error  # out of memory, processes or open files
     gc.unfreeze()
     return server.exit_code
 

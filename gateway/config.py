@@ -14,7 +14,6 @@ from types import MappingProxyType
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -26,11 +25,9 @@ from pydantic import (
     model_validator,
 )
 
+from gateway.config_file import ConfigError as ConfigError
+from gateway.config_file import read_config
 from gateway.environment import override
-
-
-class ConfigError(Exception):
-    """The configuration can't be used. The message names the setting."""
 
 
 class _Settings(BaseModel):
@@ -39,7 +36,16 @@ class _Settings(BaseModel):
 
 Priority = Literal["high", "normal", "low"]
 _VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*$"
-_OwnPath = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]  # `~` is the user's home
+
+
+def _own_path(path: Path) -> Path:
+    """Return a path with `~` as the user's home. Raises ValueError for one that no system call takes."""
+    if "\0" in str(path):
+        raise ValueError("must not contain a null character")
+    return Path(os.path.expanduser(path))
+
+
+_OwnPath = Annotated[Path, AfterValidator(_own_path)]
 
 
 def _base_url(url: str) -> str:
@@ -654,7 +660,7 @@ class Config(_Settings):
 
 def load_config(path: Path, environment: Mapping[str, str] = os.environ) -> Config:
     """Read `path`, follow its includes, apply the environment. Raises ConfigError."""
-    tree, origins = override(_read(path), environment)
+    tree, origins = override(read_config(path), environment)
     return parse_config(tree, str(path), origins)
 
 
@@ -682,32 +688,3 @@ def parse_config(
         elif first["type"].startswith("union_tag"):
             where, message = f"{where}.kind", f"must be one of {', '.join(ENGINE_KINDS)}"
         raise ConfigError(f"{source}: {where + ': ' if where else ''}{message}") from error
-
-
-def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    path = path.resolve()
-    if path in seen:
-        raise ConfigError(f"{path}: includes itself")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not valid UTF-8: {error.reason} at byte {error.start}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: must be a mapping of settings")
-    include = tree.pop("include", None)
-    if include is None:
-        return tree
-    return _merge(_read(path.parent / str(include), (*seen, path)), tree)
-
-
-def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Merge mappings by key; anything else in `over` replaces what is under it."""
-    merged = dict(under)
-    for name, value in over.items():
-        below = merged.get(name)
-        merged[name] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return merged

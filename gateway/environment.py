@@ -7,6 +7,7 @@ but for the hub's token.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def hub_environment(cache_dir: Path | None, environment: Mapping[str, str]) -> d
     looks for configuration and tokenizer in the hub's cache.
     """
     token = hub_token(environment)
-    wanted = {"HF_HUB_CACHE": str(cache_dir.expanduser().resolve())} if cache_dir is not None else {}
+    wanted = {"HF_HUB_CACHE": os.path.realpath(cache_dir.expanduser())} if cache_dir is not None else {}
     return wanted | ({"HF_TOKEN": token} if token else {})
 
 

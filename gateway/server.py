@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -21,6 +22,7 @@ from gateway.api.dependencies import Services
 from gateway.connection import Connection
 from gateway.drain import INTERRUPTED
 from gateway.errors import StoreUnavailable
+from gateway.lifespan import Lifespan
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +56,6 @@ class Server(uvicorn.Server):
                 loop="uvloop",
                 http=Connection,
                 ws="none",
-                lifespan="on",
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -64,6 +65,8 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=_CLOSE_CONNECTIONS_S,
             )
         )
+        self.config.load()
+        self.config.lifespan_class = functools.partial(Lifespan, app)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -16,24 +16,30 @@ import subprocess
 from pathlib import Path
 
 from engine.process import die_with_parent
+from gateway.data_dir import SOCKET, usable_data_dir
 from gateway.errors import StoreError
 
 _START_TIMEOUT_S = 10.0
-_SOCKET_PATH_MAX = 107  # bytes that a unix socket address holds on Linux
 
 
 class EmbeddedValkey:
     """The server process of one data directory. `socket` is where it listens."""
 
     def __init__(self, data_dir: Path) -> None:
-        self._data_dir = data_dir.resolve()
-        self.socket = self._data_dir / "valkey.sock"
+        self._data_dir = Path(os.path.realpath(data_dir))
+        self.socket = self._data_dir / SOCKET
         self._process: subprocess.Popen[bytes] | None = None
 
     async def start(self) -> None:
-        """Start the server, or find the one that runs already. Raises StoreError."""
-        if len(os.fsencode(self.socket)) > _SOCKET_PATH_MAX:
-            raise StoreError(f"store.data_dir: {self._data_dir} is too long for a unix socket; choose a shorter path")
+        """Start the server, or find the one that runs already. Raises StoreError and ConfigError."""
+        usable_data_dir(self._data_dir, bundled=True)
+        try:
+            await self._start()
+        except OSError as error:
+            what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+            raise StoreError(f"the bundled Valkey can't be started: {what}") from error
+
+    async def _start(self) -> None:
         self._data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         with (self._data_dir / "valkey.lock").open("w") as lock:
             await asyncio.to_thread(fcntl.flock, lock, fcntl.LOCK_EX)
@@ -84,7 +90,8 @@ class EmbeddedValkey:
                     if await self._answers():
                         return
                     await asyncio.sleep(0.01)
-        raise StoreError(f"the bundled Valkey did not start; see {self._data_dir / 'valkey.log'}")
+        log = self._data_dir / "valkey.log"
+        raise StoreError(f"the bundled Valkey did not start; see {log}{_last_line(log)}")
 
     async def close(self) -> None:
         """Stop the server if this process started it; SIGTERM lets it write its file to the end."""
@@ -97,6 +104,14 @@ class EmbeddedValkey:
         except subprocess.TimeoutExpired:
             process.kill()
             await asyncio.to_thread(process.wait)
+
+
+def _last_line(log: Path) -> str:
+    """Return the last line of the server's log, in brackets; empty where there is none."""
+    with contextlib.suppress(OSError):
+        lines = log.read_text(errors="replace").rstrip().splitlines()
+        return f" ({lines[-1].strip()})" if lines else ""
+    return ""
 
 
 def _find_server() -> str:

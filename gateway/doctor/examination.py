@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import httpx
-import yaml
 
 from gateway.config import Config, ConfigError, RemoteSettings, load_config
 from gateway.doctor.case import Case, Machine, inspect_machine
@@ -45,7 +44,7 @@ async def _examine(path: Path | None, environment: Mapping[str, str]) -> list[Fi
         config = load_config(path, environment)
     except ConfigError as error:
         step = "Correct it; README.md lists all settings" if os.path.exists(path) else "Name another with --config"
-        refused = Finding("config", "failed", _one_line(error), step)
+        refused = Finding("config", "failed", str(error), step)
         return [*_check_installation(inspect_machine(environment), needed=False), refused]
     os.environ.update(hub_environment(config.weights.cache_dir, environment))  # as `shannon serve` does
     case = Case(config, inspect_machine(environment), environment, str(path), await _is_serving(config))
@@ -61,16 +60,6 @@ def _without_logs() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
-
-
-def _one_line(error: ConfigError) -> str:
-    """Return the error in one line; YAML's own has an excerpt of the file in it."""
-    cause = error.__cause__
-    if isinstance(cause, yaml.MarkedYAMLError) and cause.problem_mark is not None:
-        mark = cause.problem_mark
-        file = str(error).partition(": not valid YAML")[0]  # one that is included, perhaps
-        return f"{file}: not valid YAML: {cause.problem} in line {mark.line + 1}, column {mark.column + 1}"
-    return " ".join(str(error).split())
 
 
 async def check_all(case: Case) -> list[Finding]:

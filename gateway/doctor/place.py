@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import socket
-import tempfile
 from pathlib import Path
 
 import psutil
 
 from engine.weights import show_bytes
+from gateway.config import ConfigError
+from gateway.data_dir import usable_data_dir
 from gateway.doctor.case import Case, existing_parent
 from gateway.doctor.finding import Finding
 from gateway.doctor.memory import devices
@@ -29,17 +29,13 @@ _OPEN_FILES = 8192
 def check_data_dir(case: Case) -> Finding:
     """Tell whether `store.data_dir` can be written, lies on a local disk, and has room."""
     settings = case.config.store
-    path = settings.data_dir.absolute()
-    parent = existing_parent(path)
-    step = "Name another folder in store.data_dir, or give it to the gateway's user"
+    bundled = not case.environment.get(settings.url_env, "").strip()
     try:
-        foreign = [file for file in (path.iterdir() if path == parent else ()) if not os.access(file, os.W_OK)]
-        if foreign:
-            return Finding("data_dir", "failed", f"{foreign[0]} belongs to somebody else", step)
-        with tempfile.TemporaryFile(dir=parent):
-            pass
-    except OSError as error:
-        return Finding("data_dir", "failed", f"{path} can't be written: {error.strerror}", step)
+        path = usable_data_dir(settings.data_dir, bundled=bundled)
+    except ConfigError as error:
+        step = "Name another folder in store.data_dir, or give it to the gateway's user"
+        return Finding("data_dir", "failed", str(error).removeprefix("store.data_dir: "), step)
+    parent = existing_parent(path)
     free = case.machine.free_bytes(parent)
     kind = filesystem(parent)
     text = f"{path}: {show_bytes(free)} free, on {kind or 'a filesystem that can not be told'}"
