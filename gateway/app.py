@@ -356,6 +356,7 @@ def _middleware(config: Config, metrics: Metrics, tracing: Tracing) -> list[Midd
         tracing=tracing,
         max_body_bytes=server.max_body_bytes,
         allowed_hosts=server.allowed_hosts,
+        body_timeout_s=server.body_timeout_s,
     )
     if not server.cors_origins:
         return [around]

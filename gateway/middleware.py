@@ -5,10 +5,13 @@ Starlette's `BaseHTTPMiddleware` is not used: it hides the client's disconnect f
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import re
 import secrets
 import time
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote
 
@@ -17,7 +20,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway.errors import CLIENT_DISCONNECTED, BadRequest, GatewayError, InternalError, RequestTooLarge
+from gateway.errors import CLIENT_DISCONNECTED, BadRequest, GatewayError, InternalError, RequestTimeout, RequestTooLarge
 from gateway.meter import Meter
 from gateway.metrics import Metrics
 from gateway.tracing import Span, Tracing
@@ -45,12 +48,14 @@ class RequestMiddleware:
         metrics: Metrics,
         max_body_bytes: int,
         allowed_hosts: list[str],
+        body_timeout_s: float = 60.0,
         tracing: Tracing | None = None,
     ) -> None:
         self._app = app
         self._metrics = metrics
         self._tracing = tracing or Tracing()
         self._max_body_bytes = max_body_bytes
+        self._body_timeout_s = body_timeout_s
         self._allowed_hosts = [host.lower() for host in allowed_hosts]
         self._failing: dict[tuple[str, str | None], int] = {}
         """Probes and scrapes that fail, by path and key, with their status."""
@@ -84,12 +89,15 @@ class RequestMiddleware:
                     (b"x-request-id", request_id.encode()),
                     (b"openai-processing-ms", b"%d" % took_ms),
                 ]
+            elif scope["method"] == "HEAD":
+                message["body"] = b""
             await send(message)
 
         try:
             if scope["path"] not in _PROBES:
                 self._check_host(headers.get("host", ""))
-            await self._app(scope, self._capped(receive, headers), send_with_headers)
+            bounded = self._bounded(receive, headers, lambda: status != CLIENT_CLOSED_REQUEST)
+            await self._app(scope, bounded, send_with_headers)
         except GatewayError as error:
             await ErrorResponse(error)(scope, receive, send_with_headers)
         except ClientDisconnect:  # it left while sending its body; there is nobody to answer
@@ -111,22 +119,43 @@ class RequestMiddleware:
         if self._allowed_hosts:
             raise BadRequest("The Host header names a host that this server does not serve.")
 
-    def _capped(self, receive: Receive, headers: Headers) -> Receive:
-        """Return `receive` with the body cap. The announced length is checked first, before a byte is read."""
-        left = self._max_body_bytes
+    def _bounded(self, receive: Receive, headers: Headers, started: Callable[[], bool]) -> Receive:
+        """Return `receive` with bounds on the body's size and time. The announced length is checked before a byte is
+        read.
+
+        A body that goes over raises RequestTooLarge or RequestTimeout once; later calls drop what comes and wait for
+        the client to leave. So do all calls after the answer has `started`: nobody reads the body any more, and who
+        watches for the departure must not be ended by it.
+        """
         announced = headers.get("content-length", "")
+        left = self._max_body_bytes
+        deadline = asyncio.get_running_loop().time() + self._body_timeout_s
+        reading = True
 
-        async def receive_capped() -> Message:
-            nonlocal left
-            if announced.isdecimal() and int(announced) > self._max_body_bytes:
-                raise self._too_large()
-            message = await receive()
-            left -= len(message.get("body", b""))
-            if left < 0:
-                raise self._too_large()
-            return message
+        async def receive_bounded() -> Message:
+            nonlocal left, reading
+            if reading and not started():
+                reading = False  # where this raises
+                if announced.isdecimal() and int(announced) > self._max_body_bytes:
+                    raise self._too_large()
+                try:
+                    async with asyncio.timeout_at(deadline):
+                        message = await receive()
+                except TimeoutError:
+                    text = f"The request body did not arrive within {self._body_timeout_s:g} seconds."
+                    raise RequestTimeout(text) from None
+                left -= len(message.get("body", b""))
+                if left < 0:
+                    raise self._too_large()
+                reading = message.get("more_body", False)
+                return message
+            while True:
+                with contextlib.suppress(GatewayError):
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return message
 
-        return receive_capped
+        return receive_bounded
 
     def _too_large(self) -> RequestTooLarge:
         return RequestTooLarge(f"The request body is larger than the limit of {self._max_body_bytes} bytes.")

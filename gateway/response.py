@@ -226,9 +226,12 @@ class GenerationResponse(Response):
         await send({"type": "http.response.body", "body": comment, "more_body": True})
 
     async def _watch(self, receive: Receive) -> None:
-        """Cancel the exchange when the client has left."""
-        while (await receive())["type"] != "http.disconnect":
-            pass
+        """Cancel the exchange when the client has left. Whatever is wrong with a body that no route reads is none of
+        its concern: a second `receive` waits for the departure."""
+        left = False
+        while not left:
+            with contextlib.suppress(GatewayError):
+                left = (await receive())["type"] == "http.disconnect"
         if not self._said and not self._ended:
             self._client_left = True
             self._cancel()

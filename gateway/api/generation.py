@@ -6,7 +6,6 @@ request carry the caller's rate-limit standing: every metered request is told wh
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from gateway.api.options import ShannonOptions
 from gateway.auth import Principal
 from gateway.catalog import ModelSpec
 from gateway.chunking import rechunk
-from gateway.errors import GatewayError, RequestTimeout
+from gateway.errors import GatewayError
 from gateway.events import Event
 from gateway.images import with_images
 from gateway.meter import Meter
@@ -109,15 +108,9 @@ class Call(Caller):
 
     async def read(self, parse: Callable[[bytes], _Body]) -> _Body:
         """Read the body and parse it. Raises RequestTimeout, RequestTooLarge, and what `parse` raises."""
-        timeout_s = self.services.config.server.body_timeout_s
         # Which model a bad body means can't be relied on; the default's limits are the best answer there is.
         async with self.telling_standing(self.services.catalog.default_for(self.principal)):
-            try:
-                async with asyncio.timeout(timeout_s):
-                    body = await self.request.body()
-            except TimeoutError:
-                raise RequestTimeout(f"The request body did not arrive within {timeout_s:g} seconds.") from None
-            return parse(body)
+            return parse(await self.request.body())
 
     async def admit(self, model_id: str | None) -> ModelSpec:
         """Return the model as a Caller does."""
