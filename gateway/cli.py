@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     serve = commands.add_parser("serve", help="start the gateway", parents=[common])
-    serve.add_argument("--host", help="address to listen on (SHANNON_HOST)")
+    serve.add_argument("--host", help="address to listen on, or several with commas (SHANNON_HOST)")
     serve.add_argument("--port", help="port to listen on (SHANNON_PORT)")
     serve.set_defaults(run=_serve)
 
@@ -159,7 +159,7 @@ def _serve(args: argparse.Namespace) -> int:
     key = None if as_json else environment.get(BOOTSTRAP) or f"$(cat {shlex.quote(environment[BOOTSTRAP_FILE])})"
     server = Server(
         app,
-        host=config.server.host,
+        host=config.server.hosts,
         port=config.server.port,
         on_ready=lambda url: _announce_ready(url, key, config.default_model, time.monotonic() - started),
         reload=Reload(app, Path(args.config), environment),

@@ -8,6 +8,7 @@ Leaves out reloading. Fails with ConfigError, whose message is one line for the 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -36,6 +37,7 @@ class _Settings(BaseModel):
 
 Priority = Literal["high", "normal", "low"]
 _VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*$"
+_HOST = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f.:]+(%[A-Za-z0-9._-]+)?")
 
 
 def _own_path(path: Path) -> Path:
@@ -366,8 +368,9 @@ class JobSettings(_Settings):
 
 
 class ServerSettings(_Settings):
-    host: str = "127.0.0.1"
-    """Address to listen on; SHANNON_HOST overrides it."""
+    host: str | list[str] = "127.0.0.1"
+    """Address to listen on, or a list of them; `::` means all of IPv6 and IPv4. SHANNON_HOST overrides it, with commas
+    between several."""
     port: int = Field(8080, ge=0, le=65535)
     """Port to listen on, 0 for any free one; SHANNON_PORT overrides it."""
     allowed_hosts: list[str] = Field(default_factory=list)
@@ -391,6 +394,20 @@ class ServerSettings(_Settings):
     """How long an idle connection stays open; longer than the 60-90 s of common load balancers, so they close first."""
     drain_timeout_s: float = Field(30.0, ge=0)
     """How long running requests may go on after SIGTERM."""
+
+    @property
+    def hosts(self) -> list[str]:
+        """The addresses of `host`."""
+        given = self.host.split(",") if isinstance(self.host, str) else self.host
+        return [host.strip() for host in given]
+
+    @field_validator("host")
+    @classmethod
+    def _host_must_be_addresses(cls, host: str | list[str]) -> str | list[str]:
+        for name in host.split(",") if isinstance(host, str) else host or [""]:
+            if _HOST.fullmatch(name.strip()) is None:
+                raise ValueError(f"{name!r} is no address or host name to listen on, such as 0.0.0.0 or ::1")
+        return host
 
 
 class LoggingSettings(_Settings):

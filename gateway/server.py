@@ -13,12 +13,14 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 import uvicorn
 from fastapi import FastAPI
 
+from gateway import listeners
 from gateway.api.dependencies import Services
+from gateway.config import ConfigError
 from gateway.connection import Connection
 from gateway.drain import INTERRUPTED
 from gateway.errors import StoreUnavailable
@@ -37,13 +39,16 @@ class Server(uvicorn.Server):
         self,
         app: FastAPI,
         *,
-        host: str,
+        host: str | Sequence[str],
         port: int,
         on_ready: Callable[[str], None],
         reload: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        """`on_ready` is called with the base URL once every engine answers, `reload` on SIGHUP, one at a time."""
+        """`host` is one address or several. `on_ready` is called with the base URL once every engine answers, `reload`
+        on SIGHUP, one at a time."""
         self._app = app
+        self._hosts = [host] if isinstance(host, str) else host
+        self._port = port
         self._on_ready = on_ready
         self._reload = reload
         self._hung_up = asyncio.Event()
@@ -51,8 +56,6 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                host=host,
-                port=port,
                 loop="uvloop",
                 http=Connection,
                 ws="none",
@@ -98,8 +101,16 @@ class Server(uvicorn.Server):
     @property
     def url(self) -> str:
         """The base URL, with the port that was really taken."""
-        host, port = self.servers[0].sockets[0].getsockname()[:2]
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        return listeners.url(self._sockets)
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until the end. Raises ConfigError, before anything is started, where an address can't be had."""
+        self._sockets = sockets or listeners.bind(self._hosts, self._port)
+        try:
+            await super().serve(self._sockets)
+        finally:
+            for bound in self._sockets:
+                bound.close()
 
     def _on_signal(self) -> None:
         if self._services.drain.draining:
@@ -134,7 +145,12 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        try:
+            await super().startup(sockets)
+        except OSError as error:  # another process has begun to listen there since
+            await self.lifespan.shutdown()
+            raise ConfigError(f"server.host: can't listen on {self.url}: {error.strerror or error}") from error
+        log.info("Uvicorn running on %s (Press CTRL+C to quit)", self.url)
         self._announcement = asyncio.create_task(self._announce())
 
     async def _announce(self) -> None:

@@ -28,12 +28,14 @@ AppServices = Annotated[Services, Depends(services)]
 
 
 @router.get("/health")
+@router.head("/health", include_in_schema=False)
 async def get_health() -> dict[str, Any]:
     """Tell that the process is alive. Says nothing about engines: a restart would not help one that is loading."""
     return {"ok": True, "version": __version__}
 
 
 @router.get("/ready", response_class=JSONResponse)
+@router.head("/ready", include_in_schema=False)
 async def get_ready(services: AppServices) -> JSONResponse:
     """Tell whether requests would be served: 503 until every engine answers, and while draining."""
     states = {name: engine.state for name, engine in services.engines.items()}
@@ -48,6 +50,7 @@ async def _scraper(request: Request, services: AppServices) -> None:
 
 
 @router.get("/metrics", response_class=Response, dependencies=[Depends(_scraper)])
+@router.head("/metrics", include_in_schema=False, dependencies=[Depends(_scraper)])
 async def get_metrics(services: AppServices) -> Response:
     """Return Prometheus metrics: the gateway's own and vLLM's."""
     metrics = services.metrics

@@ -100,23 +100,24 @@ async def _check_tool(case: Case, name: str, settings: ToolSettings) -> Finding:
 def check_exposure(case: Case) -> list[Finding]:
     """Tell what an address that others reach leaves open."""
     server = case.config.server
-    if _is_loopback(server.host):
-        return [Finding("exposure", "ok", f"{server.host} is reached from this machine only")]
+    where = ", ".join(server.hosts)
+    if all(_is_loopback(host) for host in server.hosts):
+        return [Finding("exposure", "ok", f"{where} is reached from this machine only")]
     findings = []
     if not server.allowed_hosts:
         step = "Set server.allowed_hosts to the names that clients use"
-        findings.append(Finding("exposure", "warning", f"{server.host}: any Host header is accepted", step))
+        findings.append(Finding("exposure", "warning", f"{where}: any Host header is accepted", step))
     if server.metrics_public:
-        text = f"{server.host}: /metrics needs no key (server.metrics_public)"
+        text = f"{where}: /metrics needs no key (server.metrics_public)"
         step = "Keep it from the outside by the ingress or a network policy, or give Prometheus a key"
         findings.append(Finding("exposure", "warning", text, step))
     if case.config.inspector.enabled and case.config.inspector.public:
-        text = f"{server.host}: anybody may make the model work (inspector.public), within limits per address"
+        text = f"{where}: anybody may make the model work (inspector.public), within limits per address"
         findings.append(Finding("exposure", "warning", text, "Set inspector.public to false"))
     if "*" in server.trusted_proxies:
-        text = f"{server.host}: anybody may choose the address they seem to come from (server.trusted_proxies)"
+        text = f"{where}: anybody may choose the address they seem to come from (server.trusted_proxies)"
         findings.append(Finding("exposure", "warning", text, "Name the proxies' addresses"))
-    return findings or [Finding("exposure", "ok", f"{server.host}: Host headers are held to server.allowed_hosts")]
+    return findings or [Finding("exposure", "ok", f"{where}: Host headers are held to server.allowed_hosts")]
 
 
 def _is_loopback(host: str) -> bool:

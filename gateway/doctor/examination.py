@@ -92,7 +92,8 @@ def _check_installation(machine: Machine, *, needed: bool, wanted: bool = False)
 
 async def _is_serving(config: Config) -> bool:
     """Tell whether a gateway answers where this one would listen."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.server.host, config.server.host)
+    host = config.server.hosts[0]
+    host = {"0.0.0.0": "127.0.0.1", "::": "127.0.0.1"}.get(host, f"[{host}]" if ":" in host else host)
     try:
         async with httpx.AsyncClient(trust_env=False, timeout=2.0) as client:
             answer = await client.get(f"http://{host}:{config.server.port}/health")

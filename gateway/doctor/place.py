@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import socket
 from pathlib import Path
 
 import psutil
 
 from engine.weights import show_bytes
+from gateway import listeners
 from gateway.config import ConfigError
 from gateway.data_dir import usable_data_dir
 from gateway.doctor.case import Case, existing_parent
@@ -86,33 +86,27 @@ def check_open_files(case: Case) -> Finding:
 
 
 def check_port(case: Case) -> Finding:
-    """Tell whether the server's address can be listened on, and who does if it can't."""
-    host, port = case.config.server.host, case.config.server.port
+    """Tell whether the server's addresses can be listened on, and who does if one can't."""
+    hosts, port = case.config.server.hosts, case.config.server.port
     if port == 0:
         return Finding("port", "ok", "any free one (server.port is 0)")
-    where = f"{host}:{port}"
+    where = ", ".join(f"{host}:{port}" for host in hosts)
     try:
-        _listen(host, port)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE and case.serving:
+        for bound in listeners.bind(hosts, port):
+            bound.close()
+    except ConfigError as refused:
+        error = refused.__cause__
+        number = error.errno if isinstance(error, OSError) else None
+        if number == errno.EADDRINUSE and case.serving:
             return Finding("port", "ok", f"{where} is held by a gateway, {holder(port)}")
-        if error.errno == errno.EADDRINUSE:
+        if number == errno.EADDRINUSE:
             text = f"{where} is taken by {holder(port) or 'a process that is not shown to this user'}"
             return Finding("port", "failed", text, "Stop that, or set server.port or SHANNON_PORT")
-        if error.errno == errno.EACCES:
+        if number == errno.EACCES:
             return Finding("port", "failed", f"this user may not listen on {where}", "Take a port from 1024 on")
-        reason = error.strerror or str(error)
         step = "Set server.host or SHANNON_HOST to an address of this machine, or 0.0.0.0"
-        return Finding("port", "failed", f"{where} can't be listened on: {reason}", step)
+        return Finding("port", "failed", str(refused).removeprefix("server.host: "), step)
     return Finding("port", "ok", f"{where} is free")
-
-
-def _listen(host: str, port: int) -> None:
-    """Bind as uvicorn does. Raises OSError."""
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    with socket.socket(family, kind, protocol) as trial:
-        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        trial.bind(address)
 
 
 def holder(port: int) -> str:
