@@ -123,10 +123,11 @@ class Connection(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         self._at_end = True
-        if self._exchange is None or self._closing:
-            return False
-        self._exchange.leave(lost=False)
-        return True
+        if self._exchange is not None:
+            self._exchange.leave(lost=False)
+        else:
+            self._advance()  # closes, unless a whole request is left
+        return not self._closing
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._server_state.connections.discard(self)

@@ -23,5 +23,5 @@ async def list_models(principal: Caller, services: AppServices) -> dict[str, Any
 
 @router.get("/v1/models/{model:path}")
 async def get_model(model: str, principal: Caller, services: AppServices) -> dict[str, Any]:
-    """Describe one model."""
-    return services.catalog.resolve(model, principal).describe()
+    """Describe one model. The server leaves an encoded slash in paths; here it is part of the name."""
+    return services.catalog.resolve(model.replace("%2F", "/"), principal).describe()
