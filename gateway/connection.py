@@ -174,7 +174,10 @@ class Connection(asyncio.Protocol):
         self._server_state.total_requests += 1
         self._exchange = self._body = None
         if not exchange.persistent or not exchange.complete or not self.persistent:
-            self._linger()
+            if exchange.complete and not self._buffer and not self._deaf:
+                self._close()  # nothing is on its way that a reset could answer
+            else:
+                self._linger()
             return
         self.flow.resume_reading()
         self._reader = HeadReader()

@@ -27,10 +27,8 @@ _FAULT = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?=[^\n])")
 _ENCODED_CONTROL = re.compile(rb"%(?:[01][0-9A-Fa-f]|7[Ff])")
 _ENCODED_SLASH = re.compile(r"%2[Ff]")
 
-SINGLE_FIELDS = frozenset(
-    (b"host", b"content-length", b"transfer-encoding", b"expect", b"authorization", b"x-api-key", b"content-type")
-)
-"""Fields that decide where a message ends, where it goes, who sent it and what it is. A second one is refused, and so
+SINGLE_FIELDS = frozenset((b"host", b"content-length", b"transfer-encoding", b"expect", b"authorization", b"x-api-key"))
+"""Fields that decide where a message ends, where it goes and who sent it. A second one is refused, and so
 is one in a trailer."""
 
 
