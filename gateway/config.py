@@ -7,9 +7,11 @@ Leaves out reloading. Fails with ConfigError, whose message is one line for the 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Mapping
+from ipaddress import IPv6Address
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
@@ -37,7 +39,7 @@ class _Settings(BaseModel):
 
 Priority = Literal["high", "normal", "low"]
 _VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*$"
-_HOST = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f.:]+(%[A-Za-z0-9._-]+)?")
+_HOST_NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 
 def _own_path(path: Path) -> Path:
@@ -48,6 +50,12 @@ def _own_path(path: Path) -> Path:
 
 
 _OwnPath = Annotated[Path, AfterValidator(_own_path)]
+
+
+def _is_ipv6(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return bool(IPv6Address(host))
+    return False
 
 
 def _base_url(url: str) -> str:
@@ -405,7 +413,7 @@ class ServerSettings(_Settings):
     @classmethod
     def _host_must_be_addresses(cls, host: str | list[str]) -> str | list[str]:
         for name in host.split(",") if isinstance(host, str) else host or [""]:
-            if _HOST.fullmatch(name.strip()) is None:
+            if not _HOST_NAME.fullmatch(name.strip()) and not _is_ipv6(name.strip()):
                 raise ValueError(f"{name!r} is no address or host name to listen on, such as 0.0.0.0 or ::1")
         return host
 

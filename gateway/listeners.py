@@ -11,7 +11,8 @@ import errno
 import ipaddress
 import logging
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from gateway.config import ConfigError
 
@@ -20,12 +21,9 @@ log = logging.getLogger(__name__)
 _ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 """What a machine without IPv6 says to an address of it."""
 _FREE_PORT_TRIES = 10
+_Address = tuple[Any, ...]
+"""Host and port, and more for IPv6, as sockets have it."""
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-
-
-def expand(hosts: Iterable[str]) -> list[str]:
-    """Return every host once, and with `::` the IPv4 address that means the same."""
-    return list(dict.fromkeys(name for host in hosts for name in ((host, "0.0.0.0") if _is_any(host) else (host,))))
 
 
 def bind(hosts: Sequence[str], port: int) -> list[socket.socket]:
@@ -43,23 +41,32 @@ def _bind(hosts: Sequence[str], port: int) -> list[socket.socket]:
     with contextlib.ExitStack() as stack:
         sockets: list[socket.socket] = []
         absent: ConfigError | None = None
-        for host in expand(hosts):
-            for family, address in _resolve(host):
-                taken = sockets[0].getsockname()[1] if sockets and port == 0 else port
-                try:
-                    sockets.append(stack.enter_context(_bound(family, (address[0], taken, *address[2:]))))
-                except OSError as error:
-                    reason = error.strerror or str(error)
-                    absent = ConfigError(f"server.host: can't listen on {_shown(host, taken)}: {reason}")
-                    absent.__cause__ = error
-                    # A name or `::` may mean a family that this machine does not have.
-                    if error.errno not in _ABSENT or (_is_literal(host) and not _is_any(host)):
-                        raise absent from error
-                    log.warning("%s", absent)
+        for (family, address), host in _addresses(hosts).items():
+            taken = sockets[0].getsockname()[1] if sockets and port == 0 else port
+            try:
+                sockets.append(stack.enter_context(_bound(family, (address[0], taken, *address[2:]))))
+            except OSError as error:
+                absent = ConfigError(f"server.host: can't listen on {_shown(host, taken)}: {error.strerror or error}")
+                absent.__cause__ = error
+                # A name or `::` may mean a family that this machine does not have.
+                if error.errno not in _ABSENT or (_is_literal(host) and not _is_any(host)):
+                    raise absent from error
+                log.warning("%s", absent)
         if not sockets:
             raise absent or ConfigError("server.host: name at least one address")
         stack.pop_all()
         return sockets
+
+
+def _addresses(hosts: Sequence[str]) -> dict[tuple[int, _Address], str]:
+    """Return every address to bind with the host that means it, without those that a wildcard has in it."""
+    names = [name for host in hosts for name in ((host, "0.0.0.0") if _is_any(host) else (host,))]
+    found: dict[tuple[int, _Address], str] = {}
+    for name in names:
+        for key in _resolve(name):
+            found.setdefault(key, name)
+    any_of = {family for family, address in found if address[0] in _LOOPBACK}
+    return {key: name for key, name in found.items() if key[0] not in any_of or key[1][0] in _LOOPBACK}
 
 
 def _is_literal(host: str) -> bool:
@@ -72,16 +79,16 @@ def _is_any(host: str) -> bool:
     return _is_literal(host) and ipaddress.ip_address(host) == ipaddress.IPv6Address("::")
 
 
-def _resolve(host: str) -> list[tuple[int, tuple[str | int, ...]]]:
+def _resolve(host: str) -> list[tuple[int, _Address]]:
     try:
         found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not a host name"
         raise ConfigError(f"server.host: can't find the address of {host!r}: {reason}") from error
-    return list(dict.fromkeys((int(family), address) for family, _, _, _, address in found))
+    return list(dict.fromkeys((int(family), tuple(address)) for family, _, _, _, address in found))
 
 
-def _bound(family: int, address: tuple[str | int, ...]) -> socket.socket:
+def _bound(family: int, address: _Address) -> socket.socket:
     with contextlib.ExitStack() as stack:
         bound = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -80,8 +80,8 @@ def _all(key: bytes) -> Iterator[tuple[bytes, tuple[int, ...]]]:
             blank = b"\r\n" * 40  # what a parser skips in front of a request
             yield request(*offer, chunked, body=chunks(blank, hidden)), (400, 404)
             yield request(*offer, body=b"", line=b"GET /health HTTP/1.1"), _SERVED
-    for size in (100, 70_000):
-        text = b"\r\n" * size + chat
+    for blank_lines in (100, 70_000):
+        text = b"\r\n" * blank_lines + chat
         yield request(b"Connection: Upgrade", b"Upgrade: h2c", b"Content-Length: %d" % len(text), body=text), _SERVED
 
     # Two lengths, odd lengths, two ways to find the end.

@@ -83,7 +83,7 @@ def run_nginx(upstream: str, folder: Path) -> Iterator[Nginx]:
     try:
         for port in ports:
             _wait_until_open(port, process)
-        yield Nginx(*ports, folder / "access.log")
+        yield Nginx(ports[0], ports[1], folder / "access.log")
     finally:
         process.terminate()
         process.wait(timeout=10)
