@@ -99,6 +99,10 @@ $(LITELLM_VENV)/.installed:
 bench: setup-dev $(LITELLM_VENV)/.installed ## Measure against bare vllm, LiteLLM and the bare engine; prints ratios
 	$(BIN)/python -m tests.bench --litellm $(LITELLM_VENV)/bin/python --out build/bench.json
 
+.PHONY: storm
+storm: setup-dev ## Play 10,000 requests with hang-ups, errors, limits and store freezes; the books must be exact after it
+	$(BIN)/python -m tests.chaos.storm --requests 10000
+
 .PHONY: pictures
 pictures: setup-dev ## Take the README's pictures anew, of the page in Debian's Chromium
 	$(BIN)/python -m tests.browser.take_pictures

@@ -112,8 +112,13 @@ class GatewayProcess:
 
 
 @contextlib.contextmanager
-def serve(folder: Path, tree: dict[str, Any], key: str | None = None, **environment: str) -> Iterator[GatewayProcess]:
-    """Run `shannon serve` on a configuration tree, listening but perhaps not ready yet; stop it at the end."""
+def serve(
+    folder: Path, tree: dict[str, Any], key: str | None = None, *, module: str = "gateway.cli", **environment: str
+) -> Iterator[GatewayProcess]:
+    """Run `shannon serve` on a configuration tree, listening but perhaps not ready yet; stop it at the end.
+
+    `module` runs in place of `gateway.cli`, with its arguments.
+    """
     tree = dict(tree)
     folder.mkdir(exist_ok=True)
     path = folder / "gateway.yaml"
@@ -121,7 +126,7 @@ def serve(folder: Path, tree: dict[str, Any], key: str | None = None, **environm
     path.write_text(yaml.safe_dump({"include": str(ROOT / "configs/models.yaml"), "store": store, **tree}))
     log = folder / "gateway.log"
     key = key or make_key()
-    command = ["gateway.cli", "serve", "--config", str(path), "--port", "0"]
+    command = [module, "serve", "--config", str(path), "--port", "0"]
     with child(command, log, {"SHANNON_BOOTSTRAP_KEY": key} | environment) as process:
         yield GatewayProcess(process, printed(process, log, r"Uvicorn running on (\S+)"), key, log)
 
