@@ -68,7 +68,7 @@ from gateway.errors import (
     NotFound,
     StoreError,
     StoreUnavailable,
-    Unavailable,
+    from_store,
 )
 from gateway.event_log import EventLogs
 from gateway.events import Clock
@@ -144,23 +144,25 @@ def create_app(
     metrics = store.metrics
     tracing = tracing or build_tracing(environment)
     drain = Drain()
-    logs = EventLogs(store)
+    logs = EventLogs(store.bulk)
+    limits, ledger = Limits(config.limits, store, metrics), Ledger(store, config.store.data_dir)
+    ledger.on_charged = limits.charged
     fetcher = Fetcher(config.fetch)
     app.state.services = Services(
         config=config,
         engines=engines,
         catalog=Catalog(config, engines),
         authenticator=authenticator,
-        keys=Keys(store),
-        limits=Limits(config.limits, store, metrics),
-        ledger=Ledger(store, config.store.data_dir),
-        sessions=Sessions(config.sessions, store, metrics),
-        responses=LiveResponses(StoredResponses(config.sessions, store, metrics), drain, metrics),
+        keys=Keys(store.bulk),
+        limits=limits,
+        ledger=ledger,
+        sessions=Sessions(config.sessions, store.bulk, metrics),
+        responses=LiveResponses(StoredResponses(config.sessions, store.bulk, metrics), drain, metrics),
         resumable=ResumableStreams(config.resume, logs, drain, metrics),
-        jobs=Jobs(config.jobs, logs, store, drain, metrics),
+        jobs=Jobs(config.jobs, logs, store.bulk, drain, metrics),
         images=Images(config.images, fetcher),
         tools=build_toolbox(config, environment, fetcher),
-        cache_salts=CacheSalts(config.prefix_cache, store),
+        cache_salts=CacheSalts(config.prefix_cache, store.bulk),
         store=store,
         metrics=metrics,
         tracing=tracing,
@@ -336,6 +338,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         # One that fails to close must not keep the ledger from being written.
         await asyncio.gather(*(engine.close() for engine in services.engines.values()), return_exceptions=True)
         await services.authenticator.close()
+        services.limits.close()
         await services.ledger.close()
         await services.store.close()
         services.images.close()
@@ -376,9 +379,9 @@ async def _on_gateway_error(request: Request, error: Exception) -> Response:
 
 
 async def _on_store_unavailable(request: Request, error: Exception) -> Response:
-    """For routes that are nothing without the store: keys, sessions, usage."""
-    message = "The store does not answer at the moment. Try again shortly."
-    return ErrorResponse(Unavailable(message, code="store_unavailable", retry_after_s=1.0))
+    """For routes that cannot work without the store: keys, sessions, usage."""
+    assert isinstance(error, StoreUnavailable)
+    return ErrorResponse(from_store(error))
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:

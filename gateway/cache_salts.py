@@ -15,7 +15,7 @@ import secrets
 
 from gateway.config import PrefixCacheSettings
 from gateway.errors import StoreUnavailable
-from gateway.store import Store
+from gateway.store import Lane
 
 _KEY = "sh:cache-salt"
 
@@ -23,7 +23,7 @@ _KEY = "sh:cache-salt"
 class CacheSalts:
     """The salts of all tenants."""
 
-    def __init__(self, settings: PrefixCacheSettings, store: Store) -> None:
+    def __init__(self, settings: PrefixCacheSettings, store: Lane) -> None:
         self._store = store
         self._secret = secrets.token_hex(32)
         self.share(settings)
@@ -35,8 +35,11 @@ class CacheSalts:
     async def start(self) -> None:
         """Agree on a secret with the other gateways of this store."""
         with contextlib.suppress(StoreUnavailable):
-            await self._store.run("SET", _KEY, self._secret, "NX")
-            self._secret = await self._store.run("GET", _KEY) or self._secret
+            # Read first: a full store takes no SET, not even of what is there.
+            if (secret := await self._store.run("GET", _KEY)) is None:
+                await self._store.run("SET", _KEY, self._secret, "NX")
+                secret = await self._store.run("GET", _KEY)
+            self._secret = secret or self._secret
 
     def salt_of(self, tenant: str) -> str:
         """Return the salt of a tenant: equal within its group, unguessable from outside."""

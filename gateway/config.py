@@ -300,11 +300,18 @@ class KeySettings(_Settings):
 class StoreSettings(_Settings):
     url_env: str = "SHANNON_REDIS_URL"
     """Environment variable with the store's URL: `redis://`, `rediss://` (TLS), `unix://`, `redis+cluster://` or
-    `redis+sentinel://host:port,host:port/service`. Unset, a bundled Valkey is started in `data_dir`."""
+    `redis+sentinel://host:port,host:port/service?sentinel_password=...`. Unset, a bundled Valkey is started in
+    `data_dir`."""
     data_dir: _OwnPath = Path(".shannon")
     """Where the bundled Valkey keeps its file, and where usage is journalled while the store is away."""
+    max_memory_mb: int = Field(512, ge=16)
+    """Memory in MiB that the bundled Valkey's data may take. Beyond it, sessions, streams, responses and jobs are
+    refused, while keys, limits and usage continue. 512 MiB hold some 50,000 turns of 10 KB."""
     command_timeout_ms: int = Field(50, ge=1)
-    """Longest wait for the store on the path of a request."""
+    """Longest wait for the store on the path of a request: for limits, keys and usage."""
+    bulk_timeout_ms: int = Field(2000, ge=1)
+    """Longest wait for the store elsewhere: for sessions, streams, responses and jobs, which may be large, and for
+    administration, where a late answer is better than none."""
     breaker_s: float = Field(1.0, gt=0)
     """After a failure the store is left alone this long between probes; requests go on without it at once."""
     auth_cache_ttl_s: float = Field(300.0, ge=0)

@@ -11,6 +11,7 @@
     |  +- ModelNotFound
     +- MethodNotAllowed (405)
     +- RequestTimeout (408)
+    +- Conflict (409)
     +- Cancelled (409)
     +- RateLimitExceeded (429)
     +- InternalError (500)
@@ -42,11 +43,24 @@ class StoreError(Exception):
 
 
 class StoreUnavailable(Exception):
-    """The store does not answer now. Every caller has a way to go on without it."""
+    """The store does not answer now. Every caller has a way to continue without it."""
+
+    def __init__(self, message: str = "", *, sent: bool = False) -> None:
+        super().__init__(message)
+        self.sent = sent
+        """Whether the command may have reached the store, which may then run it at any time."""
 
 
 class StoreRefused(StoreUnavailable):
     """The store answers, but refuses this command: a value of another type under our key, a right taken away."""
+
+
+class WritesRefused(StoreUnavailable):
+    """The store answers reads and takes no writes. `reason` is `full` or `disk`."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class GatewayError(Exception):
@@ -150,6 +164,14 @@ class RequestTimeout(GatewayError):
     should_retry = True
 
 
+class Conflict(GatewayError):
+    """What is asked for does not go with what the thing has become meanwhile."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "conflict"
+
+
 class Cancelled(GatewayError):
     """Somebody entitled to it ended the generation by another request."""
 
@@ -200,6 +222,15 @@ def from_engine(error: EngineError) -> GatewayError:
     if isinstance(error, EngineUnavailable):
         return Unavailable(str(error))
     return InternalError("The server had an error while processing your request.")
+
+
+def from_store(error: StoreUnavailable) -> Unavailable:
+    """Return the client's view of a store that does not answer or takes no writes."""
+    if isinstance(error, WritesRefused):
+        code = "store_full" if error.reason == "full" else "store_read_only"
+        return Unavailable(f"{error} Ask the operator of this server.", code=code, retry_after_s=30.0)
+    message = "The store does not answer at the moment. Try again shortly."
+    return Unavailable(message, code="store_unavailable", retry_after_s=1.0)
 
 
 _WORDS = {

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from gateway.errors import StoreUnavailable
 from gateway.log_writer import LogWriter, Reader, log_keys
-from gateway.store import Script, Store
+from gateway.store import Lane, Script
 
 LEASE_S = 6.0
 RENEW_S = 2.0
@@ -79,7 +79,7 @@ class Renewal(NamedTuple):
 class EventLogs:
     """The logs that this process writes, and the reading of all."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Lane) -> None:
         self._store = store
         self._writers: dict[str, LogWriter] = {}
 

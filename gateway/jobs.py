@@ -28,7 +28,7 @@ from gateway.event_log import LEASE_S, RENEW_S, EventLogs, LogClosed, LogGone, L
 from gateway.job_queue import ClientQueue, Job, RunJob, event_frame
 from gateway.log_writer import Reader, log_keys
 from gateway.metrics import Metrics
-from gateway.store import Script, Store
+from gateway.store import Lane, Script
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ _SUBMIT = Script("job_submit")
 class Jobs:
     """See the module."""
 
-    def __init__(self, settings: JobSettings, logs: EventLogs, store: Store, drain: Drain, metrics: Metrics) -> None:
+    def __init__(self, settings: JobSettings, logs: EventLogs, store: Lane, drain: Drain, metrics: Metrics) -> None:
         self._settings = settings
         self._logs = logs
         self._store = store

@@ -2,34 +2,72 @@
 
 The promise: in any 60 s, over any number of gateways, never more requests or tokens than the limit. A reservation is
 the exact prompt plus the most the completion may take, so concurrent requests can't slip past. The arithmetic is in
-lua/window.lua and runs inside the store. While the store is away a share of the two per-minute limits is enforced
-per process (concurrent and daily ones are not), or nothing is let in, as configured. Fails with RateLimitExceeded,
+lua/window.lua and lua/reservation.lua and runs inside the store. While the store is away each process enforces a share
+of every limit, beginning with what it saw of the store last, or nothing is let in, as configured.
+
+Every reservation has an id, under which the store keeps it until it is settled. The store refuses one that arrives
+after its gateway gave up waiting, and charges what was spent without it when it is settled. Raises RateLimitExceeded,
 BadRequest (could never fit) and Unavailable.
 """
 
 from __future__ import annotations
 
-import datetime
-import math
+import dataclasses
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
+from gateway.allowance import (
+    WINDOW_S,
+    Allowance,
+    Standing,
+    allowance_of,
+    day_number,
+    day_of,
+    limit_keys,
+    standing_of,
+    today,
+)
 from gateway.auth import Principal
 from gateway.catalog import ModelSpec
 from gateway.config import LimiterSettings
-from gateway.errors import BadRequest, RateLimitExceeded, StoreUnavailable, Unavailable
+from gateway.errors import (
+    BadRequest,
+    GatewayError,
+    RateLimitExceeded,
+    StoreUnavailable,
+    Unavailable,
+    WritesRefused,
+    from_store,
+)
+from gateway.leases import Held, Leases
+from gateway.local_limits import LocalLimits
 from gateway.metrics import Metrics
-from gateway.store import Script, Store
+from gateway.script import Script
+from gateway.store import Store
 
-LEASE_S = 900
-"""A running request that its gateway never settled stops counting as running after this."""
-WINDOW_S = 61
-"""One second more than the promise: see lua/window.lua."""
+__all__ = [
+    "WINDOW_S",
+    "Allowance",
+    "Limits",
+    "Reservation",
+    "Standing",
+    "allowance_of",
+    "day_of",
+    "standing_of",
+    "today",
+]
 
-_RESERVE = Script("window", "reserve")
+LEASE_S = 120
+"""What a gateway that is gone had under way stops counting after this; a gateway that lives renews it. Longer than a
+window, so that only a day's budget has anything to be given back."""
+_LATE_S = 1.0
+"""A reservation is refused this long after its gateway stopped waiting for it: as much as their clocks may differ from
+what the gateway believes."""
+_FORGET_S = 60.0
+
+_RESERVE = Script("window", "reservation", "reserve", when_full=True)
 _WORDS = {
     "requests": "requests per minute",
     "tokens": "tokens per minute",
@@ -39,111 +77,50 @@ _WORDS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Allowance:
-    """What one key may do with one model. 0 means no limit of that kind."""
-
-    requests_per_minute: int
-    tokens_per_minute: int
-    concurrent_requests: int = 0
-    concurrent_requests_of_key: int = 0
-    tokens_per_day: int = 0
-
-    @property
-    def most_tokens(self) -> int:
-        """Tokens of the largest generation that could ever be admitted."""
-        return min(self.tokens_per_minute, self.tokens_per_day or self.tokens_per_minute)
-
-
-@dataclass(slots=True)
-class Standing:
-    """Where a caller stands: the figures of the six headers. Resets are Unix seconds."""
-
-    allowance: Allowance
-    remaining_requests: int
-    remaining_tokens: int
-    reset_requests: int
-    reset_tokens: int
-    local: bool = False
-    """Decided by this process alone, while the store was away."""
-
-    def headers(self) -> dict[str, str]:
-        """Return the X-RateLimit headers; remaining figures never show as negative."""
-        headers = {
-            "X-RateLimit-Limit-Requests": str(self.allowance.requests_per_minute),
-            "X-RateLimit-Remaining-Requests": str(max(0, self.remaining_requests)),
-            "X-RateLimit-Reset-Requests": _rfc3339(self.reset_requests),
-            "X-RateLimit-Limit-Tokens": str(self.allowance.tokens_per_minute),
-            "X-RateLimit-Remaining-Tokens": str(max(0, self.remaining_tokens)),
-            "X-RateLimit-Reset-Tokens": _rfc3339(self.reset_tokens),
-        }
-        if self.local:
-            headers["X-Shannon-Limits"] = "local"
-        return headers
-
-
-@dataclass(frozen=True, slots=True)
 class Reservation:
-    """Room taken for one generation. `bucket` is the window's second, 0 where the store was not asked."""
+    """Room taken for one generation. `bucket` is the window's second, 0 where the store did not make it."""
 
     standing: Standing
     bucket: int
     tokens: int
+    id: str = ""
+    requests: int = 0
+    second: int = 0
+    """The second on the store's clock in which it was made, by the store or by this process alone."""
+    made: bool = True
+    """False where only the store might know of it, because its answer was not heard."""
+    refused: bool = False
+    """Whether its caller was refused."""
 
 
-@dataclass(slots=True)
-class _LocalWindow:
-    """The sliding window of one key and model in this process, for when the store is away."""
+@dataclass(frozen=True, slots=True)
+class Release:
+    """How a reservation stood when it was released."""
 
-    buckets: deque[list[int]] = field(default_factory=deque)
-    """[second, requests, tokens], oldest first."""
-
-    def take(self, requests: int, tokens: int, share: Allowance, now: float) -> tuple[str, float]:
-        """Take room, or return (what is exceeded, seconds to wait)."""
-        second = int(now)
-        while self.buckets and self.buckets[0][0] + WINDOW_S <= second:
-            self.buckets.popleft()
-        for kind, column, wanted, limit in (
-            ("requests", 1, requests, share.requests_per_minute),
-            ("tokens", 2, tokens, share.tokens_per_minute),
-        ):
-            over = self.spent(column) + wanted - limit
-            for bucket in self.buckets if over > 0 else ():
-                over -= bucket[column]
-                if over <= 0:
-                    return kind, bucket[0] + WINDOW_S - now
-        if not self.buckets or self.buckets[-1][0] != second:
-            self.buckets.append([second, 0, 0])
-        self.buckets[-1][1] += requests
-        self.buckets[-1][2] += tokens
-        return "", 0.0
-
-    def spent(self, column: int) -> int:
-        return sum(bucket[column] for bucket in self.buckets)
+    uncertain: bool = False
+    """Whether a command that makes it may still reach the store."""
+    pending: bool = False
+    """Whether the store does not know it, so that `Limits.charged` is to be called when it does."""
 
 
-def standing_of(allowance: Allowance, figures: list[Any]) -> Standing:
-    """Read the four figures that the scripts end with."""
-    remaining_requests, remaining_tokens, reset_requests, reset_tokens = map(int, figures)
-    return Standing(allowance, remaining_requests, remaining_tokens, reset_requests, reset_tokens)
+class Spending(Protocol):
+    """What counts against limits: an entry of the ledger, or a reservation as it stands."""
+
+    @property
+    def key_id(self) -> str: ...
+    @property
+    def model_id(self) -> str: ...
+    @property
+    def allowance(self) -> Allowance: ...
+    @property
+    def second(self) -> int: ...
+    @property
+    def held_requests(self) -> int: ...
+    @property
+    def spent(self) -> int: ...
 
 
-def keys_of(key_id: str, model_id: str, day: str) -> list[str]:
-    """Return the store keys of one API key's limits on one model: window, running twice, day budget."""
-    head = f"sh:{{k:{key_id}}}:"
-    return [f"{head}w:{model_id}", f"{head}run:{model_id}", f"{head}run", f"{head}day:{day}"]
-
-
-def allowance_of(principal: Principal, model: ModelSpec) -> Allowance:
-    """Return the model's limits with the key's own in their place, where it has any."""
-    limits = model.settings.limits
-    own = principal.limits.get(model.id, {})
-    return Allowance(
-        requests_per_minute=own.get("requests_per_minute", limits.requests_per_minute),
-        tokens_per_minute=own.get("tokens_per_minute", limits.tokens_per_minute),
-        concurrent_requests=own.get("concurrent_requests", limits.concurrent_requests or 0),
-        concurrent_requests_of_key=principal.max_concurrent_requests or 0,
-        tokens_per_day=principal.tokens_per_day or 0,
-    )
+Taker = Callable[[Reservation], None]
 
 
 class Limits:
@@ -153,7 +130,13 @@ class Limits:
         self._settings = settings
         self._store = store
         self._metrics = metrics
-        self._local: dict[tuple[str, str], _LocalWindow] = {}
+        self._local = LocalLimits()
+        self._leases = Leases(store, lambda: LEASE_S, self.charged)
+        self._forgot_at = time.monotonic()
+
+    def close(self) -> None:
+        """Stop renewing leases."""
+        self._leases.close()
 
     def enforce(self, settings: LimiterSettings) -> None:
         """Go by `settings` from now on; what has been spent counts on."""
@@ -171,13 +154,14 @@ class Limits:
         *,
         requests: int,
         tokens: int,
-        left: Callable[[Reservation], None] | None = None,
+        left: Taker | None = None,
     ) -> Reservation:
         """Take room for one generation of the request `member`.
 
-        `requests` is 1 for the request's first generation, then 0. `left` gets the reservation if the caller is
-        cancelled while the store makes it. Raises RateLimitExceeded with the standing's headers, BadRequest when the
-        limit could never admit it, Unavailable when the store is away and that closes.
+        `requests` is 1 for the request's first generation, then 0. `left` gets a reservation that is to be settled
+        though the caller does not get it: it was cancelled while the store made it, or is refused although the store
+        may have made it. Raises RateLimitExceeded with the standing's headers, BadRequest when the limit could
+        never admit it, Unavailable when the store is away and that closes.
         """
         allowance = allowance_of(principal, model)
         if not self.enabled:
@@ -192,84 +176,196 @@ class Limits:
                 "max_tokens",
                 "tokens_exceed_limit",
             )
+        wanted = _Wanted(principal, model, member, allowance, requests, tokens, self._leases.new_id())
         try:
-            return await self._ask(principal, model, member, allowance, requests, tokens, left)
-        except StoreUnavailable:
-            return self._take_locally(principal, model, allowance, requests, tokens)
+            reservation = await self._ask(wanted, left)
+        except StoreUnavailable as error:
+            reservation = self._take_locally(wanted, error, left)
+        if allowance.concurrent_requests or allowance.concurrent_requests_of_key:
+            self._leases.begin(member, principal.key_id, model.id, allowance)
+        return reservation
 
     async def peek(self, principal: Principal, model: ModelSpec) -> Standing | None:
         """Return where the caller stands, without taking anything; None when nobody knows."""
         if not self.enabled:
             return None
+        allowance = allowance_of(principal, model)
         try:
-            return (await self._ask(principal, model, "", allowance_of(principal, model), 0, 0)).standing
+            return (await self._ask(_Wanted(principal, model, "", allowance, 0, 0, ""))).standing
         except StoreUnavailable:
-            allowance = allowance_of(principal, model)
-            window = self._local.get((principal.key_id, model.id), _LocalWindow())
-            return self._local_standing(allowance, self._share(allowance), window)
+            return self._local_standing(principal.key_id, model.id, allowance, 0)
 
-    async def _ask(
-        self,
-        principal: Principal,
-        model: ModelSpec,
-        member: str,
-        allowance: Allowance,
-        requests: int,
-        tokens: int,
-        left: Callable[[Reservation], None] | None = None,
-    ) -> Reservation:
+    def release(self, reservation: Reservation, spent: int) -> Release:
+        """Take a reservation, or a part of one, off the books of this process. `spent` tokens of it count on."""
+        if not reservation.made:
+            return Release(uncertain=True)
+        held = self._leases.release(reservation.id, reservation.tokens, reservation.requests)
+        if held is None:  # made while limits were off
+            return Release()
+        unused = reservation.tokens - spent
+        self._local.window(held.key_id, held.model_id).add(held.second, 0, -unused, pending=held.pending)
+        self._note_day(held, -unused)
+        return Release(held.uncertain or held.pending, held.pending)
+
+    def charged(self, spending: Spending) -> None:
+        """Note that the store has charged what it did not know of."""
+        second, tokens = spending.second, spending.spent
+        self._local.window(spending.key_id, spending.model_id).charged(second, spending.held_requests, tokens)
+        if spending.allowance.tokens_per_day and day_number(second) == day_number(self._now()):
+            day = self._local.day(spending.key_id, self._now())
+            tokens = min(tokens, day.pending)
+            day.pending -= tokens
+            day.known += tokens
+
+    def end(self, member: str) -> None:
+        """Note that a request runs no more."""
+        self._leases.end(member)
+
+    def _now(self) -> float:
+        return self._store.state.time_s()
+
+    async def _ask(self, wanted: _Wanted, left: Taker | None = None) -> Reservation:
+        """Ask the store, again if it finds that the question is late. Raises StoreUnavailable and RateLimitExceeded."""
+        answer = await self._question(wanted, left)
+        if answer[0] == "late":  # but the answer came in time: the store's clock is another one than believed
+            answer = await self._question(wanted, left)
+            if answer[0] == "late":
+                raise StoreUnavailable("the store takes every reservation for late", sent=True)
+        reservation = self._reservation(wanted, answer)
+        self._note(wanted, answer, reservation)
+        if answer[0]:
+            raise self._exceeded(answer[0], wanted.model, reservation.standing, int(answer[6]) / 1000)
+        return reservation
+
+    async def _question(self, wanted: _Wanted, left: Taker | None) -> Any:
         def unheard(answer: Any) -> None:
             if left is None:
                 return
-            if isinstance(answer, Exception):
-                left(Reservation(Standing(allowance, 0, 0, 0, 0), 0, 0))  # perhaps made: its lease must not stay
+            if isinstance(answer, Exception):  # perhaps made
+                left(self._unmade(wanted, wanted.requests))
             elif not answer[0]:
-                left(Reservation(standing_of(allowance, answer[2:6]), int(answer[1]), tokens))
+                reservation = self._reservation(wanted, answer)
+                self._note(wanted, answer, reservation)
+                left(reservation)
 
+        now = self._now()
+        key_id, allowance = wanted.principal.key_id, wanted.allowance
+        deadline_s = now + self._store.timeout_s + _LATE_S
+        pending = self._local.window(key_id, wanted.model.id).pending(now)
+        pending_today = self._local.day(key_id, now).pending if allowance.tokens_per_day else 0
         arguments = [
-            member,
-            requests,
-            tokens,
+            wanted.id,
+            wanted.member,
+            wanted.requests,
+            wanted.tokens,
             allowance.requests_per_minute,
             allowance.tokens_per_minute,
             allowance.concurrent_requests,
             allowance.concurrent_requests_of_key,
             allowance.tokens_per_day,
-            LEASE_S * 1000,
+            round(LEASE_S * 1000),
+            round(deadline_s * 1000) if wanted.id else 0,
+            day_number(now),
+            *pending,
+            pending_today,
         ]
-        keys = keys_of(principal.key_id, model.id, today())
-        answer = await self._store.run_heard(_RESERVE.call(keys, arguments), unheard)
-        standing = standing_of(allowance, answer[2:6])
-        if answer[0]:
-            raise self._exceeded(answer[0], model, standing, int(answer[6]) / 1000)
-        return Reservation(standing, int(answer[1]), tokens)
+        command = _RESERVE.call(limit_keys(key_id, wanted.model.id, now), arguments)
+        answer = await self._store.run_heard(command, unheard)
+        if answer[0] == "late":
+            self._store.state.set_clock(int(answer[7]) / 1000)
+        return answer
 
-    def _take_locally(
-        self, principal: Principal, model: ModelSpec, allowance: Allowance, requests: int, tokens: int
-    ) -> Reservation:
+    def _reservation(self, wanted: _Wanted, answer: list[Any]) -> Reservation:
+        second = int(answer[1])
+        standing = standing_of(wanted.allowance, answer[2:6])
+        return Reservation(standing, second, wanted.tokens, wanted.id, wanted.requests, second)
+
+    def _unmade(self, wanted: _Wanted, requests: int) -> Reservation:
+        """Return what is settled in place of a reservation that the store may have made, or will make.
+
+        `requests` of it are to count.
+        """
+        standing = Standing(wanted.allowance, 0, 0, 0, 0)
+        return Reservation(standing, 0, wanted.tokens, wanted.id, requests, int(self._now()), made=False)
+
+    def _note(self, wanted: _Wanted, answer: list[Any], reservation: Reservation) -> None:
+        """Take note of what the store answered, for when it is away."""
+        now, key_id = self._now(), wanted.principal.key_id
+        window = self._local.window(key_id, wanted.model.id)
+        if not answer[0] and wanted.id:
+            window.add(reservation.second, wanted.requests, wanted.tokens, pending=False)
+            self._hold(wanted, reservation, pending=False, uncertain=False)
+        window.note(reservation.standing, now)
+        if wanted.allowance.tokens_per_day:
+            self._local.day(key_id, now).known = int(answer[8])
+        if time.monotonic() - self._forgot_at > _FORGET_S:
+            self._forgot_at = time.monotonic()
+            self._local.forget_idle(now)
+
+    def _hold(self, wanted: _Wanted, reservation: Reservation, *, pending: bool, uncertain: bool) -> None:
+        self._leases.hold(
+            Held(
+                id=wanted.id,
+                key_id=wanted.principal.key_id,
+                model_id=wanted.model.id,
+                allowance=wanted.allowance,
+                second=reservation.second,
+                tokens=wanted.tokens,
+                requests=wanted.requests,
+                pending=pending,
+                uncertain=uncertain,
+            )
+        )
+
+    def _note_day(self, held: Held, tokens: int) -> None:
+        now = self._now()
+        if held.allowance.tokens_per_day and day_number(held.second) == day_number(now):
+            day = self._local.day(held.key_id, now)
+            if held.pending:
+                day.pending = max(0, day.pending + tokens)
+            else:
+                day.known = max(0, day.known + tokens)
+
+    def _take_locally(self, wanted: _Wanted, error: StoreUnavailable, left: Taker | None) -> Reservation:
+        """Take room without the store. Raises RateLimitExceeded, and Unavailable where that closes."""
+        now = self._now()
+        refusal = self._refusal(wanted, error, now)
+        if refusal is not None:
+            if error.sent and left is not None:
+                left(dataclasses.replace(self._unmade(wanted, 0), refused=True))
+            raise refusal
+        key_id, model_id, allowance = wanted.principal.key_id, wanted.model.id, wanted.allowance
+        second = int(now)
+        self._local.window(key_id, model_id).add(second, wanted.requests, wanted.tokens, pending=True)
+        if allowance.tokens_per_day:
+            self._local.day(key_id, now).pending += wanted.tokens
+        standing = self._local_standing(key_id, model_id, allowance, wanted.tokens)
+        reservation = Reservation(standing, 0, wanted.tokens, wanted.id, wanted.requests, second)
+        self._hold(wanted, reservation, pending=True, uncertain=error.sent)
+        return reservation
+
+    def _refusal(self, wanted: _Wanted, error: StoreUnavailable, now: float) -> GatewayError | None:
+        """Return what refuses a generation while the store is away, if something does."""
         if self._settings.on_store_failure == "closed":
-            raise Unavailable("Limits can't be checked at the moment. Try again shortly.", retry_after_s=1.0)
+            return self._closed(error)
         self._metrics.limited_locally.inc()
-        share = self._share(allowance, tokens)
-        now = time.time()
-        window = self._local.setdefault((principal.key_id, model.id), _LocalWindow())
-        refused, wait_s = window.take(requests, tokens, share, now)
-        standing = self._local_standing(allowance, share, window)
-        if refused:
-            raise self._exceeded(refused, model, standing, wait_s)
-        return Reservation(standing, 0, tokens)
-
-    def _share(self, allowance: Allowance, tokens: int = 0) -> Allowance:
-        """Return this process's part of a limit, with room for a request of `tokens` in any case."""
+        key_id, model, allowance = wanted.principal.key_id, wanted.model, wanted.allowance
+        running = self._leases.running(key_id, model.id)
         replicas = self._settings.replicas
-        requests_share = max(1, allowance.requests_per_minute // replicas)
-        return Allowance(requests_share, max(tokens, allowance.tokens_per_minute // replicas))
+        found = self._local.refusal(key_id, model.id, allowance, wanted.requests, wanted.tokens, running, replicas, now)
+        if found is None:
+            return None
+        standing = self._local_standing(key_id, model.id, allowance, wanted.tokens)
+        return self._exceeded(found.kind, model, standing, found.wait_s)
 
     @staticmethod
-    def _local_standing(allowance: Allowance, share: Allowance, window: _LocalWindow) -> Standing:
-        reset = math.ceil(time.time()) + WINDOW_S
-        remaining = share.requests_per_minute - window.spent(1), share.tokens_per_minute - window.spent(2)
-        return Standing(allowance, *remaining, reset, reset, local=True)
+    def _closed(error: StoreUnavailable) -> Unavailable:
+        if isinstance(error, WritesRefused):
+            return from_store(error)
+        return Unavailable("Limits can't be checked at the moment. Try again shortly.", retry_after_s=1.0)
+
+    def _local_standing(self, key_id: str, model_id: str, allowance: Allowance, tokens: int) -> Standing:
+        return self._local.standing(key_id, model_id, allowance, tokens, self._settings.replicas, self._now())
 
     def _exceeded(self, kind: str, model: ModelSpec, standing: Standing, retry_after_s: float) -> RateLimitExceeded:
         self._metrics.limited(model.id, kind)
@@ -281,15 +377,14 @@ class Limits:
         return error
 
 
-def today() -> str:
-    """Return the current day in UTC, as the ledger writes it."""
-    return day_of(time.time())
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What is asked for. Without an id, only where the caller stands."""
 
-
-def day_of(unix_s: float) -> str:
-    """Return the day in UTC that a time falls on."""
-    return datetime.datetime.fromtimestamp(unix_s, datetime.UTC).date().isoformat()
-
-
-def _rfc3339(unix_s: int) -> str:
-    return datetime.datetime.fromtimestamp(unix_s, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    principal: Principal
+    model: ModelSpec
+    member: str
+    allowance: Allowance
+    requests: int
+    tokens: int
+    id: str

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from gateway.errors import GatewayError, StoreUnavailable
-from gateway.store import Script, Store
+from gateway.store import Lane, Script
 
 _BATCH_S = 0.02
 """How long frames wait for more, so that the store is not asked for each."""
@@ -41,7 +41,7 @@ class Reader:
 class LogWriter:
     """The writing end of a log. `readers` are those in this process."""
 
-    def __init__(self, store: Store, log_id: str, token: str, last: int, *, max_bytes: int, ttl_s: float) -> None:
+    def __init__(self, store: Lane, log_id: str, token: str, last: int, *, max_bytes: int, ttl_s: float) -> None:
         self.log_id = log_id
         self.token = token
         self.last = last

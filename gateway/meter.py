@@ -86,11 +86,15 @@ class Meter:
         self._noted = False  # by the ledger
         self._failed = False  # by the ledger: a refusal may pass several places that note it
         self._leased = False
+        self._held = False
+        """Whether a reservation was made under an id."""
         self._aborted = False
         self._first = asyncio.Lock()
         self._whole: Prepared | None = None
         """Stands for the whole request while `counted` holds it."""
         self._running: dict[int, Prepared] = {}
+        self._counting = _NOTHING
+        """The reservation that counted the request, where no generation has."""
         self._reserved: dict[int, Reservation] = {}
         """Room taken ahead, by the generation that it is for."""
 
@@ -193,7 +197,7 @@ class Meter:
         finally:
             self._whole = None
             del self._running[id(whole)]
-            await self._settle(whole, _NOTHING, failure, aborted, 0.0)
+            await self._settle(whole, self._take_counting(), failure, aborted, 0.0)
 
     async def count(self) -> None:
         """Count the request, if no generation has yet: before it does anything else that costs somebody.
@@ -201,7 +205,12 @@ class Meter:
         Raises what `Limits.reserve` raises.
         """
         if not self._counted:
-            await self._reserve([_free(self.request_id)])
+            self._counting = await self._reserve([_free(self.request_id)])
+
+    def _take_counting(self) -> Reservation:
+        """Return the reservation that is settled with the end of the request."""
+        counting, self._counting = self._counting, _NOTHING
+        return counting
 
     def _capped(self, request: GenerationRequest) -> GenerationRequest:
         """Hold the completion to the model's maximum. Raises InvalidRequest when the client asks for more."""
@@ -247,14 +256,17 @@ class Meter:
         What was not generated is given back. Raises what `Limits.reserve` raises.
         """
         whole = await self._reserve(several)
-        for prepared in several:
-            self._reserved[id(prepared)] = dataclasses.replace(whole, tokens=_most_tokens(prepared))
+        for number, prepared in enumerate(several):
+            requests = whole.requests if number == 0 else 0
+            part = dataclasses.replace(whole, tokens=_most_tokens(prepared), requests=requests)
+            self._reserved[id(prepared)] = part
         try:
             yield
         finally:
             left = [self._reserved.pop(id(prepared)) for prepared in several if id(prepared) in self._reserved]
             if left:
-                room = dataclasses.replace(whole, tokens=sum(one.tokens for one in left))
+                tokens, requests = sum(one.tokens for one in left), sum(one.requests for one in left)
+                room = dataclasses.replace(whole, tokens=tokens, requests=requests)
                 await self._settle(_free(self.request_id), room, None, True, 0.0)
 
     async def prepare_embedding(self, request: EmbeddingRequest) -> Prepared:
@@ -316,7 +328,12 @@ class Meter:
     async def _take(self, requests: int, tokens: int) -> Reservation:
         try:
             reservation = await self._limits.reserve(
-                self.principal, self.model, self.request_id, requests=requests, tokens=tokens, left=self._give_back
+                self.principal,
+                self.model,
+                self.request_id,
+                requests=requests,
+                tokens=tokens,
+                left=self._give_back,
             )
         except GatewayError as error:
             if not error.extra_headers and self.standing is None:
@@ -324,17 +341,31 @@ class Meter:
             await self._settle_failure(error)
             raise
         self._counted = self._leased = True
+        self._held = self._held or bool(reservation.id)
         self.standing = reservation.standing
         return reservation
 
     def _give_back(self, reservation: Reservation) -> None:
-        """Settle room that was taken for a generation whose caller had left by then."""
-        self._counted = True
-        entry = self._entry(None)
-        entry.bucket = reservation.bucket
-        entry.refund = reservation.tokens
-        self._close(entry, aborted=True)
+        """Settle room that was taken for a generation whose caller had left by then, or was refused without it."""
+        if reservation.refused:
+            entry = Entry(key_id=self.principal.key_id, model_id=self.model.id, allowance=self._allowance)
+            self._release(reservation, entry)
+        else:
+            self._counted = True
+            entry = self._entry(None)
+            self._release(reservation, entry)
+            self._close(entry, aborted=True)
         self._ledger.settle(entry)
+
+    def _release(self, reservation: Reservation, entry: Entry) -> None:
+        """Give back with `entry`, which holds what was spent, what a reservation held beyond that."""
+        entry.bucket = reservation.bucket
+        entry.refund = reservation.tokens - entry.spent
+        if reservation.id:
+            released = self._limits.release(reservation, entry.spent)
+            entry.reservation, entry.second = reservation.id, reservation.second
+            entry.held_requests = reservation.requests
+            entry.uncertain, entry.pending = released.uncertain, released.pending
 
     async def _settle(
         self,
@@ -361,8 +392,7 @@ class Meter:
         entry.prompt_tokens = usage.prompt_tokens
         entry.cached_tokens = usage.cached_tokens
         entry.completion_tokens = usage.completion_tokens
-        entry.bucket = reservation.bucket
-        entry.refund = unused
+        self._release(reservation, entry)
         self._close(entry, aborted=aborted)
         await self._write(entry)
 
@@ -374,6 +404,8 @@ class Meter:
         if not self._running and not self._reserved:
             entry.lease = self.request_id
             self._leased = False
+            if self._held:
+                self._limits.end(self.request_id)
 
     @contextlib.asynccontextmanager
     async def noting_refusal(self) -> AsyncIterator[None]:
@@ -389,7 +421,7 @@ class Meter:
     async def leave(self) -> None:
         """Give back the place of a request that was counted, if it ended before its first generation."""
         if self._leased and not self._running:
-            await self._settle(_free(self.request_id), _NOTHING, None, True, 0.0)
+            await self._settle(_free(self.request_id), self._take_counting(), None, True, 0.0)
 
     async def _refusal(self, error: EngineError | GatewayError) -> GatewayError:
         """Note a request that was refused before it ran, and return what the client is told."""

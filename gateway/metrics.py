@@ -38,6 +38,25 @@ class Total(Collector):
         return [family]
 
 
+class LaneMetrics:
+    """The metrics of one lane to the store."""
+
+    def __init__(self, name: str, what: str, buckets: tuple[float, ...], registry: CollectorRegistry) -> None:
+        self.latency = Histogram(
+            f"{name}_latency_seconds",
+            f"Time that the store took to answer a batch of {what}.",
+            buckets=buckets,
+            registry=registry,
+        )
+        self.failures = Counter(
+            f"{name}_failures", f"Batches of {what} that the store did not answer in time.", registry=registry
+        )
+        self.openings = Counter(
+            f"{name}_breaker_openings", f"Times that the store was given up for {what}.", registry=registry
+        )
+        self.available = Gauge(f"{name}_available", f"1 while the store answers {what}.", registry=registry)
+
+
 class Metrics:
     """The gateway's metrics in a registry of their own, so that two apps in one process don't collide."""
 
@@ -132,20 +151,34 @@ class Metrics:
             buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1),
             registry=self._registry,
         )
-        self.store_latency = Histogram(
-            "shannon_store_latency_seconds",
-            "Time that the store took to answer a batch of commands.",
-            buckets=(0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1),
+        self.store = LaneMetrics(
+            "shannon_store",
+            "commands of limits, keys and usage",
+            (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1),
+            self._registry,
+        )
+        self.store_bulk = LaneMetrics(
+            "shannon_store_bulk",
+            "commands of sessions, streams, responses, jobs and administration",
+            (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2),
+            self._registry,
+        )
+        self.store_writes_refused = Gauge(
+            "shannon_store_writes_refused",
+            "1 while the store answers but takes no writes, by reason: full (maxmemory), disk.",
+            ["reason"],
             registry=self._registry,
         )
-        self.store_failures = Counter(
-            "shannon_store_failures",
-            "Batches of commands that the store did not answer in time.",
+        for reason in ("full", "disk"):
+            self.store_writes_refused.labels(reason).set(0)
+        self.store_memory_used = Gauge(
+            "shannon_store_memory_used_bytes",
+            "Memory of the store's server that counts against its maxmemory; of a cluster, its fullest node's.",
             registry=self._registry,
         )
-        self.store_available = Gauge(
-            "shannon_store_available",
-            "1 while the store answers.",
+        self.store_memory_max = Gauge(
+            "shannon_store_memory_max_bytes",
+            "maxmemory of the store's server, 0 where there is none.",
             registry=self._registry,
         )
         self.journal_bytes = Gauge(

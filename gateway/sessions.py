@@ -27,7 +27,7 @@ from gateway.config import SessionSettings
 from gateway.errors import BadRequest, NotFound, StoreUnavailable
 from gateway.events import Event
 from gateway.metrics import Metrics
-from gateway.store import Script, Store
+from gateway.store import Lane, Script
 
 Message = dict[str, Any]
 
@@ -183,7 +183,7 @@ def derive_id(tenant: str, messages: list[Message]) -> str:
 class Sessions:
     """All sessions."""
 
-    def __init__(self, settings: SessionSettings, store: Store, metrics: Metrics) -> None:
+    def __init__(self, settings: SessionSettings, store: Lane, metrics: Metrics) -> None:
         self._settings = settings
         self._store = store
         self._metrics = metrics

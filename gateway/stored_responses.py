@@ -21,7 +21,7 @@ from gateway.errors import BadRequest, NotFound, StoreUnavailable
 from gateway.frames.responses import RUNNING
 from gateway.metrics import Metrics
 from gateway.sessions import IMAGES_SHARE, Message, without_images
-from gateway.store import Command, Store
+from gateway.store import Command, Lane
 
 LEASE_S = 60
 _ID = re.compile(r"resp_[A-Za-z0-9]{1,96}")
@@ -66,7 +66,7 @@ class Conversation:
 class StoredResponses:
     """See the module."""
 
-    def __init__(self, settings: SessionSettings, store: Store, metrics: Metrics) -> None:
+    def __init__(self, settings: SessionSettings, store: Lane, metrics: Metrics) -> None:
         self._settings = settings
         self._store = store
         self._metrics = metrics

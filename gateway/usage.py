@@ -14,24 +14,30 @@ import contextlib
 import fcntl
 import logging
 import os
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import orjson
 
+from gateway.allowance import DAY_S, Allowance, Standing, day_number, day_of, limit_keys, standing_of, today
 from gateway.errors import StoreRefused, StoreUnavailable
-from gateway.limits import Allowance, Standing, day_of, keys_of, standing_of, today
-from gateway.store import Command, Script, Store
+from gateway.script import Command, Script
+from gateway.store import Store
 
 log = logging.getLogger(__name__)
 
 KEEP_DAYS = 400
-_SETTLE = Script("window", "settle")
+_SETTLE = Script("window", "reservation", "settle", when_full=True)
+_LIST = Script("list", when_full=True)
 _KEYS_WITH_USAGE = "sh:keys:used"
 _BATCH = 128
+_MISSED = -1
+_ROWS = 32
+"""Rows of usage that are read at once: the store does nothing else meanwhile."""
 _RETRY_S = 0.1
 
 
@@ -53,20 +59,43 @@ class Entry:
     lease: str = ""
     """Request whose lease ends with this."""
     bucket: int = 0
+    """Second of the store's window that `refund` goes back to; 0 where the store made no reservation."""
     refund: int = 0
+    """Reserved tokens that were not spent."""
+    reservation: str = ""
+    """Id of the reservation that this settles, or a part of it."""
+    second: int = 0
+    """When that was made, on the store's clock: the bucket and the day that count it if the store does not have it."""
+    held_requests: int = 0
+    """Requests that count with it."""
+    uncertain: bool = False
+    """Whether a command that makes the reservation may still reach the store, which then refuses it."""
+    pending: bool = False
+    """Whether the store did not know the reservation."""
     number: int = 0
 
-    def command(self, process: str) -> Command:
-        """Return the call of lua/settle.lua that applies this entry of a gateway process."""
+    @property
+    def spent(self) -> int:
+        """Tokens that count against limits."""
+        return self.prompt_tokens + self.completion_tokens
+
+    def command(self, process: str, after: int = 0) -> Command:
+        """Return the call of lua/settle.lua that applies this entry of a gateway process.
+
+        `after` is the number of the same key's entry in front of it, which must have been applied.
+        """
         head = f"sh:{{k:{self.key_id}}}:"
+        now = time.time()
         # What is given back goes to the day it was taken from, which may have ended since.
-        reserved_on = day_of(self.bucket) if self.bucket else self.day
-        keys = keys_of(self.key_id, self.model_id, reserved_on)
-        keys += [f"{head}applied", f"{head}u:{self.day}:{self.model_id}", f"{head}days"]
+        reserved_at = self.bucket or self.second or int(now)
+        keys = limit_keys(self.key_id, self.model_id, reserved_at)
+        keys += [f"{head}applied", f"{head}applied:at", f"{head}u:{self.day}:{self.model_id}", f"{head}days"]
         limits = self.allowance
-        arguments: list[Any] = [process, self.number, self.lease, self.bucket, self.refund]
+        arguments: list[Any] = [process, self.number, after, self.lease, self.reservation]
+        arguments += [self.bucket or self.second, self.refund, self.spent, self.held_requests, int(self.uncertain)]
         arguments += [limits.requests_per_minute, limits.tokens_per_minute, limits.tokens_per_day]
-        arguments += [f"{self.day}:{self.model_id}", KEEP_DAYS]
+        arguments += [day_number(reserved_at), f"{self.day}:{self.model_id}", KEEP_DAYS]
+        arguments.append(day_of(now - KEEP_DAYS * DAY_S))
         for name in ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "aborted_requests"):
             if amount := getattr(self, name):
                 arguments += [name, amount]
@@ -90,6 +119,8 @@ class Ledger:
         self._replayer: asyncio.Task[None] | None = None
         self._adopter: asyncio.Task[None] | None = None
         self._closing = False
+        self.on_charged: Callable[[Entry], None] = lambda entry: None
+        """Called when the store has applied an entry of a reservation that it did not know."""
 
     async def start(self) -> None:
         """Begin to replay what earlier gateways left behind."""
@@ -165,13 +196,24 @@ class Ledger:
                     result.set_result(standing_of(entry.allowance, answer[1:]))
 
     async def _send(self, entries: list[Entry], process: str) -> list[Any]:
-        answers = await self._store.try_in_order([entry.command(process) for entry in entries])
+        commands, last = [], dict[str, int]()
+        for entry in entries:
+            # The first of a key is behind entries that were all answered.
+            commands.append(entry.command(process, last.get(entry.key_id, 0)))
+            last[entry.key_id] = entry.number
+        answers = await self._store.try_in_order(commands)
+        if any(not isinstance(answer, StoreRefused) and answer[0] == _MISSED for answer in answers):
+            raise StoreUnavailable("the store missed an entry; all are sent again")
         answers = [
             self._set_aside(entry, f"the store refuses ({answer})") if isinstance(answer, StoreRefused) else answer
             for entry, answer in zip(entries, answers, strict=True)
         ]
+        if process == self._process:
+            for entry in entries:
+                if entry.pending:
+                    self.on_charged(entry)
         if unlisted := {entry.key_id for entry in entries} - self._listed:
-            await self._store.run("SADD", _KEYS_WITH_USAGE, *unlisted)
+            await self._store.run(*_LIST.call([_KEYS_WITH_USAGE], sorted(unlisted)))
             self._listed |= unlisted
         return answers
 
@@ -273,13 +315,16 @@ class Ledger:
 
     async def key_ids(self) -> list[str]:
         """Return the ids of all keys that ever spent anything. Raises StoreUnavailable."""
-        return sorted(await self._store.run("SMEMBERS", _KEYS_WITH_USAGE))
+        return sorted(await self._store.bulk.run("SMEMBERS", _KEYS_WITH_USAGE))
 
     async def totals(self, key_id: str) -> list[dict[str, Any]]:
         """Return usage of one key: one dict per day and model, in order. Raises StoreUnavailable."""
         head = f"sh:{{k:{key_id}}}:"
-        days = sorted(await self._store.run("SMEMBERS", f"{head}days"))
-        rows = await asyncio.gather(*(self._store.run("HGETALL", f"{head}u:{day}") for day in days))
+        days = sorted(await self._store.bulk.run("SMEMBERS", f"{head}days"))
+        rows: list[Any] = []
+        for start in range(0, len(days), _ROWS):
+            asked: list[Command] = [("HGETALL", f"{head}u:{day}") for day in days[start : start + _ROWS]]
+            rows += await self._store.bulk.run_in_order(asked)
         return [_row(day, row) for day, row in zip(days, rows, strict=True) if row]
 
 

@@ -25,7 +25,9 @@ _START_TIMEOUT_S = 10.0
 class EmbeddedValkey:
     """The server process of one data directory. `socket` is where it listens."""
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, data_dir: Path, max_memory_mb: int = 512) -> None:
+        """Use the server of `data_dir`. One that is started here may keep `max_memory_mb` MiB of data."""
+        self._max_memory_mb = max_memory_mb
         self._data_dir = Path(os.path.realpath(data_dir))
         self.socket = self._data_dir / SOCKET
         self._process: subprocess.Popen[bytes] | None = None
@@ -62,7 +64,16 @@ class EmbeddedValkey:
         command = [_find_server(), "--port", "0", "--unixsocket", str(self.socket), "--unixsocketperm", "700"]
         command += ["--dir", str(self._data_dir), "--appendonly", "yes", "--appendfsync", "everysec", "--save", ""]
         # Eviction would silently reset limits and sessions.
-        command += ["--maxmemory-policy", "noeviction", "--daemonize", "no", "--logfile", "valkey.log"]
+        command += [
+            "--maxmemory",
+            f"{self._max_memory_mb}mb",
+            "--maxmemory-policy",
+            "noeviction",
+            "--daemonize",
+            "no",
+            "--logfile",
+            "valkey.log",
+        ]
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,

@@ -19,7 +19,7 @@ from gateway.api.generation import Call, call
 from gateway.api.messages_schema import CountTokensRequest, MessagesRequest
 from gateway.api.places import reword
 from gateway.api.sampling import parse_body
-from gateway.errors import GatewayError, StoreUnavailable, Unavailable
+from gateway.errors import GatewayError, StoreUnavailable, from_store
 from gateway.frames.messages import MessageFrames, error_body, render_error
 from gateway.images import inlined
 from gateway.middleware import ErrorResponse
@@ -37,9 +37,8 @@ class _Route(APIRoute):
                 response = await handle(request)
             except GatewayError as error:
                 response = _failure(request, error)
-            except StoreUnavailable:
-                message = "The store does not answer at the moment. Try again shortly."
-                response = _failure(request, Unavailable(message, code="store_unavailable", retry_after_s=1.0))
+            except StoreUnavailable as error:
+                response = _failure(request, from_store(error))
             response.headers["request-id"] = request.state.request_id
             return response
 

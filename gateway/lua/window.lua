@@ -1,4 +1,4 @@
--- What reserve.lua and settle.lua share: the sliding window of one-second buckets.
+-- What reserve.lua, hold.lua and settle.lua share: the sliding window of one-second buckets.
 --
 -- A window is a hash of fields "r<second>" (requests) and "t<second>" (tokens), seconds being the server's own time.
 -- A bucket counts until the second 61 after its own: a request at its very end is then 60 s old, so no 60 s that

@@ -1,0 +1,34 @@
+"""Lua scripts in gateway/lua, and how they are sent to the store."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from importlib import resources
+from typing import Any
+
+Command = tuple[Any, ...]
+"""A command's name, or a Script, and its arguments."""
+
+
+class Script:
+    """A Lua script, made of the named files in gateway/lua.
+
+    The whole text is sent the first time in every pipeline and its hash after that. If only the hash were sent, the
+    first calls after a restart of the server would fail.
+    """
+
+    def __init__(self, *names: str, when_full: bool = False) -> None:
+        """Read the files. `when_full` lets the script write to a store that has reached its maxmemory.
+
+        That is for scripts whose writes are small and bounded per API key. It needs Redis 7 or Valkey.
+        """
+        folder = resources.files("gateway") / "lua"
+        text = "\n".join((folder / f"{name}.lua").read_text(encoding="utf-8") for name in names)
+        text = re.sub(r"^\s*--.*\n", "", text, flags=re.MULTILINE)
+        self.text = f"#!lua flags=allow-oom\n{text}" if when_full else text
+        self.sha = hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
+
+    def call(self, keys: list[str], arguments: list[Any]) -> Command:
+        """Return the command that runs it atomically."""
+        return (self, len(keys), *keys, *arguments)
