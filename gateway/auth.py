@@ -28,6 +28,8 @@ from gateway.store import Store
 MIN_KEY_LENGTH = 20
 """Characters. Shorter keys could be guessed; 20 random URL-safe ones carry 120 bits."""
 _WATCH_S = 0.5
+_REREAD_S = 60.0
+"""A cached key is read again after this, should the announcement of a change to it have been lost."""
 _MAX_CACHED_KEYS = 10_000
 _MAX_ADDRESSES = 10_000
 _MAX_KNOWN = 64  # keys remembered per address
@@ -78,6 +80,14 @@ def _principal(record: KeyRecord) -> Principal:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Cached:
+    """A key of the store as it was read at a time, by time.monotonic."""
+
+    principal: Principal
+    read_at: float
+
+
 @dataclass(slots=True)
 class _Address:
     """How an address has behaved: a bucket of wrong guesses, and the keys it has used rightly."""
@@ -103,7 +113,7 @@ class Authenticator:
         self._cache_ttl_s = cache_ttl_s
         self._failed_per_minute = failed_per_minute
         self.own = own
-        self._cache: OrderedDict[str, Principal] = OrderedDict()
+        self._cache: OrderedDict[str, _Cached] = OrderedDict()
         self._generation = 0
         self._version: str | None = None
         self._confirmed_at = time.monotonic()
@@ -166,10 +176,13 @@ class Authenticator:
             return own
         if time.monotonic() - self._confirmed_at > self._cache_ttl_s:
             self._cache.clear()
-        if (cached := self._cache.get(fingerprint)) is not None:
-            self._cache.move_to_end(fingerprint)
-            return cached
-        return await self._look_up(key_id, secret, fingerprint)
+        if (cached := self._cache.get(fingerprint)) is None:
+            return await self._look_up(key_id, secret, fingerprint)
+        self._cache.move_to_end(fingerprint)
+        if time.monotonic() - cached.read_at > _REREAD_S:
+            with contextlib.suppress(Unavailable):
+                return await self._look_up(key_id, secret, fingerprint)
+        return cached.principal
 
     async def _look_up(self, key_id: str, secret: str, fingerprint: str) -> Principal | None:
         generation = self._generation
@@ -181,11 +194,13 @@ class Authenticator:
             ) from None
         matches = hmac.compare_digest(digest(secret), record.secret_sha256 if record else _NO_DIGEST)
         if record is None or not matches or not record.usable(time.time()):
+            self._cache.pop(fingerprint, None)
             return None
         principal = _principal(record)
-        # A key that changed while it was read must not enter the cache after the change voided it.
+        # The counter was read before the record, and is raised after a record is written: one that changed while it was
+        # read does not enter the cache after the change voided it.
         if generation == self._generation:
-            self._cache[fingerprint] = principal
+            self._cache[fingerprint] = _Cached(principal, time.monotonic())
             if len(self._cache) > _MAX_CACHED_KEYS:
                 self._cache.popitem(last=False)
         return principal

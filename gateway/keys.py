@@ -1,13 +1,16 @@
 """API keys in the store: their form, their records, and every change to them.
 
 A key is `sk-shannon-<id>-<secret>`, id of 12 and secret of 43 URL-safe characters. The id is public; of the secret
-only the SHA-256 is kept, so a key is shown once, when it is made. Every change raises a counter that gateways watch.
-Fails with NotFound, and with StoreUnavailable: keys are never changed on a guess.
+only the SHA-256 is kept, so a key is shown once, when it is made.
+
+A record is only ever replaced by a change to what it was when it was read, so that of two changes at once neither is
+lost. After every change a counter is raised that gateways watch. It is raised when the record has been written, never
+together with it: in a cluster the two are on different servers, and a gateway that saw the counter first would keep the
+old record. Raises NotFound, Conflict, and StoreUnavailable: keys are never changed on a guess.
 """
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import re
 import secrets
@@ -17,11 +20,18 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from gateway.config import Priority
-from gateway.errors import NotFound
-from gateway.store import Store
+from gateway.errors import Conflict, NotFound
+from gateway.script import Script
+from gateway.store import Lane
 
 VERSION_KEY = "sh:keys:version"
 _INDEX_KEY = "sh:keys"
+_CREATE = Script("key_create")
+# A key that leaked must be revoked in a full store as well.
+_CHANGE = Script("key_change", when_full=True)
+_RAISE = Script("raise", when_full=True)
+_ATTEMPTS = 20
+_LISTED_AT_ONCE = 64
 _KEY = re.compile(r"sk-shannon-([A-Za-z0-9_-]{12})-([A-Za-z0-9_-]{43})")
 _ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 
@@ -99,7 +109,7 @@ def split_key(key: str) -> tuple[str, str]:
 class Keys:
     """The keys in the store."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Lane) -> None:
         self._store = store
 
     async def create(self, spec: KeySpec) -> tuple[KeyRecord, str]:
@@ -107,47 +117,80 @@ class Keys:
         key = make_key()
         key_id, secret = split_key(key)
         record = KeyRecord(**spec.model_dump(), id=key_id, secret_sha256=digest(secret), created_at=int(time.time()))
-        await self._write(record)
+        # Listed first: an id without a record is not shown, a record that is not listed could not be found and revoked.
+        await self._store.run("SADD", _INDEX_KEY, key_id)
+        await self._store.run(*_CREATE.call([_record_key(key_id)], [record.model_dump_json()]))
+        await self._announce()
         return record, key
 
     async def find(self, key_id: str) -> KeyRecord | None:
         """Return the record, or None."""
-        text = await self._store.run("GET", f"sh:{{k:{key_id}}}:key")
+        text = await self._store.run("GET", _record_key(key_id))
         return KeyRecord.model_validate_json(text) if text else None
 
     async def get(self, key_id: str) -> KeyRecord:
         """Return the record. Raises NotFound."""
-        record = await self.find(key_id)
-        if record is None:
-            raise NotFound(f"There is no API key with the id {key_id[:64]!r}.", "key_id")
-        return record
+        return (await self._read(key_id))[1]
 
     async def list(self) -> list[KeyRecord]:
         """Return all records, oldest first."""
-        ids = await self._store.run("SMEMBERS", _INDEX_KEY)
-        records = await asyncio.gather(*(self.find(key_id) for key_id in ids))
-        return sorted((record for record in records if record), key=lambda record: (record.created_at, record.id))
+        ids = list(await self._store.run("SMEMBERS", _INDEX_KEY))
+        texts: list[str | None] = []
+        for start in range(0, len(ids), _LISTED_AT_ONCE):
+            part = ids[start : start + _LISTED_AT_ONCE]
+            texts += await self._store.run_in_order([("GET", _record_key(key_id)) for key_id in part])
+        records = [KeyRecord.model_validate_json(text) for text in texts if text]
+        return sorted(records, key=lambda record: (record.created_at, record.id))
 
     async def rotate(self, key_id: str) -> tuple[KeyRecord, str]:
-        """Give a key a new secret; the old one is void at once. Raises NotFound."""
-        record = await self.get(key_id)
+        """Give a key a new secret; the old one is void at once.
+
+        Raises NotFound, and Conflict for a key that is revoked, has expired, or is changed at the same time: a second
+        rotation must not void the secret that the first one has just returned.
+        """
+        text, record = await self._read(key_id)
+        self._refuse_dead(record)
         key = make_key(key_id)
         changed = record.model_copy(update={"secret_sha256": digest(split_key(key)[1]), "rotated_at": int(time.time())})
-        await self._write(changed)
+        if not await self._replace(text, changed):
+            self._refuse_dead((await self._read(key_id))[1])
+            message = f"The API key {key_id!r} was changed at the same time. Look at it before you rotate it again."
+            raise Conflict(message, "key_id", "key_changed")
         return changed, key
 
     async def revoke(self, key_id: str) -> KeyRecord:
-        """Void a key for good; its record and usage stay. Raises NotFound."""
-        record = await self.get(key_id)
-        changed = record.model_copy(update={"revoked_at": record.revoked_at or int(time.time())})
-        await self._write(changed)
-        return changed
+        """Void a key for good, whatever else happens to it; its record and usage stay. Raises NotFound."""
+        for _ in range(_ATTEMPTS):
+            text, record = await self._read(key_id)
+            changed = record.model_copy(update={"revoked_at": record.revoked_at or int(time.time())})
+            if await self._replace(text, changed):
+                return changed
+        raise Conflict(f"The API key {key_id!r} is being changed all the time. Try again.", "key_id", "key_changed")
 
-    async def _write(self, record: KeyRecord) -> None:
-        await self._store.run_in_order(
-            [
-                ("SET", f"sh:{{k:{record.id}}}:key", record.model_dump_json()),
-                ("SADD", _INDEX_KEY, record.id),
-                ("INCR", VERSION_KEY),
-            ]
-        )
+    async def _read(self, key_id: str) -> tuple[str, KeyRecord]:
+        """Return the record as it is stored, and as it reads. Raises NotFound."""
+        text = await self._store.run("GET", _record_key(key_id))
+        if not text:
+            raise NotFound(f"There is no API key with the id {key_id[:64]!r}.", "key_id")
+        return text, KeyRecord.model_validate_json(text)
+
+    async def _replace(self, text: str, record: KeyRecord) -> bool:
+        """Write a record in place of the one that was read. Returns False if that is not there any more."""
+        changed: int = await self._store.run(*_CHANGE.call([_record_key(record.id)], [text, record.model_dump_json()]))
+        if changed:
+            await self._announce()
+        return bool(changed)
+
+    async def _announce(self) -> None:
+        await self._store.run(*_RAISE.call([VERSION_KEY], []))
+
+    @staticmethod
+    def _refuse_dead(record: KeyRecord) -> None:
+        if record.revoked_at is not None:
+            raise Conflict(f"The API key {record.id!r} is revoked. Make another one.", "key_id", "key_revoked")
+        if not record.usable(time.time()):
+            raise Conflict(f"The API key {record.id!r} has expired. Make another one.", "key_id", "key_expired")
+
+
+def _record_key(key_id: str) -> str:
+    return f"sh:{{k:{key_id}}}:key"
