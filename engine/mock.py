@@ -12,9 +12,12 @@ import asyncio
 import hashlib
 import itertools
 import math
+import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
+from typing import TypeVar
 
 from engine.base import (
     Delta,
@@ -32,7 +35,15 @@ from engine.base import (
     resolve_max_tokens,
 )
 
+T = TypeVar("T")
+
 _DIMENSIONS = 64
+_MAX_ECHO = 262_144
+"""Characters, or token ids."""
+_PIECE_CHARS = 65_536
+_LONG_CHARS = 262_144
+"""Longer prompts are counted beside the event loop."""
+_KEPT_REQUESTS = 1000
 _YIELD_EVERY = 16  # tokens between two turns of the event loop when the speed is unlimited
 
 
@@ -54,8 +65,13 @@ def _text(message: dict[str, object]) -> str:
 
 def echo(request: GenerationRequest) -> str:
     """Reply with what the last message says, or the prompt."""
-    said = _text(request.messages[-1]) if request.messages else " ".join(_prompt_words(request))
-    return f"You said: {said}"
+    if request.messages:
+        said = _text(request.messages[-1])
+    elif isinstance(request.prompt, list):
+        said = " ".join(_words_of_ids(request.prompt[:_MAX_ECHO]))
+    else:
+        said = request.prompt or ""
+    return f"You said: {said[:_MAX_ECHO]}"
 
 
 class MockEngine:
@@ -81,6 +97,8 @@ class MockEngine:
         self.max_num_seqs = max_num_seqs
         self.takes_images = takes_images
         self._vocabulary: list[str] = []  # words in the order they were first tokenized; the index is the token id
+        self._ids: dict[str, int] = {}
+        self._new_word = threading.Lock()
         self._first_token_s = first_token_s
         self._token_s = token_s
         self._start_s = start_s
@@ -90,7 +108,7 @@ class MockEngine:
         self.faults: deque[Fault] = deque()
         """Consumed one per generation, in order."""
         self.requests: list[GenerationRequest] = []
-        """Everything that was prepared, for tests to look at."""
+        """What was prepared last, for tests to look at."""
         self.counters = Usage()
         """Totals over all generations, as vLLM's Prometheus counters would have them."""
         self.unfinished_requests = 0
@@ -123,7 +141,8 @@ class MockEngine:
         if not self.started:
             raise EngineUnavailable("The engine is not running.")
         self.requests.append(request)
-        prompt_tokens = len(_prompt_words(request))
+        del self.requests[:-_KEPT_REQUESTS]
+        prompt_tokens = await _beside(request, lambda: _count(request))
         max_tokens = resolve_max_tokens(request, prompt_tokens, self.max_model_len)
         reply = self._reply if isinstance(self._reply, str) else self._reply(request)
         words = reply.split() if isinstance(reply, str) else reply
@@ -139,7 +158,7 @@ class MockEngine:
         if not self.started:
             raise EngineUnavailable("The engine is not running.")
         texts = [text if isinstance(text, str) else await self.detokenize(text) for text in request.inputs]
-        tokens = sum(len(text.split()) for text in texts)
+        tokens = await asyncio.to_thread(lambda: sum(map(_count_words, texts)))
         payload = (texts, request.dimensions or _DIMENSIONS)
         return Prepared(request_id=request.request_id, prompt_tokens=tokens, max_tokens=0, payload=payload)
 
@@ -152,14 +171,21 @@ class MockEngine:
             self.unfinished_requests -= 1
         prepared.usage.prompt_tokens = prepared.prompt_tokens
         self.counters.prompt_tokens += prepared.prompt_tokens
-        return [_vector(text, dimensions) for text in texts]
+        return await asyncio.to_thread(lambda: [_vector(text, dimensions) for text in texts])
 
     async def tokenize(self, request: GenerationRequest) -> list[int]:
         if not self.started:
             raise EngineUnavailable("The engine is not running.")
-        words = _prompt_words(request)
-        self._vocabulary += [word for word in dict.fromkeys(words) if word not in self._vocabulary]
-        return [self._vocabulary.index(word) for word in words]
+        return await _beside(request, lambda: [self._id(word) for word in _prompt_words(request)])
+
+    def _id(self, word: str) -> int:
+        token_id = self._ids.get(word)
+        if token_id is None:
+            with self._new_word:
+                token_id = self._ids.setdefault(word, len(self._vocabulary))
+                if token_id == len(self._vocabulary):
+                    self._vocabulary.append(word)
+        return token_id
 
     async def detokenize(self, token_ids: list[int]) -> str:
         try:
@@ -208,11 +234,62 @@ class MockEngine:
         self.counters.completion_tokens += 1
 
 
-def _prompt_words(request: GenerationRequest) -> list[str]:
-    """Return the prompt as tokens: each message's role, then its words."""
+async def _beside(request: GenerationRequest, work: Callable[[], T]) -> T:
+    """Return what `work` returns, from a thread if the prompt is long."""
+    prompt = request.prompt
+    long = sum(len(_text(m)) for m in request.messages) > _LONG_CHARS if prompt is None else len(prompt) > _LONG_CHARS
+    return await asyncio.to_thread(work) if long else work()
+
+
+def _prompt_words(request: GenerationRequest) -> Iterator[str]:
+    """Yield the prompt as tokens: each message's role, then its words."""
     if request.prompt is None:
-        return [word for m in request.messages for word in (f"<{m['role']}>", *_text(m).split())]
-    return request.prompt.split() if isinstance(request.prompt, str) else [f"<{id_}>" for id_ in request.prompt]
+        for message in request.messages:
+            yield f"<{message['role']}>"
+            yield from _words(_text(message))
+    elif isinstance(request.prompt, str):
+        yield from _words(request.prompt)
+    else:
+        yield from _words_of_ids(request.prompt)
+
+
+def _words_of_ids(token_ids: list[int]) -> Iterator[str]:
+    return (f"<{token_id}>" for token_id in token_ids)
+
+
+def _count(request: GenerationRequest) -> int:
+    """Return how many tokens `_prompt_words` yields."""
+    if request.prompt is None:
+        return sum(1 + _count_words(_text(message)) for message in request.messages)
+    return _count_words(request.prompt) if isinstance(request.prompt, str) else len(request.prompt)
+
+
+def _count_words(text: str) -> int:
+    return sum(map(len, _word_lists(text)))
+
+
+def _words(text: str) -> Iterator[str]:
+    return chain.from_iterable(_word_lists(text))
+
+
+def _word_lists(text: str) -> Iterator[list[str]]:
+    """Yield the words of a text, some at a time: all of them at once would take many times its size."""
+    begun: list[str] = []  # of a word that goes on in the next piece
+    for start in range(0, len(text), _PIECE_CHARS):
+        piece = text[start : start + _PIECE_CHARS]
+        goes_on = start + _PIECE_CHARS < len(text) and not piece[-1].isspace()
+        words = piece.split()
+        if begun and piece[0].isspace():
+            words.insert(0, "".join(begun))
+            begun = []
+        elif begun and len(words) == 1 and goes_on:
+            begun.append(words.pop())
+        elif begun:
+            words[0] = "".join([*begun, words[0]])
+            begun = []
+        if words and goes_on:
+            begun = [words.pop()]
+        yield words
 
 
 def _vector(text: str, dimensions: int) -> list[float]:

@@ -38,7 +38,8 @@ class Answer:
             call = self.calls.setdefault(piece.index, _Call(piece.id or "", piece.name or ""))
             call.arguments.append(piece.arguments)
         if delta.logprobs is not None:
-            self.logprobs = (self.logprobs or []) + delta.logprobs
+            self.logprobs = self.logprobs if self.logprobs is not None else []
+            self.logprobs += delta.logprobs
         self.finish_reason = delta.finish_reason or self.finish_reason
         self.stop_reason = delta.stop_reason or self.stop_reason
 

@@ -44,6 +44,7 @@ from gateway.api import (
     usage,
     web,
 )
+from gateway.api.bodies import Bodies
 from gateway.api.dependencies import Services
 from gateway.api.messages_schema import CountTokensRequest, MessagesRequest
 from gateway.api.responses_schema import ResponseRequest
@@ -161,6 +162,7 @@ def create_app(
         resumable=ResumableStreams(config.resume, logs, drain, metrics),
         jobs=Jobs(config.jobs, logs, store.bulk, drain, metrics),
         images=Images(config.images, fetcher),
+        bodies=Bodies(config.server),
         tools=build_toolbox(config, environment, fetcher),
         cache_salts=CacheSalts(config.prefix_cache, store.bulk),
         store=store,
@@ -342,6 +344,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         await services.ledger.close()
         await services.store.close()
         services.images.close()
+        services.bodies.close()
         await services.tracing.close()
 
 

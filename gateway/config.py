@@ -362,6 +362,8 @@ class ResumeSettings(_Settings):
     telephone to find its network again."""
     max_bytes: int = Field(4 * 2**20, ge=262_144)
     """Bytes kept of one stream, of the newest frames; a frame of plain text takes about 250."""
+    max_streams_per_key: int = Field(64, ge=1)
+    """Streams that one key may have taken up again and read at once from each gateway; each reads from the store."""
     keys: list[str] = Field(default_factory=list)
     """Ids of API keys (the part after `sk-shannon-`) whose streams are all resumable, unless a request says no."""
 
@@ -398,6 +400,11 @@ class ServerSettings(_Settings):
     """Serve GET /metrics without a key, for a Prometheus that can't send one."""
     max_body_bytes: int = Field(8 * 2**20, ge=1024)
     """Largest request body. 8 MiB holds a million-token prompt, and stops a flood before it is parsed."""
+    max_large_bodies: int = Field(32, ge=1)
+    """Bodies of more than 256 KiB that are received or parsed at once; others wait. Each may take 16 MiB, the one that
+    is parsed ten times its size."""
+    max_large_bodies_per_key: int = Field(8, ge=1)
+    """How many of them may be of one API key, so that one key leaves places to others."""
     body_timeout_s: float = Field(60.0, gt=0)
     """How long a request body may take to arrive; a client that stalls holds a connection no longer than this."""
     keepalive_s: float = Field(15.0, gt=0)

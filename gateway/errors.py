@@ -233,6 +233,7 @@ def from_store(error: StoreUnavailable) -> Unavailable:
     return Unavailable(message, code="store_unavailable", retry_after_s=1.0)
 
 
+_CONTAINER_SHOULD = re.compile("^(Dictionary|List) should")
 _WORDS = {
     "missing": "is required",
     "model_type": "must be an object",
@@ -252,7 +253,7 @@ def from_validation(error: ValidationError, data: Any) -> BadRequest:
 
     Where a field may be one of several things, pydantic reports each; the deepest report is the one that tried most.
     """
-    reports = [(_path(report, data), report) for report in error.errors(include_url=False)]
+    reports = [(_path(report, data), report) for report in error.errors(include_url=False, include_input=False)]
     first = reports[0][0]
     param = max((path for path, _ in reports if path.startswith(first)), key=len)
     texts = dict.fromkeys(_text(report) for path, report in reports if path == param)
@@ -279,5 +280,5 @@ def _path(report: Any, data: Any) -> str:
 def _text(report: Any) -> str:
     text = _WORDS.get(report["type"]) or str(report["msg"]).removeprefix("Value error, ")
     text = text.replace("Input should be", "must be").replace("String should", "must").rstrip(".")
-    text = re.sub("^(Dictionary|List) should", "must", text).replace(" after validation", "")
+    text = _CONTAINER_SHOULD.sub("must", text).replace(" after validation", "")
     return text[:1].lower() + text[1:]

@@ -17,7 +17,7 @@ import secrets
 import time
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from gateway.config import Priority
 from gateway.errors import Conflict, NotFound
@@ -35,6 +35,18 @@ _LISTED_AT_ONCE = 64
 _KEY = re.compile(r"sk-shannon-([A-Za-z0-9_-]{12})-([A-Za-z0-9_-]{43})")
 _ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 
+_MAX_MODELS = 1024
+
+
+def _with_one_unknown_field(cls: type[BaseModel], data: Any) -> Any:
+    """Return `data` with at most one field that the model does not know: of each, pydantic would make an error."""
+    if not isinstance(data, dict):
+        return data
+    known = {name: value for name, value in data.items() if name in cls.model_fields}
+    unknown = next((name for name in data if name not in known), None)
+    return known if unknown is None else known | {unknown: data[unknown]}
+
+
 Positive = Annotated[int, Field(ge=1)]
 
 
@@ -47,6 +59,8 @@ class KeyLimits(BaseModel):
     tokens_per_minute: Positive | None = None
     concurrent_requests: Positive | None = None
 
+    _drop_unknown_fields = model_validator(mode="before")(_with_one_unknown_field)
+
 
 class KeySpec(BaseModel):
     """What an operator decides about a key."""
@@ -56,7 +70,7 @@ class KeySpec(BaseModel):
     name: Annotated[str, Field(min_length=1, max_length=128)]
     tenant: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] = "default"
     """Sessions and cached prompts are never shared between tenants."""
-    models: list[str] | None = None
+    models: Annotated[list[str], Field(fail_fast=True, max_length=_MAX_MODELS)] | None = None
     """Model ids that the key may use; null means all."""
     limits: dict[str, KeyLimits] = Field(default_factory=dict)
     """By model id."""
@@ -70,6 +84,15 @@ class KeySpec(BaseModel):
     """Keys of a better priority are served first while requests wait for an engine."""
     expires_at: int | None = None
     """Unix seconds; null means never."""
+
+    _drop_unknown_fields = model_validator(mode="before")(_with_one_unknown_field)
+
+    @field_validator("limits", mode="before")
+    @classmethod
+    def _limits_must_be_few(cls, limits: Any) -> Any:
+        if isinstance(limits, dict) and len(limits) > _MAX_MODELS:
+            raise ValueError(f"must have at most {_MAX_MODELS} entries")
+        return limits
 
 
 class KeyRecord(KeySpec):

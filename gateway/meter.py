@@ -11,8 +11,9 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, TypeVar
 
 from engine.base import (
@@ -28,9 +29,10 @@ from engine.base import (
 )
 from gateway.auth import Principal
 from gateway.catalog import ModelSpec
-from gateway.errors import GatewayError, InternalError, from_engine
+from gateway.errors import BadRequest, GatewayError, InternalError, RateLimitExceeded, from_engine
 from gateway.limits import Allowance, Limits, Reservation, Standing, allowance_of
 from gateway.metrics import Metrics
+from gateway.prompt_size import takes_work
 from gateway.sessions import Session, prepare_with_history
 from gateway.tracing import Tracing
 from gateway.usage import Entry, Ledger
@@ -75,6 +77,10 @@ class Meter:
         self.request_id = request_id
         self.first_token_at: float | None = None
         """When the first of all its tokens came, by time.perf_counter."""
+        self.limited: Callable[[ModelSpec, RateLimitExceeded], None] = lambda model, error: None
+        """Called when the limits refuse the request."""
+        self.worked = False
+        """The request is so large that it counts even if it is refused."""
         self._queue_s = 0.0
         self._finish_reason: str | None = None
         self._allowance = allowance_of(principal, model)
@@ -135,6 +141,8 @@ class Meter:
         """
         most = self._allowance.most_tokens if self._limits.enabled else None
         request = dataclasses.replace(self._marked(request), max_total_tokens=most)
+        history = session.history if session is not None else []
+        self.worked = self.worked or takes_work(chain([request.prompt], request.messages, *history))
         engine = self.model.engine
         try:
             request = self._capped(request)
@@ -157,6 +165,7 @@ class Meter:
         most_input = self.model.settings.max_input_tokens
         failure: EngineError | None = None
         for request in requests:
+            self.worked = self.worked or takes_work(chain([request.prompt], request.messages))
             try:
                 request = self._capped(dataclasses.replace(self._marked(request), max_total_tokens=most))
                 prepared = await self.model.engine.prepare(request)
@@ -271,6 +280,7 @@ class Meter:
 
     async def prepare_embedding(self, request: EmbeddingRequest) -> Prepared:
         """Count the inputs. Raises what engines raise, for clients."""
+        self.worked = self.worked or takes_work(request.inputs)
         try:
             prepared = await self.model.engine.prepare_embedding(self._marked(request))
         except EngineError as error:
@@ -336,10 +346,14 @@ class Meter:
                 left=self._give_back,
             )
         except GatewayError as error:
-            if not error.extra_headers and self.standing is None:
+            if isinstance(error, RateLimitExceeded):
+                self.limited(self.model, error)
+            elif isinstance(error, BadRequest) and self.worked:
+                error = await self._paid(error)
+            elif not error.extra_headers and self.standing is None:
                 self.standing = await self._limits.peek(self.principal, self.model)
             await self._settle_failure(error)
-            raise
+            raise error
         self._counted = self._leased = True
         self._held = self._held or bool(reservation.id)
         self.standing = reservation.standing
@@ -426,8 +440,35 @@ class Meter:
     async def _refusal(self, error: EngineError | GatewayError) -> GatewayError:
         """Note a request that was refused before it ran, and return what the client is told."""
         failure = from_engine(error) if isinstance(error, EngineError) else error
-        self.standing = await self._limits.peek(self.principal, self.model)
+        if self.worked and isinstance(failure, BadRequest):
+            failure = await self._paid(failure)
+        else:
+            self.standing = await self._limits.peek(self.principal, self.model)
         await self._settle_failure(failure)
+        return failure
+
+    async def charge(self, failure: GatewayError) -> None:
+        """Count and note a request that was refused after some work. Raises RateLimitExceeded in its place."""
+        failure = await self._paid(failure)
+        await self._settle_failure(failure)
+        if isinstance(failure, RateLimitExceeded):
+            raise failure
+
+    async def _paid(self, failure: GatewayError) -> GatewayError:
+        """Count a request that is to be refused, if it is not counted. Returns what its client is told: where the
+        limits have no room even for that, RateLimitExceeded or Unavailable."""
+        if self._counted:
+            return failure
+        try:
+            reservation = await self._limits.reserve(
+                self.principal, self.model, self.request_id, requests=1, tokens=0, left=self._give_back
+            )
+        except GatewayError as error:
+            if isinstance(error, RateLimitExceeded):
+                self.limited(self.model, error)
+            return error
+        self._counted = self._leased = True
+        self.standing = reservation.standing
         return failure
 
     async def _settle_failure(self, failure: GatewayError) -> None:

@@ -129,21 +129,24 @@ class RequestMiddleware:
         """
         announced = headers.get("content-length", "")
         left = self._max_body_bytes
-        deadline = asyncio.get_running_loop().time() + self._body_timeout_s
+        wait_s = self._body_timeout_s
+        """How long the client may still be waited for. Time in which nobody asks for the body is not its fault."""
         reading = True
 
         async def receive_bounded() -> Message:
-            nonlocal left, reading
+            nonlocal left, wait_s, reading
             if reading and not started():
                 reading = False  # where this raises
                 if announced.isdecimal() and int(announced) > self._max_body_bytes:
                     raise self._too_large()
+                asked_at = time.monotonic()
                 try:
-                    async with asyncio.timeout_at(deadline):
+                    async with asyncio.timeout(wait_s):
                         message = await receive()
                 except TimeoutError:
                     text = f"The request body did not arrive within {self._body_timeout_s:g} seconds."
                     raise RequestTimeout(text) from None
+                wait_s -= time.monotonic() - asked_at
                 left -= len(message.get("body", b""))
                 if left < 0:
                     raise self._too_large()

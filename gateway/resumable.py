@@ -12,8 +12,9 @@ import asyncio
 import logging
 import re
 import secrets
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections import Counter
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 
 from gateway.auth import Principal
@@ -26,6 +27,7 @@ from gateway.errors import (
     GatewayError,
     NotFound,
     Overloaded,
+    RateLimitExceeded,
     StoreUnavailable,
     Unavailable,
 )
@@ -80,6 +82,8 @@ class ResumableStreams:
         self._live: set[_Live] = set()
         self._watcher: asyncio.Task[None] | None = None
         self._process = secrets.token_hex(8)
+        self._reading: Counter[str] = Counter()
+        """Streams that are taken up again, by key."""
 
     def wants(self, principal: Principal, asked: bool | None) -> bool:
         """Return whether a stream is to be resumable, as its request or its key has it. Raises BadRequest."""
@@ -175,11 +179,42 @@ class ResumableStreams:
     async def resume(self, principal: Principal, completion_id: str, after: int) -> AsyncGenerator[bytes, None]:
         """Return the frames of a completion behind number `after`, until it ends.
 
-        Raises NotFound, for another tenant's just as for none, BadRequest, and StoreUnavailable.
+        Raises NotFound, for another tenant's just as for none, BadRequest, RateLimitExceeded and StoreUnavailable.
         """
         if not _ID.fullmatch(completion_id):
             raise _not_found(completion_id)
         reader = Reader(completion_id, principal.tenant, after)
+        with self._place(principal):
+            await self._find(reader)
+        return self._follow_in_place(principal, reader)
+
+    @contextmanager
+    def _place(self, principal: Principal) -> Iterator[None]:
+        """Count a stream of a key. Raises RateLimitExceeded where the key has as many as it may."""
+        most = self._settings.max_streams_per_key
+        if self._reading[principal.key_id] >= most:
+            raise RateLimitExceeded(
+                f"This API key has {most} resumed streams open, which is as many as it may. Close one first.",
+                code="too_many_streams",
+                retry_after_s=1.0,
+            )
+        self._reading[principal.key_id] += 1
+        try:
+            yield
+        finally:
+            self._reading[principal.key_id] -= 1
+            if not self._reading[principal.key_id]:
+                del self._reading[principal.key_id]
+
+    async def _follow_in_place(self, principal: Principal, reader: Reader) -> AsyncGenerator[bytes, None]:
+        with self._place(principal):
+            async with aclosing(self._follow(reader)) as frames:
+                async for frame in frames:
+                    yield frame
+
+    async def _find(self, reader: Reader) -> None:
+        """Wait a moment until the stream has the event behind which it is to be read. Raises as `resume` does."""
+        completion_id, after = reader.log_id, reader.after
         found = "running", 0
         try:
             async with asyncio.timeout(_AHEAD_S):
@@ -196,7 +231,6 @@ class ResumableStreams:
                 f"The stream {completion_id!r} has {found[1]} events so far, none with the number {after}.",
                 "starting_after",
             )
-        return self._follow(reader)
 
     async def _follow(self, reader: Reader) -> AsyncGenerator[bytes, None]:
         try:

@@ -123,10 +123,6 @@ class StoredResponses:
             return False
         return True
 
-    def fits(self, items: list[dict[str, Any]]) -> bool:
-        """Return whether a response to these input items can be kept."""
-        return len(orjson.dumps(items)) <= self._settings.max_bytes
-
     def _turn_text(self, turn: list[Message]) -> str | None:
         text = orjson.dumps(turn).decode()
         if len(text) > self._settings.max_bytes // IMAGES_SHARE:
@@ -183,7 +179,10 @@ class StoredResponses:
 def _after_last_gap(texts: list[str | None]) -> list[str]:
     after: list[str] = []
     for text in texts:
-        after = [] if text is None else [*after, text]
+        if text is None:
+            after.clear()
+        else:
+            after.append(text)
     return after
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-import orjson
 from fastapi import APIRouter, Depends, Request
-from pydantic import ValidationError
 
 from gateway.api.dependencies import Services, authenticate_admin, services
+from gateway.api.generation import Call
+from gateway.api.sampling import parse_body
 from gateway.auth import Principal
-from gateway.errors import BadRequest, from_validation
+from gateway.errors import BadRequest
 from gateway.keys import KeySpec
 
 router = APIRouter(prefix="/admin/keys")
@@ -24,13 +24,7 @@ _BODY = {"content": {"application/json": {"schema": {"$ref": "#/components/schem
 @router.post("", status_code=201, openapi_extra={"requestBody": {"required": True, **_BODY}})
 async def create_key(request: Request, principal: Admin, services: AppServices) -> dict[str, Any]:
     """Make a key."""
-    try:
-        data = orjson.loads(await request.body())
-        spec = KeySpec.model_validate(data, strict=True)
-    except orjson.JSONDecodeError as error:
-        raise BadRequest(f"The request body is not valid JSON: {error}.") from error
-    except ValidationError as error:
-        raise from_validation(error, data) from error
+    spec = await Call(principal, services, request).read(lambda data: parse_body(KeySpec, data))
     for field, model_ids in (("models", spec.models or ()), ("limits", spec.limits)):
         for model_id in model_ids:
             if model_id not in services.config.models:

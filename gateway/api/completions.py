@@ -25,7 +25,11 @@ MAX_CHOICES = 128
 _NOT_OFFERED = {"suffix": "insertion", "prompt_embeds": "prompt embeddings"}
 
 Text = Annotated[str, Field(min_length=1)]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(min_length=1)]
+MAX_IDS = 1_048_576
+"""Token ids of a request: `server.max_body_bytes` is made for as many."""
+TokenIds = Annotated[
+    list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(fail_fast=True, min_length=1, max_length=MAX_IDS)
+]
 
 
 def _shape(value: Any) -> str | None:
@@ -43,11 +47,17 @@ BY_SHAPE = Discriminator(
 Prompt = Annotated[Annotated[Text, Tag("text")] | Annotated[TokenIds, Tag("tokens")], BY_SHAPE]
 
 
+def check_ids(prompts: list[str | list[int]], param: str) -> None:
+    """Raise BadRequest on more token ids than a request may have, over all its prompts."""
+    if sum(len(prompt) for prompt in prompts if isinstance(prompt, list)) > MAX_IDS:
+        raise BadRequest(f"Invalid value for {param!r}: it may hold at most {MAX_IDS} token ids.", param)
+
+
 class CompletionRequest(SamplingFields):
     prompt: Annotated[
         Annotated[Text, Tag("text")]
         | Annotated[TokenIds, Tag("tokens")]
-        | Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS), Tag("several")],
+        | Annotated[list[Prompt], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS), Tag("several")],
         BY_SHAPE,
     ]
     """Text or token ids, or a list of either: one completion each."""
@@ -68,6 +78,7 @@ class CompletionRequest(SamplingFields):
     def _must_be_bearable(self) -> CompletionRequest:
         if len(self.prompts) * (self.n or 1) > MAX_CHOICES:
             raise BadRequest(f"A request may have at most {MAX_CHOICES} choices over all its prompts.", "n")
+        check_ids(self.prompts, "prompt")
         if self.echo and self.logprobs is not None:
             raise BadRequest("'echo' with 'logprobs' would need those of the prompt, which are not offered.", "echo")
         if self.echo and any(not isinstance(prompt, str) for prompt in self.prompts):
@@ -118,7 +129,7 @@ async def create_completion(call: Annotated[Call, Depends(call)]) -> Response:
     completion_id = f"cmpl-{secrets.token_hex(16)}"
     meter = call.meter(completion_id, model)
     events = complete(body.for_engine(completion_id, model.settings.defaults), meter)
-    n = body.n or 1
+    n = body.n or 1 if body.echo else 0
     echo = {number * n + j: str(prompt) for number, prompt in enumerate(body.prompts) for j in range(n)}
     frames = CompletionFrames(
         completion_id,
@@ -126,6 +137,6 @@ async def create_completion(call: Annotated[Call, Depends(call)]) -> Response:
         model.id,
         meter.usage,
         include_usage=body.include_usage,
-        echo=echo if body.echo else {},
+        echo=echo,
     )
     return call.answer(events, frames, meter, streamed=bool(body.stream))

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from gateway.api.tooling import Schema
+from gateway.api.tooling import Plain, Schema
 from gateway.errors import BadRequest
 
 
@@ -43,32 +43,32 @@ class ContentPart(Schema):
             raise PydanticCustomError("missing", "Field required")
         return value
 
-    def for_engine(self) -> dict[str, Any]:
-        """Return the part as chat templates know it."""
-        return self.model_dump(include={"type", self.type}, exclude_none=True)
 
-
-Content = str | Annotated[list[ContentPart], Field(min_length=1, max_length=1024)]
-"""Text, or a list of parts."""
-
-
-def has_images(content: Content | None) -> bool:
-    """Tell whether one of the parts is an image."""
-    return isinstance(content, list) and any(part.type == "image_url" for part in content)
-
-
-def content_for_engine(content: Content | None) -> str | list[dict[str, Any]]:
+def _for_engine(parts: list[dict[str, Any]]) -> str | list[dict[str, Any]]:
     """Return text joined to one string, which every chat template takes, and parts only where they hold an image."""
-    if not isinstance(content, list):
-        return content or ""
-    if has_images(content):
-        return [part.for_engine() for part in content]
-    return "".join(part.text or "" for part in content)
+    if any(part["type"] == "image_url" for part in parts):
+        kept: str | list[dict[str, Any]] = [_part_for_engine(part) for part in parts]
+    else:
+        kept = "".join(part["text"] for part in parts)
+    parts.clear()  # what was parsed and what is kept never exist both as a whole
+    return kept
+
+
+def _part_for_engine(part: dict[str, Any]) -> dict[str, Any]:
+    if part["type"] == "text":
+        return {"type": "text", "text": part["text"]}
+    image = part["image_url"]
+    detail = {"detail": image["detail"]} if image.get("detail") is not None else {}
+    return {"type": "image_url", "image_url": {"url": image["url"], **detail}}
+
+
+Content = str | Annotated[list[dict[str, Any]], Plain(ContentPart, _for_engine, min_length=1, max_length=1024)]
+"""Text, or a list of parts. Of a list only one with an image is kept as a list; the text of others is joined."""
 
 
 def check_images(content: Content | None, role: str, where: str) -> None:
     """Raise BadRequest on an image outside a user's message. `where` is the content's path."""
     for number, part in enumerate(content if isinstance(content, list) else ()):
-        if part.type == "image_url" and role != "user":
+        if part["type"] == "image_url" and role != "user":
             place = f"{where}[{number}]"
             raise BadRequest(f"Only a message of role 'user' may hold an image, as '{place}' does.", place)

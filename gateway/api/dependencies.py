@@ -11,6 +11,7 @@ from fastapi import Depends, Request
 from engine.inspector import Inspector
 from engine.supervisor import SupervisedEngine
 from gateway.address_limit import AddressLimit
+from gateway.api.bodies import Bodies
 from gateway.auth import Authenticator, Principal
 from gateway.cache_salts import CacheSalts
 from gateway.catalog import Catalog
@@ -48,6 +49,7 @@ class Services:
     resumable: ResumableStreams
     jobs: Jobs
     images: Images
+    bodies: Bodies
     cache_salts: CacheSalts
     tools: Toolbox
     store: Store

@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal
 
 import orjson
 from fastapi import APIRouter, Depends
-from pydantic import Field, Tag
+from pydantic import Field, Tag, model_validator
 from starlette.responses import Response
 
 from engine.base import EmbeddingRequest
-from gateway.api.completions import BY_SHAPE, Prompt, Text, TokenIds
+from gateway.api.completions import BY_SHAPE, Prompt, Text, TokenIds, check_ids
 from gateway.api.generation import Call, call
 from gateway.api.sampling import parse_body
 from gateway.api.tooling import Schema
@@ -33,7 +33,7 @@ class EmbeddingBody(Schema):
     input: Annotated[
         Annotated[Text, Tag("text")]
         | Annotated[TokenIds, Tag("tokens")]
-        | Annotated[list[Prompt], Field(min_length=1, max_length=MAX_INPUTS), Tag("several")],
+        | Annotated[list[Prompt], Field(fail_fast=True, min_length=1, max_length=MAX_INPUTS), Tag("several")],
         BY_SHAPE,
     ]
     """Text or token ids, or a list of either: one vector each."""
@@ -43,6 +43,11 @@ class EmbeddingBody(Schema):
     """Length of the vectors, where the model was trained for it."""
     user: Annotated[str, Field(max_length=512)] | None = None
     """Accepted for compatibility; the API key identifies the caller."""
+
+    @model_validator(mode="after")
+    def _must_be_bearable(self) -> EmbeddingBody:
+        check_ids(self.inputs, "input")
+        return self
 
     @property
     def inputs(self) -> list[str | list[int]]:

@@ -7,6 +7,7 @@ request carry the caller's rate-limit standing: every metered request is told wh
 from __future__ import annotations
 
 import contextlib
+import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from typing import Annotated, TypeVar
@@ -15,15 +16,18 @@ from fastapi import Depends, Request
 from starlette.responses import Response
 
 from engine.base import GenerationRequest
+from gateway.api.bodies import model_named_in
 from gateway.api.dependencies import Services, authenticate, services
 from gateway.api.options import ShannonOptions
+from gateway.api.sampling import LARGE_BYTES
 from gateway.auth import Principal
 from gateway.catalog import ModelSpec
 from gateway.chunking import rechunk
-from gateway.errors import GatewayError
+from gateway.errors import BadRequest, GatewayError, ModelNotAllowed, ModelNotFound, RateLimitExceeded
 from gateway.events import Event
 from gateway.images import with_images
 from gateway.meter import Meter
+from gateway.prompt_size import WORK_BYTES
 from gateway.response import GenerationResponse, RenderError, queue_comment, render_openai
 from gateway.sessions import Session
 from gateway.sse import Encoder, collect, stream
@@ -31,7 +35,7 @@ from gateway.workflows.chat import chat
 from gateway.workflows.registry import WORKFLOWS
 from gateway.workflows.run import Budget, Run, conduct
 
-_Body = TypeVar("_Body")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +107,58 @@ class Call(Caller):
     def meter(self, request_id: str, model: ModelSpec) -> Meter:
         """Return the meter as a Caller does, and note it for the access log."""
         meter = Caller.meter(self, request_id, model)
+        meter.limited = self._bar
+        meter.worked = self._takes_work
         self.request.state.meter = meter
         return meter
 
-    async def read(self, parse: Callable[[bytes], _Body]) -> _Body:
-        """Read the body and parse it. Raises RequestTimeout, RequestTooLarge, and what `parse` raises."""
+    @property
+    def _takes_work(self) -> bool:
+        return getattr(self.request.state, "body_bytes", 0) > WORK_BYTES
+
+    def _bar(self, model: ModelSpec, error: RateLimitExceeded) -> None:
+        """Note that more requests with as much work would be refused as well."""
+        if self._takes_work and error.retry_after_s is not None:
+            self.services.bodies.bar(self.principal.key_id, model.id, error.retry_after_s)
+
+    async def read(self, parse: Callable[[bytes], T]) -> T:
+        """Read the body and parse it, beside the event loop if it is large. One that is refused after some work
+        counts as a request.
+
+        Raises what `Bodies.receive` raises, RequestTooLarge, RateLimitExceeded, and what `parse` raises.
+        """
+        bodies, key_id = self.services.bodies, self.principal.key_id
         # Which model a bad body means can't be relied on; the default's limits are the best answer there is.
-        async with self.telling_standing(self.services.catalog.default_for(self.principal)):
-            return parse(await self.request.body())
+        model = self.services.catalog.default_for(self.principal)
+        async with self.telling_standing(model), bodies.receive(self.request, key_id) as body:
+            self.request.state.body_bytes = len(body)
+            if not self._takes_work:
+                return parse(body)
+            model = self._model_named_in(body) or model
+            async with self.telling_standing(model):
+                if model is not None:
+                    bodies.check_bar(key_id, model.id)
+                try:
+                    return await self._aside(lambda: parse(body), large=len(body) > LARGE_BYTES)
+                except BadRequest as error:
+                    raise await self._charge(error, model) from error.__cause__
+
+    def _model_named_in(self, body: bytes) -> ModelSpec | None:
+        named = model_named_in(body)
+        with contextlib.suppress(ModelNotFound, ModelNotAllowed):
+            return None if named is None else self.services.catalog.resolve(named, self.principal)
+        return None
+
+    async def _charge(self, error: GatewayError, model: ModelSpec | None) -> GatewayError:
+        """Count a refused request, and return what its client is told. Raises RateLimitExceeded."""
+        if model is not None:
+            meter = self.meter(f"refused-{secrets.token_hex(16)}", model)
+            await meter.charge(error)
+            error.extra_headers = meter.headers() | error.extra_headers
+        return error
+
+    async def _aside(self, work: Callable[[], T], *, large: bool) -> T:
+        return await self.services.bodies.aside(self.principal.key_id, work) if large else work()
 
     async def admit(self, model_id: str | None) -> ModelSpec:
         """Return the model as a Caller does."""

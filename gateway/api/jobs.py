@@ -102,17 +102,19 @@ async def submit_job(call: Annotated[Call, Depends(call)]) -> Response:
     """Queue a prompt for a client whose stream is open."""
     body = await call.read(lambda data: parse_body(JobRequest, data))
     model = await call.admit(body.model)
+    most = call.services.config.jobs.max_job_bytes
     async with call.telling_standing(model):
         _check_client_id(body.client_id)
+        if len(body.prompt) + len(body.context or "") > most:
+            raise _too_large(most)
         job = Job(
             f"job_{secrets.token_hex(16)}",
             call.principal,
             call.request.headers.get("x-session-id"),
             body.model_dump(exclude_none=True),
         )
-        most = call.services.config.jobs.max_job_bytes
         if len(job.text().encode()) > most:
-            raise RequestTooLarge(f"The job is larger than the limit of {most} bytes; shorten its context.", "context")
+            raise _too_large(most)
         position = await call.services.jobs.submit(body.client_id, job)
     standing = await call.services.limits.peek(call.principal, model)
     return Response(
@@ -168,6 +170,10 @@ def _token_fields(delta: Delta) -> dict[str, str]:
 def _check_client_id(client_id: str) -> None:
     if not _CLIENT_ID.fullmatch(client_id):
         raise BadRequest("'client_id' must be 1 to 128 characters out of letters, digits and . _ : @ -", "client_id")
+
+
+def _too_large(most: int) -> RequestTooLarge:
+    return RequestTooLarge(f"The job is larger than the limit of {most} bytes; shorten its context.", "context")
 
 
 def _render_error(error: GatewayError, in_stream: bool) -> bytes:

@@ -8,13 +8,15 @@ from __future__ import annotations
 import dataclasses
 import secrets
 from collections.abc import AsyncGenerator, Callable, Coroutine
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import orjson
 from fastapi import APIRouter, Depends, Request
 from fastapi.routing import APIRoute
 from starlette.responses import Response
 
+from engine.base import GenerationRequest
+from gateway.api.dependencies import Services
 from gateway.api.generation import Call, call
 from gateway.api.messages_schema import CountTokensRequest, MessagesRequest
 from gateway.api.places import reword
@@ -24,6 +26,8 @@ from gateway.frames.messages import MessageFrames, error_body, render_error
 from gateway.images import inlined
 from gateway.middleware import ErrorResponse
 from gateway.response import RenderError
+
+Body = TypeVar("Body", bound=CountTokensRequest)
 
 
 class _Route(APIRoute):
@@ -56,11 +60,11 @@ def _body(name: str) -> dict[str, Any]:
 @router.post("/v1/messages", response_class=Response, openapi_extra=_body("MessagesRequest"))
 async def create_message(call: Annotated[Call, Depends(call)]) -> Response:
     """Create a message, streamed or whole."""
-    body = await call.read(lambda data: parse_body(MessagesRequest, data))
-    model = await call.admit(body.model)
     message_id = f"msg_{secrets.token_hex(12)}"
+    body, request, places = await call.read(lambda data: _parse(MessagesRequest, data, message_id))
+    model = await call.admit(body.model)
     meter = call.meter(message_id, model)
-    generation = dataclasses.replace(body.for_engine(message_id), **body.sampling(model.settings.defaults))
+    generation = dataclasses.replace(request, **body.sampling(model.settings.defaults))
     events, session = await call.converse(generation, meter, body.shannon_options)
     frames = MessageFrames(message_id, model.id, meter.spent, events=call.wants_events)
     return call.answer(
@@ -69,27 +73,34 @@ async def create_message(call: Annotated[Call, Depends(call)]) -> Response:
         meter,
         streamed=bool(body.stream),
         session=session,
-        render_error=_renderer(body, generation.messages),
+        render_error=_renderer(places, generation.messages),
     )
 
 
 @router.post("/v1/messages/count_tokens", response_class=Response, openapi_extra=_body("CountTokensRequest"))
 async def count_tokens(call: Annotated[Call, Depends(call)]) -> Response:
     """Count the input tokens of a message, exactly. A request that costs no tokens."""
-    body = await call.read(lambda data: parse_body(CountTokensRequest, data))
-    meter = call.meter(f"tok-{secrets.token_hex(16)}", await call.admit(body.model))
-    request = body.for_engine(meter.request_id)
+    request_id = f"tok-{secrets.token_hex(16)}"
+    body, request, places = await call.read(lambda data: _parse(CountTokensRequest, data, request_id))
+    meter = call.meter(request_id, await call.admit(body.model))
 
     async def chunks() -> AsyncGenerator[bytes, None]:
         tokens = await meter.tokenize(await inlined(request, meter, call.services.images))
         yield orjson.dumps({"input_tokens": len(tokens)})
 
-    return call.send(chunks(), meter, streamed=False, render_error=_renderer(body, request.messages))
+    return call.send(chunks(), meter, streamed=False, render_error=_renderer(places, request.messages))
 
 
-def _renderer(body: CountTokensRequest, messages: list[dict[str, Any]]) -> RenderError:
-    """Return what renders errors about `messages` in the words of `body`."""
-    return lambda error, in_stream: render_error(reword(error, messages, body.image_places, "messages"), in_stream)
+def _parse(schema: type[Body], data: bytes, request_id: str) -> tuple[Body, GenerationRequest, list[str]]:
+    """Return the body, the generation made of its messages, and where its images stand. Raises BadRequest."""
+    body = parse_body(schema, data)
+    places = body.image_places
+    return body, body.for_engine(request_id), places
+
+
+def _renderer(places: list[str], messages: list[dict[str, Any]]) -> RenderError:
+    """Return what renders errors about `messages` in the words of the body, whose images are at `places`."""
+    return lambda error, in_stream: render_error(reword(error, messages, places, "messages"), in_stream)
 
 
 def _failure(request: Request, error: GatewayError) -> Response:

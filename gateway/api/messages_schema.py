@@ -19,14 +19,16 @@ from gateway.api.tooling import (
     MAX_TOOLS,
     FunctionDefinition,
     FunctionName,
+    JsonObject,
     JsonSchemaObject,
     NamedFunction,
     NamedToolChoice,
+    Plain,
     Schema,
     Tool,
     ToolChoice,
+    check_together,
     check_tool_choice,
-    check_tools,
 )
 from gateway.config import DefaultSettings
 from gateway.errors import BadRequest
@@ -57,10 +59,6 @@ class ImageSource(Schema):
             raise ValueError("url is required with type 'url'")
         return self
 
-    def for_engine(self) -> dict[str, Any]:
-        url = self.url if self.type == "url" else f"data:{self.media_type};base64,{self.data}"
-        return {"type": "image_url", "image_url": {"url": url}}
-
 
 class ResultBlock(Schema):
     """What a tool's result may hold."""
@@ -83,9 +81,9 @@ class Block(Schema):
     source: ImageSource | None = None
     id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     name: FunctionName | None = None
-    input: dict[str, Any] | None = None
+    input: JsonObject | None = None
     tool_use_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
-    content: str | Annotated[list[ResultBlock], Field(max_length=1024)] | None = None
+    content: str | Annotated[list[dict[str, Any]], Plain(ResultBlock, max_length=1024)] | None = None
     """What a tool returned."""
     is_error: bool | None = None
 
@@ -102,22 +100,22 @@ class Block(Schema):
                 raise ValueError(f"{name} is required with type '{self.type}'")
         return self
 
-    def call(self) -> dict[str, Any]:
-        arguments = orjson.dumps(self.input).decode()
-        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": arguments}}
+
+ParsedBlock = dict[str, Any]
+"""With the fields of Block or ResultBlock, as they were parsed."""
 
 
 class InputMessage(Schema):
     role: Literal["user", "assistant", "system"]
-    content: str | Annotated[list[Block], Field(max_length=1024)]
+    content: str | Annotated[list[ParsedBlock], Plain(Block, max_length=1024)]
 
     @property
-    def blocks(self) -> list[Block]:
-        return [Block(type="text", text=self.content)] if isinstance(self.content, str) else self.content
+    def blocks(self) -> list[ParsedBlock]:
+        return [{"type": "text", "text": self.content}] if isinstance(self.content, str) else self.content
 
     @property
     def text(self) -> str:
-        return "".join(block.text or "" for block in self.blocks)
+        return "".join(block.get("text") or "" for block in self.blocks)
 
     def check(self, where: str) -> None:
         """Raise BadRequest on a block that this role may not have."""
@@ -127,16 +125,18 @@ class InputMessage(Schema):
             "system": ("text",),
         }
         for number, block in enumerate(self.blocks):
-            if block.type not in allowed[self.role]:
+            if block["type"] not in allowed[self.role]:
                 place = f"{where}.content[{number}].type"
-                raise BadRequest(f"A message of role '{self.role}' can't hold a block of type '{block.type}'.", place)
+                raise BadRequest(
+                    f"A message of role '{self.role}' can't hold a block of type '{block['type']}'.", place
+                )
 
     def for_engine(self) -> list[Message]:
         """Return the message as those that chat templates know."""
         return self._said() if self.role == "assistant" else self._asked()
 
     def _said(self) -> list[Message]:
-        calls = [block.call() for block in self.blocks if block.type == "tool_use"]
+        calls = [_call(block) for block in self.blocks if block["type"] == "tool_use"]
         message: Message = {"role": "assistant", "content": self.text or (None if calls else "")}
         return [message | ({"tool_calls": calls} if calls else {})]
 
@@ -146,13 +146,13 @@ class InputMessage(Schema):
         results: list[Message] = []
         parts: list[dict[str, Any]] = []
         for block in self.blocks:
-            if block.type != "tool_result":
+            if block["type"] != "tool_result":
                 parts.append(_part(block))
                 continue
-            returned = block.content if isinstance(block.content, list) else []
-            text = block.content if isinstance(block.content, str) else "".join(one.text or "" for one in returned)
-            results.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": text})
-            parts += [_part(one) for one in returned if one.type == "image"]
+            content, returned = block.get("content"), _returned(block)
+            text = content if isinstance(content, str) else "".join(one.get("text") or "" for one in returned)
+            results.append({"role": "tool", "tool_call_id": block["tool_use_id"], "content": text})
+            parts += [_part(one) for one in returned if one["type"] == "image"]
         if not parts:
             return results
         if all(part["type"] == "text" for part in parts):
@@ -206,9 +206,9 @@ class OutputConfig(Schema):
 class CountTokensRequest(Schema):
     model: Annotated[str, Field(max_length=256)] | None = None
     """Model id; the server's default when left out."""
-    messages: Annotated[list[InputMessage], Field(min_length=1, max_length=4096)]
-    system: str | list[SystemBlock] | None = None
-    tools: Annotated[list[MessagesTool], Field(max_length=MAX_TOOLS)] | None = None
+    messages: Annotated[list[InputMessage], Field(fail_fast=True, min_length=1, max_length=4096)]
+    system: str | Annotated[list[ParsedBlock], Plain(SystemBlock)] | None = None
+    tools: Annotated[list[MessagesTool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
     tool_choice: MessagesToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
@@ -218,7 +218,7 @@ class CountTokensRequest(Schema):
         for number, message in enumerate(self.messages):
             message.check(f"messages[{number}]")
         try:
-            check_tools(self._tools)
+            check_together((tool.name, tool.tool().for_engine()) for tool in self.tools or ())
             check_tool_choice(self._tool_choice, self._tools)
         except ValueError as error:
             raise BadRequest(f"Invalid value for 'tools' or 'tool_choice': {error}.", "tools") from error
@@ -233,10 +233,11 @@ class CountTokensRequest(Schema):
         for number, message in enumerate(self.messages):
             for block_number, block in enumerate(message.blocks):
                 where = f"messages[{number}].content[{block_number}]"
-                if block.type == "image":
+                if block["type"] == "image":
                     places.append(f"{where}.source")
-                returned = block.content if isinstance(block.content, list) else []
-                places += [f"{where}.content[{n}].source" for n, one in enumerate(returned) if one.type == "image"]
+                for n, one in enumerate(_returned(block)):
+                    if one["type"] == "image":
+                        places.append(f"{where}.content[{n}].source")
         return places
 
     @property
@@ -255,7 +256,10 @@ class CountTokensRequest(Schema):
         return NamedToolChoice(type="function", function=NamedFunction(name=choice.name))
 
     def for_engine(self, request_id: str) -> GenerationRequest:
-        """Return the conversation as a generation without sampling parameters."""
+        """Return the conversation as a generation without sampling parameters.
+
+        It takes the messages apart: what was parsed and what is made of it never exist both as a whole.
+        """
         choice = self._tool_choice if self.tools else None
         return GenerationRequest(
             request_id=request_id,
@@ -278,11 +282,16 @@ class CountTokensRequest(Schema):
         return bool(self.tool_choice and self.tool_choice.disable_parallel_tool_use)
 
     def _conversation(self) -> list[Message]:
-        blocks = [self.system] if isinstance(self.system, str) else [block.text for block in self.system or ()]
+        blocks = [self.system] if isinstance(self.system, str) else [block["text"] for block in self.system or ()]
         texts = [text for text in blocks if text and not text.startswith(_CHANGING_HEADER)]
         texts += [message.text for message in self.messages if message.role == "system"]
         system: list[Message] = [{"role": "system", "content": "\n\n".join(texts)}] if texts else []
-        return system + [one for message in self.messages if message.role != "system" for one in message.for_engine()]
+        made: list[Message] = []
+        for message in self.messages:
+            if message.role != "system":
+                made += message.for_engine()
+            message.content = ""
+        return system + made
 
 
 class MessagesRequest(CountTokensRequest):
@@ -295,7 +304,7 @@ class MessagesRequest(CountTokensRequest):
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
     """-1 and 0 mean all tokens."""
     stop_sequences: Annotated[list[StopString], Field(max_length=16)] | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: JsonObject | None = None
     """Accepted for compatibility; the API key identifies the caller."""
     shannon_options: ShannonOptions | None = None
     """For models with agents."""
@@ -324,8 +333,19 @@ class MessagesRequest(CountTokensRequest):
         return fields
 
 
-def _part(block: Block | ResultBlock) -> dict[str, Any]:
-    if block.type == "image":
-        assert block.source is not None
-        return block.source.for_engine()
-    return {"type": "text", "text": block.text or ""}
+def _part(block: ParsedBlock) -> dict[str, Any]:
+    if block["type"] != "image":
+        return {"type": "text", "text": block.get("text") or ""}
+    source = block["source"]
+    url = source["url"] if source["type"] == "url" else f"data:{source['media_type']};base64,{source['data']}"
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def _call(block: ParsedBlock) -> dict[str, Any]:
+    arguments = orjson.dumps(block["input"]).decode()
+    return {"id": block["id"], "type": "function", "function": {"name": block["name"], "arguments": arguments}}
+
+
+def _returned(block: ParsedBlock) -> list[ParsedBlock]:
+    content = block.get("content") if block["type"] == "tool_result" else None
+    return content if isinstance(content, list) else []

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-import orjson
 from pydantic import AfterValidator, Field
 
-from gateway.api.tooling import Schema
+from gateway.api.tooling import Schema, check_depth, json_bytes
 from gateway.catalog import ModelSpec
 from gateway.errors import BadRequest
 from gateway.tools.base import Toolbox
@@ -18,9 +17,9 @@ _STRATEGIES = ("quick", "standard", "deep", "academic")
 
 
 def _check_size(context: dict[str, Any]) -> dict[str, Any]:
-    if len(orjson.dumps(context)) > MAX_CONTEXT_BYTES:
+    if json_bytes(context) > MAX_CONTEXT_BYTES:
         raise ValueError(f"must be at most {MAX_CONTEXT_BYTES} bytes long")
-    return context
+    return check_depth(context)
 
 
 class ShannonOptions(Schema):

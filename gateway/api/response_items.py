@@ -7,12 +7,13 @@ itself, files, and references to items by id. Fails with BadRequest, which names
 from __future__ import annotations
 
 import secrets
+from itertools import groupby
 from typing import Annotated, Any, Literal
 
 import orjson
 from pydantic import Field, model_validator
 
-from gateway.api.tooling import FunctionName, Schema
+from gateway.api.tooling import Arguments, FunctionName, Plain, Schema
 from gateway.errors import BadRequest
 
 Message = dict[str, Any]
@@ -36,13 +37,10 @@ class InputPart(Schema):
             raise ValueError(f"{name} is required with type '{self.type}'")
         return self
 
-    def for_engine(self) -> dict[str, Any]:
-        if self.type == "input_image":
-            return {"type": "image_url", "image_url": {"url": self.image_url}}
-        return {"type": "text", "text": self.text or self.refusal or ""}
 
-
-Content = str | Annotated[list[InputPart], Field(max_length=1024)]
+Part = dict[str, Any]
+"""With the fields of InputPart, as they were parsed."""
+Content = str | Annotated[list[Part], Plain(InputPart, max_length=1024)]
 
 
 class InputItem(Schema):
@@ -53,7 +51,7 @@ class InputItem(Schema):
     content: Content | None = None
     call_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     name: FunctionName | None = None
-    arguments: Annotated[str, Field(max_length=262_144)] | None = None
+    arguments: Arguments | None = None
     """A JSON object, as text."""
     output: Content | None = None
     """What a function returned."""
@@ -109,7 +107,7 @@ class InputItem(Schema):
         return fields
 
 
-Input = str | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_ITEMS)]
+Input = str | Annotated[list[InputItem], Field(fail_fast=True, min_length=1, max_length=MAX_ITEMS)]
 """Text of the user, or a list of items."""
 
 
@@ -128,15 +126,11 @@ def check_images(items: list[InputItem]) -> None:
 
 def messages_of(items: list[InputItem]) -> list[Message]:
     """Return items as messages. What an assistant says and calls in a row is one message, as templates expect."""
+    made = (message for item in items if (message := item.for_engine()) is not None)
     messages: list[Message] = []
-    for item in items:
-        message = item.for_engine()
-        if message is None:
-            continue
-        if message["role"] == "assistant" and messages and messages[-1]["role"] == "assistant":
-            _join(messages[-1], message)
-        else:
-            messages.append(message)
+    for spoken, group in groupby(made, lambda message: bool(message["role"] == "assistant")):
+        run = list(group)
+        messages += [_joined(run)] if spoken else run
     return messages
 
 
@@ -150,29 +144,38 @@ def image_places(items: list[InputItem]) -> list[str]:
     ]
 
 
-def _join(first: Message, second: Message) -> None:
-    texts = [message["content"] for message in (first, second) if message["content"]]
-    first["content"] = "".join(texts) or None
-    if calls := [*first.get("tool_calls", ()), *second.get("tool_calls", ())]:
-        first["tool_calls"] = calls
-    else:
-        first["content"] = first["content"] or ""
+def _joined(run: list[Message]) -> Message:
+    text = "".join(message["content"] for message in run if message["content"])
+    calls = [call for message in run for call in message.get("tool_calls", ())]
+    message: Message = {"role": "assistant", "content": text or (None if calls else "")}
+    return message | ({"tool_calls": calls} if calls else {})
 
 
-def _parts(content: Content | None) -> list[InputPart]:
+def _parts(content: Content | None) -> list[Part]:
     return content if isinstance(content, list) else []
 
 
-def _is_image(part: InputPart) -> bool:
-    return part.type == "input_image"
+def _is_image(part: Part) -> bool:
+    return bool(part["type"] == "input_image")
+
+
+def _part_for_engine(part: Part) -> Part:
+    if _is_image(part):
+        return {"type": "image_url", "image_url": {"url": part["image_url"]}}
+    return {"type": "text", "text": _text(part)}
+
+
+def _text(part: Part) -> str:
+    return part.get("text") or part.get("refusal") or ""
 
 
 def _content(content: Content | None) -> str | list[dict[str, Any]]:
     """Return text joined to one string, which every chat template takes, and parts only where they hold an image."""
     if not isinstance(content, list):
         return content or ""
-    parts = [part.for_engine() for part in content]
-    return parts if any(map(_is_image, content)) else "".join(part["text"] for part in parts)
+    if any(map(_is_image, content)):
+        return [_part_for_engine(part) for part in content]
+    return "".join(map(_text, content))
 
 
 def _shown(content: Content | None, text_type: str) -> list[dict[str, Any]]:
@@ -180,13 +183,14 @@ def _shown(content: Content | None, text_type: str) -> list[dict[str, Any]]:
         return [_shown_text(content, text_type)]
     shown: list[dict[str, Any]] = []
     for part in _parts(content):
-        if part.type == "input_image":
-            url = None if (part.image_url or "").startswith("data:") else part.image_url
-            shown.append({"type": "input_image", "detail": part.detail or "auto", "file_id": None, "image_url": url})
-        elif part.type == "refusal":
-            shown.append({"type": "refusal", "refusal": part.refusal})
+        if _is_image(part):
+            url = None if part["image_url"].startswith("data:") else part["image_url"]
+            detail = part.get("detail") or "auto"
+            shown.append({"type": "input_image", "detail": detail, "file_id": None, "image_url": url})
+        elif part["type"] == "refusal":
+            shown.append({"type": "refusal", "refusal": part["refusal"]})
         else:
-            shown.append(_shown_text(part.text or "", text_type))
+            shown.append(_shown_text(part["text"], text_type))
     return shown
 
 

@@ -49,13 +49,14 @@ AppServices = Annotated[Services, Depends(services)]
 )
 async def create_response(call: Annotated[Call, Depends(call)]) -> Response:
     """Create a response: whole, streamed, or in the background."""
-    body = await call.read(lambda data: parse_body(ResponseRequest, data))
+    most_bytes = call.services.config.sessions.max_bytes
+    body, given = await call.read(lambda data: _parse(data, most_bytes))
     model = await call.admit(body.model)
     meter = call.meter(f"resp_{secrets.token_hex(24)}", model)
     async with call.telling_standing(model):
         if body.shannon_options is not None:
             body.shannon_options.check(model, call.services.tools)
-        asked = await _read(call, body)
+        asked = await _read(call, body, given)
         live = _live_response(call, body, asked, meter)
         generation = body.for_engine(meter.request_id, asked.messages, model.settings.defaults)
         events = call.work(generation, meter, asked.session, _ready(live, asked), body.shannon_options)
@@ -129,19 +130,47 @@ async def cancel_response(response_id: str, principal: Caller, services: AppServ
 
 
 @dataclass(frozen=True, slots=True)
+class _Input:
+    """What a request brought: messages, what is kept of its items, and where its images stand."""
+
+    messages: list[Message]
+    shown: list[dict[str, Any]] | None
+    """None where there is more than is ever kept."""
+    image_places: list[str]
+
+
+def _parse(data: bytes, most_bytes: int) -> tuple[ResponseRequest, _Input]:
+    """Return the body, without the input, and what was made of that. Raises BadRequest."""
+    body = parse_body(ResponseRequest, data)
+    items = body.items
+    body.input = ""
+    return body, _Input(messages_of(items), _shown(items, most_bytes), image_places(items))
+
+
+def _shown(items: list[InputItem], most_bytes: int) -> list[dict[str, Any]] | None:
+    shown = []
+    size = 1
+    for item in items:
+        shown.append(item.shown())
+        size += len(orjson.dumps(shown[-1])) + 1
+        if size > most_bytes:
+            return None
+    return shown
+
+
+@dataclass(frozen=True, slots=True)
 class _Asked:
     """A request's input, read: everything that the engine is to see, and which part of it is new."""
 
-    items: list[InputItem]
+    given: _Input
     messages: list[Message]
-    own: list[Message]
     path: Path
     session: Session
     cut: bool
     """The oldest turns may be left out."""
 
 
-async def _read(call: Call, body: ResponseRequest) -> _Asked:
+async def _read(call: Call, body: ResponseRequest, given: _Input) -> _Asked:
     """Return the input behind what it continues. Raises BadRequest."""
     given_id = call.request.headers.get("x-session-id")
     if given_id is not None and body.previous_response_id is not None:
@@ -150,22 +179,23 @@ async def _read(call: Call, body: ResponseRequest) -> _Asked:
     if body.previous_response_id is not None:
         stored = call.services.responses.stored
         conversation = await stored.conversation(call.principal, body.previous_response_id)
-    messages, own = assemble(body.instructions, conversation.turns, body.items)
+    messages = assemble(body.instructions, conversation.turns, given.messages)
     if given_id is None:
         _check_outputs(messages)
         session = Session(id=derive_id(call.principal.tenant, messages), tenant=call.principal.tenant)
     else:
         session = await call.services.sessions.open(call.principal, given_id, messages)
     cut = body.truncation == "auto" and given_id is None  # a session's turns are cut by its own rules
-    return _Asked(body.items, messages, own, conversation.path, session, cut)
+    return _Asked(given, messages, conversation.path, session, cut)
 
 
 def _ready(live: LiveResponse, asked: _Asked) -> Callable[[GenerationRequest], GenerationRequest]:
     """Return what takes note of what was said, with images as data, and cuts it into turns where some may go."""
 
     def ready(generation: GenerationRequest) -> GenerationRequest:
-        live.turn = [message for message in asked.own if message["role"] == "system"]
-        if said := len(asked.own) - len(live.turn):
+        own = asked.given.messages
+        live.turn = [message for message in own if message["role"] == "system"]
+        if said := len(own) - len(live.turn):
             live.turn += generation.messages[-said:]
         if not asked.cut:
             return generation
@@ -178,13 +208,13 @@ def _ready(live: LiveResponse, asked: _Asked) -> Callable[[GenerationRequest], G
 def _live_response(call: Call, body: ResponseRequest, asked: _Asked, meter: Meter) -> LiveResponse:
     app, model = call.services, meter.model
     stored = app.responses.stored
-    shown = [item.shown() for item in asked.items]
+    shown = asked.given.shown
     fields = {
         "id": meter.request_id,
         "object": "response",
         "created_at": int(app.clock()),
         "model": model.id,
-        "store": body.store is not False and stored.enabled and stored.fits(shown),
+        "store": body.store is not False and stored.enabled and shown is not None,
         **body.echo(model.settings.defaults),
     }
     return LiveResponse(
@@ -194,9 +224,9 @@ def _live_response(call: Call, body: ResponseRequest, asked: _Asked, meter: Mete
         session=asked.session,
         store=bool(fields["store"]),
         known=bool(body.stream or body.background),
-        input=shown,
+        input=shown or [],
         path=asked.path,
-        refine=lambda error: reword(error, asked.messages, image_places(asked.items), "input"),
+        refine=lambda error: reword(error, asked.messages, asked.given.image_places, "input"),
     )
 
 
@@ -211,20 +241,17 @@ async def _detach(call: Call, live: LiveResponse, chunks: AsyncGenerator[bytes, 
     return Response(orjson.dumps(fields), headers=meter.headers(), media_type="application/json")
 
 
-def assemble(
-    instructions: str | None, turns: list[list[Message]], items: list[InputItem]
-) -> tuple[list[Message], list[Message]]:
-    """Return the whole conversation for the engine, and those of its messages that the request brought.
+def assemble(instructions: str | None, turns: list[list[Message]], own: list[Message]) -> list[Message]:
+    """Return the whole conversation for the engine: `own` are those of its messages that the request brought.
 
     System texts, whichever turn they came in, become one message that leads: chat templates commonly refuse one in
     any other place. Those of earlier responses' `instructions` are not among them.
     """
-    own = messages_of(items)
     everything = [message for turn in (*turns, own) for message in turn]
     texts = [instructions] if instructions else []
     texts += [text_of(message) for message in everything if message["role"] == "system"]
     system: list[Message] = [{"role": "system", "content": "\n\n".join(dict.fromkeys(texts))}] if texts else []
-    return system + [message for message in everything if message["role"] != "system"], own
+    return system + [message for message in everything if message["role"] != "system"]
 
 
 def turns_of(messages: list[Message]) -> list[list[Message]]:

@@ -24,8 +24,9 @@ from gateway.api.tooling import (
     Schema,
     Tool,
     ToolChoice,
+    check_together,
     check_tool_choice,
-    check_tools,
+    max_entries,
 )
 from gateway.config import DefaultSettings
 from gateway.errors import BadRequest
@@ -113,7 +114,7 @@ class ResponseRequest(SamplingFields):
     instructions: Annotated[str, Field(max_length=1_048_576)] | None = None
     """The system prompt of this response alone: those of earlier ones are not carried over."""
     max_output_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
-    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[FunctionTool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
     """`auto` when left out: the model decides."""
     parallel_tool_calls: bool | None = None
@@ -133,7 +134,9 @@ class ResponseRequest(SamplingFields):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     metadata: (
         Annotated[
-            dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+            dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+            Field(max_length=16),
+            max_entries(16),
         ]
         | None
     ) = None
@@ -159,7 +162,7 @@ class ResponseRequest(SamplingFields):
     @field_validator("tools")
     @classmethod
     def _tools_must_be_bearable(cls, tools: list[FunctionTool] | None) -> list[FunctionTool] | None:
-        check_tools([tool.tool() for tool in tools or ()])
+        check_together((tool.name, tool.tool().for_engine()) for tool in tools or ())
         return tools
 
     @model_validator(mode="after")

@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from engine.base import GenerationRequest
-from gateway.api.content import Content, check_images, content_for_engine
+from gateway.api.content import Content, check_images
 from gateway.api.options import ShannonOptions
 from gateway.api.sampling import SamplingFields, parse_body
-from gateway.api.tooling import NamedToolChoice, Schema, ToolCall, ToolChoice, Tools, check_tool_choice
+from gateway.api.tooling import NamedToolChoice, Schema, ToolCalls, ToolChoice, Tools, check_tool_choice
 from gateway.config import DefaultSettings
 from gateway.errors import BadRequest
 
@@ -51,7 +51,7 @@ class ChatMessage(Schema):
     content: Content | None = None
     """Text, or a list of parts. Only an assistant's message with tool calls may go without."""
     name: Annotated[str, Field(max_length=256)] | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
+    tool_calls: ToolCalls | None = None
     """What an assistant called."""
     tool_call_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     """The call that a tool's message answers."""
@@ -59,20 +59,23 @@ class ChatMessage(Schema):
     def for_engine(self) -> dict[str, Any]:
         """Return the message as chat templates know it; `developer` is OpenAI's newer word for `system`."""
         role = "system" if self.role == "developer" else self.role
-        message: dict[str, Any] = {"role": role, "content": content_for_engine(self.content)}
+        message: dict[str, Any] = {"role": role, "content": self.content or ""}
         if self.name:
             message["name"] = self.name
         if self.tool_calls:
-            message["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+            message["tool_calls"] = self.tool_calls
         if self.tool_call_id:
             message["tool_call_id"] = self.tool_call_id
         return message
 
 
+Messages = Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=4096)]
+
+
 class ChatCompletionRequest(SamplingFields):
     shannon_options: ShannonOptions | None = None
     """For models with agents."""
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
+    messages: Messages
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: Tools | None = None
@@ -104,11 +107,13 @@ class ChatCompletionRequest(SamplingFields):
 
     def _tool_messages_must_answer_calls(self) -> None:
         """Refuse results of calls that were never made. A request without assistant turns may rely on its session."""
-        made: set[str] | None = None
+        made: set[str] = set()
+        assistant_spoke = False
         for number, message in enumerate(self.messages):
             if message.role == "assistant":
-                made = (made or set()) | {call.id for call in message.tool_calls or ()}
-            elif message.role == "tool" and made is not None and message.tool_call_id not in made:
+                assistant_spoke = True
+                made.update(call["id"] for call in message.tool_calls or ())
+            elif message.role == "tool" and assistant_spoke and message.tool_call_id not in made:
                 raise BadRequest(
                     "A message of role 'tool' must answer one of the tool_calls of an assistant's message before it; "
                     f"none has the id {message.tool_call_id!r}.",

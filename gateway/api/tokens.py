@@ -18,14 +18,12 @@ from engine.base import GenerationRequest
 from gateway.api.completions import Text, TokenIds
 from gateway.api.generation import Call, call
 from gateway.api.sampling import parse_body
-from gateway.api.schema import ChatMessage, check_role
+from gateway.api.schema import Messages, check_role
 from gateway.api.tooling import Schema, Tools
 from gateway.errors import BadRequest
 from gateway.images import inlined
 
 router = APIRouter()
-
-MAX_IDS = 1_048_576
 
 
 class TokenizeRequest(Schema):
@@ -33,7 +31,7 @@ class TokenizeRequest(Schema):
     """Model id; the server's default when left out."""
     prompt: Text | None = None
     """Bare text; or else `messages`."""
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)] | None = None
+    messages: Messages | None = None
     """A conversation, put through the chat template."""
     tools: Tools | None = None
 
@@ -57,7 +55,7 @@ class TokenizeRequest(Schema):
 class DetokenizeRequest(Schema):
     model: Annotated[str, Field(max_length=256)] | None = None
     """Model id; the server's default when left out."""
-    tokens: Annotated[TokenIds, Field(max_length=MAX_IDS)]
+    tokens: TokenIds
 
 
 def _body(name: str) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class InspectedMessage(Schema):
 
 
 class _Inspected(Schema):
-    messages: Annotated[list[InspectedMessage], Field(min_length=1, max_length=4096)]
+    messages: Annotated[list[InspectedMessage], Field(fail_fast=True, min_length=1, max_length=4096)]
     trace_layer: int
     """Layer whose attention is shown; the first is 0."""
     seed: Int64 = 42
@@ -174,6 +174,9 @@ class _PublicCall(Call):
     @contextlib.asynccontextmanager
     async def telling_standing(self, model: ModelSpec | None) -> AsyncIterator[None]:
         yield
+
+    async def _charge(self, error: GatewayError, model: ModelSpec | None) -> GatewayError:
+        return error
 
 
 async def _visitor(request: Request, services: Annotated[Services, Depends(services)]) -> Call:
