@@ -141,7 +141,7 @@ class MockEngine:
         if not self.started:
             raise EngineUnavailable("The engine is not running.")
         self.requests.append(request)
-        del self.requests[:-_KEPT_REQUESTS]
+        del self.requests[: -1 if _is_long(request) else -_KEPT_REQUESTS]
         prompt_tokens = await _beside(request, lambda: _count(request))
         max_tokens = resolve_max_tokens(request, prompt_tokens, self.max_model_len)
         reply = self._reply if isinstance(self._reply, str) else self._reply(request)
@@ -236,9 +236,13 @@ class MockEngine:
 
 async def _beside(request: GenerationRequest, work: Callable[[], T]) -> T:
     """Return what `work` returns, from a thread if the prompt is long."""
-    prompt = request.prompt
-    long = sum(len(_text(m)) for m in request.messages) > _LONG_CHARS if prompt is None else len(prompt) > _LONG_CHARS
-    return await asyncio.to_thread(work) if long else work()
+    return await asyncio.to_thread(work) if _is_long(request) else work()
+
+
+def _is_long(request: GenerationRequest) -> bool:
+    if request.prompt is not None:
+        return len(request.prompt) > _LONG_CHARS
+    return sum(len(_text(message)) for message in request.messages) > _LONG_CHARS
 
 
 def _prompt_words(request: GenerationRequest) -> Iterator[str]:

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from gateway.api.json_text import check_size
+from gateway.api.json_text import load
 from gateway.api.tooling import JsonSchemaObject, Schema, max_entries
 from gateway.config import DefaultSettings
 from gateway.errors import BadRequest, from_validation
@@ -200,9 +199,6 @@ class SamplingFields(Schema):
         }
 
 
-LARGE_BYTES = 262_144
-"""Longer bodies are looked at before they are parsed, and worked on beside the event loop: up to here everything takes
-some milliseconds."""
 Body = TypeVar("Body", bound=BaseModel)
 
 
@@ -212,13 +208,7 @@ def parse_body(schema: type[Body], body: bytes, **more: Any) -> Body:
     The time is linear in the body's length, and the memory at most ten times of it. Of several faults the first is
     told: lists are read to the first, and dicts have few entries.
     """
-    if len(body) > LARGE_BYTES:
-        check_size(body)
-    try:
-        data = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        # Without its cause, which holds the body once more.
-        raise BadRequest(f"The request body is not valid JSON: {error}.") from None
+    data = load(body)
     if not isinstance(data, dict):
         raise BadRequest("The request body must be a JSON object.")
     data |= more
