@@ -16,7 +16,6 @@ from fastapi.routing import APIRoute
 from starlette.responses import Response
 
 from engine.base import GenerationRequest
-from gateway.api.dependencies import Services
 from gateway.api.generation import Call, call
 from gateway.api.messages_schema import CountTokensRequest, MessagesRequest
 from gateway.api.places import reword

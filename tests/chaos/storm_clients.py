@@ -66,7 +66,12 @@ class Requests:
         most = tokens or rng.choice((1, 4, 16, 40))
         stream = rng.random() < 0.6
         messages = [{"role": "user", "content": text}]
-        sampling: dict[str, Any] = {"max_tokens": most, "stream": stream, "temperature": 0, "ignore_eos": rng.random() < 0.5}
+        sampling: dict[str, Any] = {
+            "max_tokens": most,
+            "stream": stream,
+            "temperature": 0,
+            "ignore_eos": rng.random() < 0.5,
+        }
         path, fields = rng.choice(
             [
                 ("/v1/chat/completions", {"messages": messages} | sampling),
