@@ -1,17 +1,29 @@
 """A transport for httpx: HTTP/1.1 on asyncio's own protocols, parsed by httptools.
 
 For streams that come a token per chunk. httpx's own transport takes 65 us for each (h11 and anyio, both in Python),
-this one 17, of which the system call is most. Connections are kept for a few seconds and used again; one that the
-server closes meanwhile is noticed at once, and one that breaks under a request before any answer is replaced, once.
-There is no bound on their number. What has arrived of a response, but was not read, is at hand without waiting in the
-extension `arrived`. Leaves out proxies, HTTP/2, upgrades, request bodies that come in pieces, and HEAD.
-Fails with httpx's exceptions. Leaving a response before its end closes the connection.
+this one 17, of which the system call is most. There is no bound on the number of connections. What has arrived of a
+response, but was not read, is available without waiting in the extension `arrived`.
+
+A connection is kept for a few seconds and used again only if nothing about it is in doubt:
+
+    the request           was sent whole
+    the response          has ended by its own framing, and allows keep-alive; whether its body was read doesn't matter
+    the bytes behind it   there are none, neither received nor in the kernel's buffer
+    reading               is not paused
+
+Anything else closes it, so that no byte of one response can become part of another. A reused connection that the
+server closed at the moment the request was sent is replaced once, by a new one.
+
+Does not handle proxies, HTTP/2, upgrades, and request bodies that come in pieces. Waits without deadlines of its own,
+but for connecting: the caller sets one around each call. Raises httpx's exceptions. Leaving a response before its end
+closes the connection.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import select
 import ssl
 from collections.abc import AsyncIterator
 from typing import cast
@@ -20,6 +32,12 @@ import httptools
 import httpx
 
 _MAX_HEAD_BYTES = 65_536
+"""Most bytes without any of a body: a head, trailers, chunk extensions. httptools would collect them for ever."""
+_WRITE_BYTES = 65_536
+"""A request is sent in pieces of this size, so that sending stops when a server refuses it before it has read it."""
+_STALE_S = 1.0
+"""A server that had closed an idle connection before it saw the request shows that within a round trip. One that breaks
+the connection later has worked on the request, which is not sent again."""
 _HIGH_WATER_BYTES = 16 * 2**20
 """What may wait to be read before the server is made to wait. An engine generates no slower for it, so a sane answer
 is taken in whole: what stayed in the kernel's buffers could not be counted when the reader leaves."""
@@ -47,25 +65,35 @@ class Http1Transport(httpx.AsyncBaseTransport):
         lines = [b"%b %b HTTP/1.1" % (request.method.encode(), url.raw_path)]
         lines += [b"%b: %b" % header for header in request.headers.raw]
         head = b"\r\n".join(lines) + b"\r\n\r\n"
-        while True:
-            connection = self._take(origin)
-            fresh = connection is None
-            if connection is None:
-                connection = await self._connect(origin, request.extensions.get("timeout", {}).get("connect"))
-            try:
-                await connection.ask(head, content)
-            except httpx.RemoteProtocolError:
-                connection.abort()
-                if fresh or connection.answering:
-                    raise
-            except BaseException:
-                connection.abort()
-                raise
-            else:
-                break
+        bodiless = request.method == "HEAD"
+        connection = self._take(origin)
+        if connection is not None and not await self._ask_again(connection, head, content, bodiless):
+            connection = None
+        if connection is None:
+            connection = await self._connect(origin, request.extensions.get("timeout", {}).get("connect"))
+            await self._ask(connection, head, content, bodiless)
         body = _Body(connection, self, origin)
         extensions = {"arrived": connection.take}
         return httpx.Response(connection.status, headers=connection.headers, stream=body, extensions=extensions)
+
+    async def _ask(self, connection: _Connection, head: bytes, content: bytes, bodiless: bool) -> None:
+        try:
+            await connection.ask(head, content, bodiless=bodiless)
+        except BaseException:
+            connection.abort()
+            raise
+
+    async def _ask_again(self, connection: _Connection, head: bytes, content: bytes, bodiless: bool) -> bool:
+        """Ask on a connection that was used before. Return False if the server had closed it before it saw this."""
+        now = asyncio.get_running_loop().time
+        began = now()
+        try:
+            await self._ask(connection, head, content, bodiless)
+        except httpx.RemoteProtocolError:
+            if connection.answering or now() - began > _STALE_S:
+                raise
+            return False
+        return True
 
     def _take(self, origin: _Origin) -> _Connection | None:
         """Return a connection that is still good, the one used last."""
@@ -73,7 +101,7 @@ class Http1Transport(httpx.AsyncBaseTransport):
         idle = self._idle.get(origin, [])
         while idle:
             connection = idle.pop()
-            if connection.reusable and now - connection.idle_since < self._keepalive_s:
+            if connection.reusable and now - connection.idle_since < self._keepalive_s and connection.is_silent():
                 return connection
             connection.abort()
         return None
@@ -82,6 +110,7 @@ class Http1Transport(httpx.AsyncBaseTransport):
         """Keep a connection whose response has ended, if it can be used again; else close it."""
         idle = self._idle.setdefault(origin, [])
         if connection.reusable and len(idle) < self._max_idle and not self._closed:
+            connection.take()  # what the reader left
             connection.idle_since = asyncio.get_running_loop().time()
             idle.append(connection)
         else:
@@ -96,7 +125,7 @@ class Http1Transport(httpx.AsyncBaseTransport):
                 )
         except TimeoutError as error:
             raise httpx.ConnectTimeout("no connection in time") from error
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # the latter from names that are none
             raise httpx.ConnectError(str(error)) from error
         if self._closed:
             connection.abort()
@@ -121,6 +150,8 @@ class _Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._error: httpx.TransportError | None = None
+        self._may_write = True
+        self._paused = False
         self.closed = False
         self.idle_since = 0.0
         self._reset()
@@ -128,8 +159,11 @@ class _Connection(asyncio.Protocol):
 
     def _reset(self) -> None:
         self._parser = httptools.HttpResponseParser(self)
-        self._head_bytes = 0
+        self._bodiless = False
+        self._bytes_without_body = 0
         self._head_complete = False
+        self._sent = False
+        """The server has all of the request."""
         self._chunks: list[bytes] = []
         self.waiting_bytes = 0
         """Arrived and not read."""
@@ -142,16 +176,38 @@ class _Connection(asyncio.Protocol):
 
     @property
     def reusable(self) -> bool:
-        """The response has ended, and the server lets the connection be used again."""
-        return self._complete and self._keeps_alive and self._error is None
+        """Whether another request may be sent; see the module."""
+        ended = self._complete and self._keeps_alive and self._sent
+        return ended and not self._paused and self._error is None and not self.closed
 
-    async def ask(self, head: bytes, content: bytes) -> None:
-        """Send a request and wait for the head of its response."""
+    def is_silent(self) -> bool:
+        """Return whether the kernel has nothing of the server's either: no byte, no end, no error."""
+        if self._transport is None or self._transport.is_closing():
+            return False
+        poll = select.poll()
+        poll.register(self._transport.get_extra_info("socket").fileno(), select.POLLIN)
+        return not poll.poll(0)
+
+    async def ask(self, head: bytes, content: bytes, *, bodiless: bool = False) -> None:
+        """Send a request and wait for the head of its response, which has no body behind it if it is `bodiless`."""
         self._reset()
-        if self._transport is not None and not self.closed:
-            self._transport.write(head + content)
+        self._bodiless = bodiless
+        self._write(head + content[:_WRITE_BYTES])
+        left = memoryview(content)[_WRITE_BYTES:]
+        while left and not (self._head_complete and self.status >= 300):
+            if self._may_write:
+                self._write(left[:_WRITE_BYTES])
+                left = left[_WRITE_BYTES:]
+            else:
+                await self._wait()
         while not self._head_complete:
             await self._wait()
+        assert self._transport is not None
+        self._sent = not left and self._transport.get_write_buffer_size() == 0
+
+    def _write(self, data: bytes | memoryview) -> None:
+        if self._transport is not None and not self.closed:
+            self._transport.write(data)
 
     async def read(self) -> bytes:
         """Return what has arrived of the body, at least a byte; nothing at its end."""
@@ -165,9 +221,10 @@ class _Connection(asyncio.Protocol):
         """Return what has arrived of the body and was not read."""
         data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
         self._chunks.clear()
-        if self.waiting_bytes > _HIGH_WATER_BYTES and self._transport is not None and not self._transport.is_closing():
-            self._transport.resume_reading()
         self.waiting_bytes = 0
+        if self._paused and self._transport is not None and not self._transport.is_closing():
+            self._paused = False
+            self._transport.resume_reading()
         return data
 
     async def _wait(self) -> None:
@@ -201,20 +258,37 @@ class _Connection(asyncio.Protocol):
             self.abort(httpx.RemoteProtocolError("an answer to no request"))
             return
         self.answering = True
+        self._bytes_without_body += len(data)
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self.abort(httpx.RemoteProtocolError(f"not HTTP ({type(error).__name__})"))
+        if self._bytes_without_body > _MAX_HEAD_BYTES and not self._complete:
+            self.abort(httpx.RemoteProtocolError("a head or trailer without end"))
+        self._wake()
+
+    def pause_writing(self) -> None:
+        self._may_write = False
+
+    def resume_writing(self) -> None:
+        self._may_write = True
         self._wake()
 
     def connection_lost(self, error: Exception | None) -> None:
         self.closed = True
         self._connections.discard(self)
-        framed = any(name.lower() in (b"content-length", b"transfer-encoding") for name, _ in self.headers)
-        if self._head_complete and not framed and error is None and self._error is None:
+        if self._head_complete and not self._is_framed() and error is None and self._error is None:
             self._complete = True  # a body may end with its connection
         self._error = self._error or httpx.RemoteProtocolError("the connection was lost")
         self._wake()
+
+    def _is_framed(self) -> bool:
+        """Return whether the response itself says where it ends."""
+        return any(
+            name.lower() == b"content-length"
+            or (name.lower() == b"transfer-encoding" and value.lower().rstrip().endswith(b"chunked"))
+            for name, value in self.headers
+        )
 
     # httptools' calls
 
@@ -224,24 +298,28 @@ class _Connection(asyncio.Protocol):
         self.headers = []
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._head_bytes += len(name) + len(value)
-        if self._head_bytes > _MAX_HEAD_BYTES:
-            raise ValueError
-        self.headers.append((name, value))
+        if not self._head_complete:  # trailers are nobody's
+            self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         self.status = self._parser.get_status_code()
         self._head_complete = self.status >= 200  # those before are not the answer yet
+        if self._bodiless and self._head_complete:  # httptools does not know, and would wait for the body
+            self._complete = True
 
     def on_body(self, body: bytes) -> None:
+        if self._bodiless:
+            return
+        self._bytes_without_body = 0
         self._chunks.append(body)
-        before, self.waiting_bytes = self.waiting_bytes, self.waiting_bytes + len(body)
-        if before <= _HIGH_WATER_BYTES < self.waiting_bytes and self._transport is not None:
+        self.waiting_bytes += len(body)
+        if self.waiting_bytes > _HIGH_WATER_BYTES and not self._paused and self._transport is not None:
+            self._paused = True
             self._transport.pause_reading()
 
     def on_message_complete(self) -> None:
         self._complete = self._head_complete
-        self._keeps_alive = self._parser.should_keep_alive()
+        self._keeps_alive = not self._bodiless and self._parser.should_keep_alive()
 
 
 class _Body(httpx.AsyncByteStream):

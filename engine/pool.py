@@ -1,10 +1,19 @@
 """The replicas of a remote engine: which one a request goes to, when to leave one alone, when to try another.
 
-A `Breaker` per replica opens after consecutive failures, for a time that doubles. Whoever probes the replica then
-makes it half open: it gets one request at a time while others are well, until a request has succeeded there. `Pool`
-chooses the replica with the fewest requests of ours, or the one that a conversation is kept to. `Attempts` says where
-a request may be tried next, and with which error it has failed for good. Leaves out all I/O, and the load that others
-put on the same replicas. Fails with the errors of `engine.base`.
+RULES is the one table of what can go wrong with a request at a replica, and of what that means for both. Its principle:
+a failed request alone proves nothing about a replica, because the request may be the reason. Two things do:
+
+    a probe          of the replica, after `breaker_failures` failures in a row: if it fails too, the breaker opens
+    another replica  that served the same request: `breaker_failures` times in a row, and the breaker opens
+
+A replica whose breaker is open gets no requests, for a time that doubles. A probe that succeeds makes it half open: it
+gets one request at a time while others are well, until a request has succeeded there. A busy replica is not left
+alone; it gets a smaller share of the requests, twice as small with each sign that it is busy, and back to its full
+share over time.
+
+`Pool` chooses the replica with the least load, or the one that a conversation is kept to. `Attempts` says where a
+request may be tried next, and with which error it has failed for good. Does no I/O, and does not know the load that
+others put on the same replicas. Raises the errors of `engine.base`.
 """
 
 from __future__ import annotations
@@ -13,21 +22,63 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import math
 import random
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
-from engine.base import EngineOverloaded, EngineUnavailable
+from engine.base import EngineError, EngineOverloaded, EngineUnavailable
 
 log = logging.getLogger(__name__)
 
 Choice = Literal["least_loaded", "sticky"]
+Outcome = Literal["declined", "overloaded", "slow", "failed", "unreachable", "stalled"]
 
 _BACKOFF_S = 0.1
 """Pause before the only replica is tried again; doubles. A server that was just restarted listens within seconds."""
 _UNEVEN_FACTOR, _UNEVEN_REQUESTS = 2, 8
 """A conversation leaves its replica when that has more than so many times the least load, plus so many requests."""
+_MAX_WEIGHT = 16.0
+"""A busy replica still gets a sixteenth of an idle one's share, or nobody would notice that it has room again."""
+_HALVING_S = 5.0
+"""How fast its share comes back where it does not tell when to come again."""
+_MAX_HALVING_S = 60.0
+_LOG_EVERY_S = 60.0
+"""A fault that repeats is logged this often."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What an outcome means for the request and for the replica."""
+
+    others: Literal["all", "one"]
+    """How many other replicas may be tried; "one" where the request may break whoever gets it."""
+    again: bool
+    """The same replica, if it is the only one, may serve the request a moment later."""
+    evidence: Literal["none", "doubt", "proof"]
+    """Against the replica: "doubt" counts towards a probe, "proof" also counts when another replica serves the request.
+    """
+    busy: bool
+    """The replica gets a smaller share for a while."""
+
+
+RULES: dict[Outcome, Rule] = {
+    # It answers, but not to this: a status as for a wrong key, URL or model.
+    "declined": Rule(others="all", again=False, evidence="proof", busy=False),
+    # It says that it has no room.
+    "overloaded": Rule(others="all", again=False, evidence="none", busy=True),
+    # No token came in time: its queue may be long.
+    "slow": Rule(others="all", again=False, evidence="doubt", busy=True),
+    # A 500, or an answer that is none.
+    "failed": Rule(others="one", again=False, evidence="proof", busy=False),
+    # Nothing listens, the connection broke, it does not speak HTTP, or a proxy says so.
+    "unreachable": Rule(others="all", again=True, evidence="proof", busy=False),
+    # Silence after the first token.
+    "stalled": Rule(others="all", again=False, evidence="proof", busy=False),
+}
+"""Not in it: a request that was served, which ends all doubt; one that was refused as invalid, and one whose client
+left, which mean nothing for the replica."""
 
 
 class AttemptFailed(Exception):
@@ -35,83 +86,97 @@ class AttemptFailed(Exception):
 
     def __init__(
         self,
+        outcome: Outcome,
         reason: str,
         *,
-        overloaded: bool = False,
-        misconfigured: bool = False,
-        elsewhere: bool = True,
-        suspicious: bool = False,
-        again: bool = False,
+        error: EngineError | None = None,
         retry_after_s: float | None = None,
     ) -> None:
+        """`error` is what clients see if it is the same everywhere; `retry_after_s` what the replica said."""
         super().__init__(reason)
-        self.overloaded = overloaded
-        """It lives, but has no room: no reason to open its breaker."""
-        self.misconfigured = misconfigured
-        """It will go on refusing until an operator mends something: its breaker opens at once."""
-        self.elsewhere = elsewhere
-        """Another replica may serve the request."""
-        self.suspicious = suspicious
-        """The request itself may have broken it: only one more replica is put at risk."""
-        self.again = again
-        """The same replica may serve it a moment later."""
+        self.outcome = outcome
+        self.error = error
         self.retry_after_s = retry_after_s
+
+    @property
+    def rule(self) -> Rule:
+        return RULES[self.outcome]
 
 
 class Breaker:
     """When one replica is left alone. `clock` returns seconds."""
 
     def __init__(self, failures: int, open_s: float, max_open_s: float, clock: Callable[[], float]) -> None:
-        """Open after `failures` in a row, for `open_s`, twice as long each time up to `max_open_s`."""
+        """Act after `failures` in a row; stay open for `open_s`, twice as long each time up to `max_open_s`."""
         self.state: Literal["closed", "open", "half_open"] = "closed"
-        self.opened = asyncio.Event()
-        """Set while open, for whoever probes."""
+        self.needs_probe = asyncio.Event()
+        """Set while open or suspected, for whoever probes."""
         self.on_trial = False
         """Half open, and a request is under way that will decide."""
+        self.clock = clock
         self._threshold = failures
         self._open_s = open_s
         self._max_open_s = max_open_s
-        self._clock = clock
-        self._failures = 0
+        self._doubts = 0
+        self._proofs = 0
         self._next_open_s = open_s
         self._until = 0.0
 
     @property
     def wait_s(self) -> float:
         """Seconds until an open breaker should be probed."""
-        return max(0.0, self._until - self._clock())
+        return max(0.0, self._until - self.clock())
 
-    def fail(self) -> None:
-        """Note a failed request. Those of an open breaker's past change nothing."""
-        self._failures += 1
-        if self.state == "half_open" or (self.state == "closed" and self._failures >= self._threshold):
+    @property
+    def suspected(self) -> bool:
+        """A probe has to tell whether the replica is well."""
+        return self.state != "open" and self.needs_probe.is_set()
+
+    def doubt(self) -> None:
+        """Note a failed request, which may be the request's own fault. While open it changes nothing."""
+        self._doubts += 1
+        if self.state == "half_open" or (self.state == "closed" and self._doubts >= self._threshold):
+            self.needs_probe.set()
+
+    def prove(self) -> None:
+        """Note that a request which failed here was served by another replica."""
+        self._proofs += 1
+        if self.state == "half_open" or (self.state == "closed" and self._proofs >= self._threshold):
             self.open()
+
+    def clear(self) -> None:
+        """Note that a suspected replica answers its probe."""
+        if self.state != "open":
+            self._doubts = 0
+            self.needs_probe.clear()
 
     def open(self) -> None:
         """Leave the replica alone for a while, from now."""
         self.state = "open"
-        self.opened.set()
-        self._until = self._clock() + self._next_open_s
+        self.needs_probe.set()
+        self._until = self.clock() + self._next_open_s
         self._next_open_s = min(2 * self._next_open_s, self._max_open_s)
 
     def half_open(self) -> None:
-        """Note that the replica answers a probe; of one that was never open there is nothing new in it."""
+        """Note that an open replica answers its probe."""
         if self.state == "open":
             self.state = "half_open"
-            self.opened.clear()
+            self._doubts = self._proofs = 0
+            self.needs_probe.clear()
 
     def answer(self) -> None:
-        """Note a first token: enough to send more requests, but one failure opens it again."""
+        """Note a first token: enough to send more requests, but one failure is enough to act again."""
         if self.state == "half_open":
             self.state = "closed"
-            self._failures = self._threshold - 1
+            self._doubts = self._proofs = self._threshold - 1
 
     def succeed(self) -> None:
         """Note a request that was served to its end."""
         if self.state != "open":
             self.state = "closed"
-            self._failures = 0
+            self._doubts = self._proofs = 0
             self._next_open_s = self._open_s
+            self.needs_probe.clear()
 
 
 @dataclass(eq=False)
@@ -124,15 +189,51 @@ class Replica:
     """Requests of ours that it works on."""
     max_model_len: int | None = None
     is_vllm: bool = False
-    tokenizes: bool = True
-    """Has /tokenize, as far as we know."""
+    tokenizer: Literal["answers", "fails", "missing"] = "answers"
+    """What is known of its /tokenize."""
     refused: set[str] = field(default_factory=set)
     """Optional request fields that it does not take."""
+    discarded_tokens: int = 0
+    """Prompt and completion tokens of attempts whose answer nobody got; no key pays for them."""
+    _weight: float = 1.0
+    _weighed_at_s: float = 0.0
+    _halving_s: float = _HALVING_S
+    _logged: dict[str, tuple[float, int]] = field(default_factory=dict)
+    """By outcome: when it was logged last, and how often it has happened since."""
 
     @property
     def root(self) -> str:
         """Where vLLM has the routes that OpenAI does not know."""
         return self.url.removesuffix("/v1")
+
+    @property
+    def weight(self) -> float:
+        """How many times its load counts: 1, or more while it is busy."""
+        age_s = self.breaker.clock() - self._weighed_at_s
+        return max(1.0, self._weight * math.exp2(-age_s / self._halving_s))
+
+    @property
+    def load(self) -> float:
+        """Our requests that it works on, as if it had as much room as the others."""
+        return self.weight * (self.in_flight + 1) - 1
+
+    def note_busy(self, retry_after_s: float | None) -> None:
+        """Halve its share of the requests. The share comes back over a time like the one that it tells."""
+        self._weight = min(2 * self.weight, _MAX_WEIGHT)
+        self._weighed_at_s = self.breaker.clock()
+        self._halving_s = _HALVING_S if retry_after_s is None else min(max(retry_after_s, 1.0), _MAX_HALVING_S)
+
+    def log_failure(self, outcome: str, reason: str) -> None:
+        """Log a failure, unless one of its kind was logged a moment ago."""
+        now = self.breaker.clock()
+        since, unlogged = self._logged.get(outcome, (now - _LOG_EVERY_S, 0))
+        if now - since < _LOG_EVERY_S:
+            self._logged[outcome] = since, unlogged + 1
+            log.debug("replica %s %s", self.url, reason)
+            return
+        more = f" ({unlogged} more since the last such line)" if unlogged else ""
+        log.warning("replica %s %s%s", self.url, reason, more)
+        self._logged[outcome] = now, 0
 
 
 @runtime_checkable
@@ -157,15 +258,20 @@ class Pool:
         long as that is well and not much more loaded than another, and only the conversations of a lost one move.
         """
         usable = [r for r in self.replicas if r.breaker.state != "open" and r not in excluded]
-        free = [r for r in usable if not r.breaker.on_trial] or usable
+        free = [r for r in usable if not r.breaker.on_trial and not r.breaker.suspected] or usable
         if not free:
             return None
-        chosen = min(free, key=lambda replica: (replica.in_flight, random.random()))
+        chosen = min(free, key=lambda replica: (replica.load, random.random()))
         if affinity and self._choice == "sticky":
             kept = max(free, key=lambda replica: _score(affinity, replica.url))
-            if kept.in_flight <= _UNEVEN_FACTOR * chosen.in_flight + _UNEVEN_REQUESTS:
+            if kept.load <= _UNEVEN_FACTOR * chosen.load + _UNEVEN_REQUESTS:
                 chosen = kept
         return chosen
+
+    def check(self) -> None:
+        """Raise EngineUnavailable when every replica is left alone."""
+        if all(replica.breaker.state == "open" for replica in self.replicas):
+            raise _unavailable()
 
     @contextlib.contextmanager
     def occupy(self, replica: Replica) -> Iterator[None]:
@@ -189,13 +295,13 @@ class Attempts:
         self._affinity = affinity
         self._left = retries + 1
         self._tried: list[Replica] = []
-        self._failures: list[AttemptFailed] = []
+        self._failures: list[tuple[Replica, AttemptFailed]] = []
 
     async def next(self) -> Replica:
-        """Return the replica to try now. Raises EngineOverloaded, EngineUnavailable when there is none left."""
-        last = self._failures[-1] if self._failures else None
-        if self._left > 0 and (last is None or last.elsewhere):
-            if last is not None and last.again and len(self._pool.replicas) == 1:
+        """Return the replica to try now. Raises what clients see when there is none left."""
+        last = self._failures[-1][1] if self._failures else None
+        if self._left > 0:
+            if last is not None and last.rule.again and len(self._pool.replicas) == 1:
                 self._tried.clear()
                 await asyncio.sleep(_BACKOFF_S * 2 ** (len(self._failures) - 1))
             replica = self._pool.choose(self._affinity, self._tried)
@@ -207,30 +313,44 @@ class Attempts:
 
     def fail(self, replica: Replica, failure: AttemptFailed) -> None:
         """Note that the request has failed at `replica`."""
-        self._failures.append(failure)
-        if failure.suspicious:
-            first = sum(failure.suspicious for failure in self._failures) == 1
+        self._failures.append((replica, failure))
+        if failure.rule.others == "one":
+            first = sum(failure.rule.others == "one" for _, failure in self._failures) == 1
             self._left = min(self._left, 1) if first else 0
         blame(replica, failure)
 
-    def _verdict(self) -> EngineOverloaded | EngineUnavailable:
-        overloads = [failure for failure in self._failures if failure.overloaded]
+    def succeed(self, replica: Replica) -> None:
+        """Note that the request is served by `replica`: those that failed with it before are at fault."""
+        for other, failure in self._failures:
+            if other is not replica and failure.rule.evidence == "proof":
+                other.breaker.prove()
+
+    def _verdict(self) -> EngineError:
+        failures = [failure for _, failure in self._failures]
+        overloads = [failure for failure in failures if failure.outcome == "overloaded"]
         if overloads:
             waits_s = [failure.retry_after_s for failure in overloads if failure.retry_after_s is not None]
             message = "The servers of this model have no room at the moment. Try again shortly."
             return EngineOverloaded(message, min(waits_s, default=None))
-        return EngineUnavailable("No server of this model can answer at the moment. Try again shortly.")
+        errors = [failure.error for failure in failures if failure.error is not None]
+        if errors and len(errors) == len(failures):
+            return errors[-1]
+        if failures and all(failure.outcome in ("declined", "failed") for failure in failures):
+            return EngineUnavailable("The servers of this model answer, but could not serve this request.")
+        return _unavailable()
 
 
 def blame(replica: Replica, failure: AttemptFailed) -> None:
-    """Log a failure, and let the breaker of the replica know."""
-    log.warning("replica %s %s", replica.url, failure)
-    if failure.overloaded:
-        return
-    if failure.misconfigured and replica.breaker.state != "open":
-        replica.breaker.open()
-    else:
-        replica.breaker.fail()
+    """Log a failure, and hold against the replica what the rules say."""
+    replica.log_failure(failure.outcome, str(failure))
+    if failure.rule.busy:
+        replica.note_busy(failure.retry_after_s)
+    if failure.rule.evidence != "none":
+        replica.breaker.doubt()
+
+
+def _unavailable() -> EngineUnavailable:
+    return EngineUnavailable("No server of this model can answer at the moment. Try again shortly.")
 
 
 def _score(affinity: str, url: str) -> bytes:

@@ -1,7 +1,8 @@
-"""What replicas answer: the bytes of a stream as deltas and token counts, vectors, tokens. No I/O.
+"""What replicas answer: the frames of a stream as deltas and token counts, vectors, tokens. No I/O.
 
-Every frame is parsed once. Leaves out what only decorates a stream: roles, fingerprints, other servers' extensions.
-What is not OpenAI's protocol fails with AttemptFailed, an error in the stream as `engine.wire` says.
+Ignores what only decorates a stream: roles, fingerprints, other servers' extensions. A whole completion is read as a
+stream of one frame. What is not OpenAI's protocol fails with AttemptFailed, an error in the stream as `engine.wire`
+says.
 """
 
 from __future__ import annotations
@@ -11,173 +12,219 @@ import base64
 import sys
 from typing import Any
 
-import orjson
-
-from engine.base import (
-    Delta,
-    FinishReason,
-    GenerationRequest,
-    InvalidRequest,
-    Prepared,
-    TokenLogprob,
-    ToolCallDelta,
-)
+from engine.base import Delta, FinishReason, GenerationRequest, InvalidRequest, Prepared, TokenLogprob
 from engine.pool import AttemptFailed
-from engine.wire import refuse
+from engine.tool_call_pieces import CallPieces, tool_names
+from engine.wire import estimate_tokens, is_error, refuse
 
-_MAX_LINE_BYTES = 4 * 2**20
-"""A line of a stream that is longer is not a frame. The longest sane one has logprobs of a whole answer."""
+_LONGEST_TOKEN_CHARS = 32
+"""A frame with more text holds several tokens."""
 _FINISH_REASONS: dict[str, FinishReason] = {
     "length": "length",
+    "max_tokens": "length",
+    "model_length": "length",  # Mistral's
     "tool_calls": "tool_calls",
+    "tool_use": "tool_calls",
     "function_call": "tool_calls",
 }
 
 
-class Frames:
-    """Cuts a stream of server-sent events, arriving in pieces of any size, into the payloads of its data lines."""
-
-    def __init__(self) -> None:
-        self.done = False
-        """[DONE] was seen."""
-        self._rest = b""
-
-    def feed(self, data: bytes) -> list[bytes]:
-        """Return the payloads of the lines that `data` completes; comments and other fields are dropped."""
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        if len(self._rest) > _MAX_LINE_BYTES:
-            raise AttemptFailed("sent a line without end")
-        payloads = []
-        for line in lines:
-            if line.startswith(b"data:"):
-                payload = line[5:].strip()
-                if payload == b"[DONE]":
-                    self.done = True
-                    break
-                payloads.append(payload)
-        return payloads
-
-
 class Reply:
-    """The answer to one generation, as one replica streams it. Keeps `prepared.usage` up to date.
+    """The answer to one generation, as one replica gives it. Keeps `prepared.usage` up to date.
 
-    A server that tells the usage with every frame is taken at its word. Else frames with content are counted, one
-    token each, and the usage is marked as estimated until the server tells the sum at the end.
+    A server that tells the usage with every frame is taken at its word. Else tokens are estimated, at least one for
+    each frame with content, and the usage is marked as estimated until the server tells the sum at the end.
     """
 
     def __init__(self, prepared: Prepared, request: GenerationRequest, *, estimated: bool) -> None:
-        """`estimated` tells that the prompt is. What an attempt before this one spent is forgotten."""
+        """`estimated` tells that the prompt's tokens are. What an attempt before this one spent is forgotten."""
         self.started = False
         """A token has been generated."""
-        self._unfinished = set(range(prepared.n))
+        self.is_whole = False
+        """The answer is one document, not a stream; its usage is of all choices together."""
         self._prepared = prepared
         self._request = request
-        self._read_choice = self._read_delta if request.prompt is None else self._read_text
-        self._tokens = [0] * prepared.n
-        self._reasoning = [0] * prepared.n
-        self._guessed: set[int] = set()
+        self._choices = [_Choice(request) for _ in range(prepared.n)]
         self._prompt_told = False
-        prepared.usage.prompt_tokens = prepared.usage.completion_tokens = prepared.usage.reasoning_tokens = 0
         self._estimated = estimated
+        self.forget_usage()
 
     @property
     def finished(self) -> bool:
         """Every choice has its finish reason."""
-        return not self._unfinished
+        return all(choice.finished for choice in self._choices)
 
-    def read_all(self, payloads: list[bytes]) -> tuple[list[Delta], AttemptFailed | InvalidRequest | None]:
+    def forget_usage(self) -> int:
+        """Set the usage back to nothing, and return how many tokens it was."""
+        usage = self._prepared.usage
+        spent = usage.prompt_tokens + usage.completion_tokens
+        usage.prompt_tokens = usage.completion_tokens = usage.cached_tokens = usage.reasoning_tokens = 0
+        return spent
+
+    def read_all(self, frames: list[Any]) -> tuple[list[Delta], AttemptFailed | InvalidRequest | None]:
         """Count all these frames; return what they add, and the failure that ended them."""
         deltas: list[Delta] = []
         try:
-            for payload in payloads:
-                deltas += self.read(payload)
+            for frame in frames:
+                deltas += self.read(frame)
         except (AttemptFailed, InvalidRequest) as failure:
             return deltas, failure
         return deltas, None
 
-    def read(self, payload: bytes) -> list[Delta]:
+    def read(self, frame: Any) -> list[Delta]:
         """Return what one frame adds, perhaps nothing. Raises AttemptFailed, InvalidRequest."""
         try:
-            frame = orjson.loads(payload)
-            if frame.get("error"):
-                refuse(500, frame, self._request)
+            if is_error(frame):
+                refuse(200, frame, self._request)
+            choices, told = frame.get("choices") or (), _told(frame.get("usage"))
             deltas = []
-            choices, told = frame.get("choices"), frame.get("usage")
-            if told and (read_count(told, "prompt_tokens") is None or read_count(told, "completion_tokens") is None):
-                told = None
-            for choice in choices or ():
-                delta = self._read_choice(choice)
-                self._count(delta, told)
-                if delta.text or delta.finish_reason or delta.reasoning or delta.tool_calls or delta.logprobs:
+            for choice in choices:
+                index = choice.get("index") or 0
+                if not 0 <= index < len(self._choices):
+                    raise IndexError
+                delta = self._choices[index].read(choice, index)
+                self._count(delta, self._choices[index], None if self.is_whole else told)
+                if _says_something(delta):
                     self.started = True
                     deltas.append(delta)
-            if told and not choices:
+            if told and (self.is_whole or not choices):
                 self._sum_up(told)
         except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-            raise AttemptFailed(f"sent a frame that is not OpenAI's ({type(error).__name__})") from error
+            reason = f"sent a frame that is not OpenAI's ({type(error).__name__})"
+            raise AttemptFailed("failed", reason) from error
         return deltas
 
-    def _read_delta(self, choice: dict[str, Any]) -> Delta:
-        given = choice.get("delta") or {}
-        calls, logprobs = given.get("tool_calls"), choice.get("logprobs")
-        stop = choice.get("stop_reason")  # vLLM tells it, as a string or a token's id
-        return Delta(
-            _text(given.get("content")),
-            self._index(choice),
-            self._finish(choice),
-            _chat_logprobs(logprobs) if logprobs else None,
-            _text(given.get("reasoning_content") or given.get("reasoning")),
-            [_tool_call(position, call) for position, call in enumerate(calls)] if calls else (),
-            stop if isinstance(stop, str) else None,
-        )
+    def end(self) -> list[Delta]:
+        """Return the ends of choices that never had one, in an answer that says itself that it is complete."""
+        deltas = []
+        for index, choice in enumerate(self._choices):
+            if self.started and not choice.finished:
+                deltas.append(choice.read({"finish_reason": "stop"}, index))
+        return deltas
 
-    def _read_text(self, choice: dict[str, Any]) -> Delta:
-        logprobs = choice.get("logprobs")
-        logprobs = _bare_logprobs(logprobs) if logprobs else None
-        return Delta(_text(choice.get("text")), self._index(choice), self._finish(choice), logprobs)
-
-    def _index(self, choice: dict[str, Any]) -> int:
-        index = choice.get("index", 0)
-        if not 0 <= index < self._prepared.n:
-            raise IndexError
-        return int(index)
-
-    def _finish(self, choice: dict[str, Any]) -> FinishReason | None:
-        reason = choice.get("finish_reason")
-        if reason is None:
-            return None
-        if reason in ("error", "abort"):  # vLLM's core gave up on the request by itself
-            raise AttemptFailed(f"finished with {reason!r}")
-        self._unfinished.discard(self._index(choice))
-        return _FINISH_REASONS.get(reason, "stop")
-
-    def _count(self, delta: Delta, told: dict[str, Any] | None) -> None:
+    def _count(self, delta: Delta, choice: _Choice, told: dict[str, Any] | None) -> None:
         """Count one choice's frame. The usage that rides on it is the choice's own."""
-        index, usage = delta.index, self._prepared.usage
-        if told:
+        usage = self._prepared.usage
+        says = bool(delta.text or delta.reasoning or delta.tool_calls or delta.logprobs)
+        if told and (told["completion_tokens"] or not (says or choice.tokens)):
             usage.prompt_tokens = told["prompt_tokens"]
             self._prompt_told = True
-            self._tokens[index] = told["completion_tokens"]
-            self._guessed.discard(index)
+            choice.tokens, choice.guessed = told["completion_tokens"], False
             if details := told.get("completion_tokens_details"):
-                self._reasoning[index] = read_count(details, "reasoning_tokens") or 0
-                usage.reasoning_tokens = sum(self._reasoning)
-        elif delta.text or delta.reasoning or delta.tool_calls or delta.logprobs:
-            self._tokens[index] += len(delta.logprobs) if delta.logprobs else 1
-            self._guessed.add(index)
+                choice.reasoning_tokens = read_count(details, "reasoning_tokens") or 0
+                usage.reasoning_tokens = sum(choice.reasoning_tokens for choice in self._choices)
+        elif says:
+            choice.guess(delta)
             if not self._prompt_told:
                 usage.prompt_tokens = self._prepared.prompt_tokens
-        usage.completion_tokens = sum(self._tokens)
-        usage.estimated = bool(self._guessed) or (self._estimated and not self._prompt_told)
+        usage.completion_tokens = sum(choice.tokens for choice in self._choices)
+        guessed = any(choice.guessed for choice in self._choices)
+        usage.estimated = guessed or (self._estimated and not self._prompt_told)
 
     def _sum_up(self, told: dict[str, Any]) -> None:
         """Take the last frame's usage, which is of all choices together."""
         usage = self._prepared.usage
+        if not told["completion_tokens"] and usage.completion_tokens:
+            return  # it does not count
         usage.prompt_tokens, usage.completion_tokens = told["prompt_tokens"], told["completion_tokens"]
-        usage.cached_tokens = read_count(told.get("prompt_tokens_details"), "cached_tokens") or 0
+        usage.cached_tokens = min(
+            read_count(told.get("prompt_tokens_details"), "cached_tokens") or 0, usage.prompt_tokens
+        )
         thought = read_count(told.get("completion_tokens_details"), "reasoning_tokens")
         usage.reasoning_tokens = usage.reasoning_tokens if thought is None else thought
         usage.estimated = False
+
+
+class _Choice:
+    """What one choice has said so far, and how many tokens that is."""
+
+    def __init__(self, request: GenerationRequest) -> None:
+        self.finished = False
+        self.tokens = 0
+        self.reasoning_tokens = 0
+        self.guessed = False
+        """Some of `tokens` is an estimate."""
+        self._is_chat = request.prompt is None
+        self._is_forced = isinstance(request.tool_choice, dict)
+        self._calls = CallPieces(tool_names(request.tools))
+        self._halves: dict[str, str] = {}
+        """By field, the first half of a surrogate pair whose second has not come."""
+
+    def read(self, choice: dict[str, Any], index: int) -> Delta:
+        """Return what a frame adds to this choice. Raises AttemptFailed, and what wrong types raise."""
+        return self._read_chat(choice, index) if self._is_chat else self._read_text(choice, index)
+
+    def guess(self, delta: Delta) -> None:
+        """Estimate the tokens of a frame that does not tell: one, or by its length where that is no token's."""
+        self.guessed = True
+        if delta.logprobs:
+            self.tokens += len(delta.logprobs)
+            return
+        calls = "".join(f"{call.name or ''}{call.arguments}" for call in delta.tool_calls)
+        text = delta.text + delta.reasoning + calls
+        self.tokens += 1 if len(text) <= _LONGEST_TOKEN_CHARS else estimate_tokens(text)
+
+    def _read_chat(self, choice: dict[str, Any], index: int) -> Delta:
+        given = (choice["delta"] if "delta" in choice else choice.get("message")) or {}
+        logprobs, stop = choice.get("logprobs"), choice.get("stop_reason")
+        pieces = given.get("tool_calls") or given.get("function_call")
+        calls = self._calls.add(pieces) if pieces else []
+        reason = self._finish_reason(choice)
+        if reason is not None:
+            calls += self._calls.finish(cut=reason == "length")
+            reason = self._with_calls(reason)
+        return Delta(
+            self._whole_text("content", given.get("content")),
+            index,
+            reason,
+            _chat_logprobs(logprobs) if logprobs else None,
+            self._whole_text("reasoning", given.get("reasoning_content") or given.get("reasoning")),
+            calls or (),
+            stop if isinstance(stop, str) else None,  # vLLM tells it, as a string or a token's id
+        )
+
+    def _read_text(self, choice: dict[str, Any], index: int) -> Delta:
+        logprobs = choice.get("logprobs")
+        logprobs = _bare_logprobs(logprobs) if logprobs else None
+        return Delta(self._whole_text("text", choice.get("text")), index, self._finish_reason(choice), logprobs)
+
+    def _finish_reason(self, choice: dict[str, Any]) -> FinishReason | None:
+        """Return the finish reason, once: empty strings are none, and some servers repeat it."""
+        reason = choice.get("finish_reason")
+        if reason in ("error", "abort"):  # vLLM's core gave up on the request by itself
+            raise AttemptFailed("failed", f"finished with {reason!r}")
+        if self.finished or not reason:
+            return None
+        self.finished = True
+        return _FINISH_REASONS.get(reason, "stop") if isinstance(reason, str) else "stop"
+
+    def _with_calls(self, reason: FinishReason) -> FinishReason:
+        """Return the reason that fits the calls. With a named `tool_choice` OpenAI says "stop" itself."""
+        if reason == "stop" and self._calls and self._calls.are_whole() and not self._is_forced:
+            return "tool_calls"
+        return "stop" if reason == "tool_calls" and not self._calls else reason
+
+    def _whole_text(self, name: str, given: Any) -> str:
+        """Return the text of a field, a string or a list of parts. Halves of a character wait for each other."""
+        text = _joined(given)
+        if text.isascii() and not self._halves:
+            return text
+        text = self._halves.pop(name, "") + text
+        if text and "\ud800" <= text[-1] <= "\udbff":
+            self._halves[name] = text[-1]
+            text = text[:-1]
+        return _clean(text)
+
+
+def _says_something(delta: Delta) -> bool:
+    return bool(delta.text or delta.finish_reason or delta.reasoning or delta.tool_calls or delta.logprobs)
+
+
+def _told(usage: Any) -> dict[str, Any] | None:
+    """Return a usage object that tells both counts. A prompt of nothing is a server's way not to count."""
+    if not read_count(usage, "prompt_tokens") or read_count(usage, "completion_tokens") is None:
+        return None
+    return dict(usage)
 
 
 def merge(deltas: list[Delta]) -> list[Delta]:
@@ -194,17 +241,18 @@ def merge(deltas: list[Delta]) -> list[Delta]:
                 logprobs or None,
                 "".join(delta.reasoning for delta in own),
                 [call for delta in own for call in delta.tool_calls],
-                own[-1].stop_reason,
+                next((delta.stop_reason for delta in reversed(own) if delta.stop_reason), None),
             )
         )
     return merged
 
 
-def is_tokens(answer: Any) -> bool:
-    """Tell vLLM's answer to /tokenize from those of other servers that have a route of this name."""
-    if read_count(answer, "count") is None or not isinstance(answer.get("tokens"), list):
-        return False
-    return all(type(token_id) is int for token_id in answer["tokens"])
+def read_tokens(answer: Any) -> list[int] | None:
+    """Return the token ids of vLLM's answer to /tokenize, or None where it is another one."""
+    tokens = answer.get("tokens") if isinstance(answer, dict) else None
+    if not isinstance(tokens, list) or read_count(answer, "count") != len(tokens):
+        return None
+    return tokens if all(type(token_id) is int for token_id in tokens) else None
 
 
 def read_count(fields: Any, name: str) -> int | None:
@@ -222,9 +270,9 @@ def read_vectors(answer: Any, wanted: int) -> tuple[list[list[float]], int | Non
         rows = sorted(answer["data"], key=lambda row: row["index"])
         vectors = [_vector(row["embedding"]) for row in rows]
     except (TypeError, KeyError, ValueError) as error:
-        raise AttemptFailed("sent something else than embeddings", elsewhere=False) from error
+        raise AttemptFailed("failed", "sent something else than embeddings") from error
     if len(vectors) != wanted:
-        raise AttemptFailed("sent another number of embeddings", elsewhere=False)
+        raise AttemptFailed("failed", "sent another number of embeddings")
     return vectors, read_count(answer.get("usage"), "prompt_tokens")
 
 
@@ -237,16 +285,26 @@ def _vector(embedding: Any) -> list[float]:
     return [float(value) for value in embedding]
 
 
-def _text(value: Any) -> str:
+def _joined(value: Any) -> str:
+    """Return a text that may come as a list of parts, of which only text is read."""
+    if isinstance(value, list):
+        return "".join(_joined(part.get("text")) for part in value if part.get("type", "text") == "text")
     if value is None or isinstance(value, str):
         return value or ""
     raise TypeError
 
 
-def _tool_call(position: int, call: dict[str, Any]) -> ToolCallDelta:
-    function = call.get("function") or {}
-    index, name = int(call.get("index", position)), function.get("name")
-    return ToolCallDelta(index, call.get("id"), _text(name) or None, _text(function.get("arguments")))
+def _text(value: Any) -> str:
+    if value is None or isinstance(value, str):
+        return _clean(value or "")
+    raise TypeError
+
+
+def _clean(text: str) -> str:
+    """Return text that can be encoded: pairs of surrogates joined, single ones replaced."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def _chat_logprobs(given: dict[str, Any]) -> list[TokenLogprob] | None:

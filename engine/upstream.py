@@ -2,7 +2,8 @@
 
 One connection pool for all replicas, without a bound of its own: admission is the gateway's. It is httpx's messages
 over a transport, without httpx's client: no cookies, redirects, proxies, or log of every request. What transport and
-timeouts fail with leaves as AttemptFailed, refusals as `engine.wire` says. Leaves out which replica to ask.
+timeouts fail with leaves as AttemptFailed, refusals as `engine.wire` says. Every wait has a deadline, given by the
+caller or set here. Does not choose the replica, and does not read what a stream says.
 """
 
 from __future__ import annotations
@@ -11,22 +12,50 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import orjson
 
 from engine.base import EmbeddingRequest, EngineError, EngineUnavailable, GenerationRequest, Prepared
+from engine.event_stream import Frames
 from engine.http1 import Http1Transport, make_context
-from engine.pool import AttemptFailed, Replica
+from engine.pool import AttemptFailed, Outcome, Replica
 from engine.reply import read_count
-from engine.wire import CONTINUOUS_USAGE, MAX_TOKENS, STREAM_OPTIONS, Call, refuse, refused_option
+from engine.wire import CONTINUOUS_USAGE, MAX_TOKENS, STREAM_OPTIONS, Call, refuse, refused_option, retry_after_s
 
 log = logging.getLogger(__name__)
 
 _PROBE_TIMEOUT_S = 5.0
 _KEEPALIVE_S = 4.0  # uvicorn, and so vLLM, closes idle connections after 5 s
 _MAX_REFUSAL_BYTES = 65_536
+_REFUSAL_TIMEOUT_S = 5.0
+"""For the body of a refusal. Its status is known by then, and says most of it."""
+_TAIL_S = 5.0
+"""For the usage that follows the last token. The answer is complete by then, so its absence is no failure."""
+MAX_ANSWER_BYTES = 64 * 2**20
+"""The longest whole answer but for embeddings: token ids of ten million tokens."""
+MAX_EMBEDDINGS_BYTES = 512 * 2**20
+"""2,048 vectors of 32,768 numbers in base64."""
+
+
+class Answer(NamedTuple):
+    """A whole answer."""
+
+    status: int
+    body: Any
+    """The parsed JSON, None if it is none."""
+    retry_after_s: float | None
+
+
+class Stream(NamedTuple):
+    """A stream that has begun."""
+
+    chunks: AsyncIterator[bytes]
+    arrived: Callable[[], bytes]
+    """Returns what has arrived but was not read."""
+    refused: set[str]
+    """Optional fields that were left out of the request because the replica refuses them."""
 
 
 class Upstream:
@@ -85,33 +114,45 @@ class Upstream:
         """Ask for health, and learn about the model and its server. Raises AttemptFailed."""
         with transport_failures():
             async with asyncio.timeout(_PROBE_TIMEOUT_S):
-                health, _ = await self._ask("GET", f"{replica.root}/health")  # 404 where there is none, as at OpenAI
-                status, models = await self._ask("GET", f"{replica.url}/models")
+                health, *_ = await self._ask("GET", f"{replica.root}/health")  # 404 where there is none, as at OpenAI
+                status, models, _ = await self._ask("GET", f"{replica.url}/models")
         if health >= 500 or status in (401, 403) or status >= 500:
-            raise AttemptFailed(f"answers /health with {health}, /models with {status}")
-        replica.tokenizes = True
-        replica.refused.clear()
+            raise AttemptFailed("unreachable", f"answers /health with {health}, /models with {status}")
         with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
             cards = {card["id"]: card for card in models["data"]}
             if self.model not in cards:
                 log.error("replica %s does not list the model %s", replica.url, self.model)
             card = cards.get(self.model, {})
-            replica.max_model_len = read_count(card, "max_model_len")
+            replica.max_model_len = read_count(card, "max_model_len") or replica.max_model_len
             replica.is_vllm = card.get("owned_by") == "vllm"
 
     async def post(
-        self, url: str, body: dict[str, Any], timeout_s: float, prepared: Prepared | None = None
-    ) -> tuple[int, Any]:
-        """Return the status and the parsed body (None if it is not JSON) of an answer. Raises AttemptFailed."""
+        self,
+        url: str,
+        body: dict[str, Any],
+        timeout_s: float,
+        prepared: Prepared | None = None,
+        *,
+        max_bytes: int = MAX_ANSWER_BYTES,
+    ) -> Answer:
+        """Return the whole answer to a request. Raises AttemptFailed, also for one of more than `max_bytes`."""
         with transport_failures():
             async with asyncio.timeout(timeout_s):
-                return await self._ask("POST", url, orjson.dumps(body), prepared)
+                return await self._ask("POST", url, orjson.dumps(body), prepared, max_bytes)
 
     async def _ask(
-        self, method: str, url: str, content: bytes = b"", prepared: Prepared | None = None
-    ) -> tuple[int, Any]:
+        self,
+        method: str,
+        url: str,
+        content: bytes = b"",
+        prepared: Prepared | None = None,
+        max_bytes: int = MAX_ANSWER_BYTES,
+    ) -> Answer:
         async with contextlib.aclosing(await self._send(method, url, content, prepared)) as response:
-            return response.status_code, _parsed(await response.aread())
+            body = await _read(response, max_bytes)
+            if body is None:
+                raise AttemptFailed("failed", f"sent more than {max_bytes} bytes")
+            return Answer(response.status_code, _parsed(body), retry_after_s(response.headers))
 
     async def _send(self, method: str, url: str, content: bytes, prepared: Prepared | None) -> httpx.Response:
         """Send a request and return its response, which the caller closes. Raises httpx.TransportError."""
@@ -124,14 +165,12 @@ class Upstream:
         return await self.running().handle_async_request(request)
 
     @contextlib.asynccontextmanager
-    async def stream(
-        self, replica: Replica, prepared: Prepared, deadline: float
-    ) -> AsyncIterator[tuple[AsyncIterator[bytes], Callable[[], bytes]]]:
-        """Post a generation; give the bytes of its stream, and a function for those that arrived but were not read.
+    async def stream(self, replica: Replica, prepared: Prepared, deadline: float) -> AsyncIterator[Stream]:
+        """Post a generation and give the stream of its answer.
 
         Leaving closes the connection, which aborts the generation there. Options that the replica does not know are
-        left out and remembered. `deadline` is the event loop's time, for the head of the response. Raises
-        AttemptFailed, InvalidRequest.
+        left out. `deadline` is the event loop's time, for the head of the response. Raises AttemptFailed,
+        InvalidRequest.
         """
         call: Call = prepared.payload
         assert isinstance(call.request, GenerationRequest)
@@ -142,18 +181,14 @@ class Upstream:
                 async with asyncio.timeout_at(deadline):
                     content = orjson.dumps(self._generation_body(replica, call, refused))
                     response = await self._send("POST", url, content, prepared)
-                    stack.push_async_callback(response.aclose)
-                    answer = None if response.status_code == 200 else await _refusal(response)
+                stack.push_async_callback(response.aclose)
                 if response.status_code == 200:
-                    if not response.headers.get("content-type", "").startswith("text/event-stream"):
-                        raise AttemptFailed("answered with something else than a stream", misconfigured=True)
-                    replica.refused |= refused
-                    yield _chunks(response), response.extensions.get("arrived", bytes)
+                    yield _stream(response, refused)
                     return
+                answer = await _refusal(response)
             option = refused_option(response.status_code, answer)
             if option is None or option in refused:
-                refuse(response.status_code, answer, call.request, response.headers.get("retry-after", ""))
-            # Remembered only if it helps: a refusal may quote a client, who could turn our counting off by it.
+                refuse(response.status_code, answer, call.request, retry_after_s(response.headers))
             refused.add(option)
 
     def _generation_body(self, replica: Replica, call: Call, refused: set[str]) -> dict[str, Any]:
@@ -176,22 +211,53 @@ class Upstream:
 
 
 @contextlib.contextmanager
-def transport_failures() -> Iterator[None]:
-    """Turn what httpx and timeouts raise into AttemptFailed."""
+def transport_failures(is_answering: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Turn what httpx and timeouts raise into AttemptFailed. A silence while it `is_answering` is a stall."""
     try:
         yield
     except TimeoutError as error:
-        raise AttemptFailed("did not answer in time") from error
+        outcome: Outcome = "stalled" if is_answering() else "slow"
+        raise AttemptFailed(outcome, "fell silent" if is_answering() else "did not answer in time") from error
+    except httpx.DecodingError as error:
+        raise AttemptFailed("failed", "sent what its content-encoding does not explain") from error
     except httpx.HTTPError as error:
-        raise AttemptFailed(f"could not be reached ({type(error).__name__})", again=True) from error
+        raise AttemptFailed("unreachable", f"could not be reached ({type(error).__name__})") from error
 
 
-def _chunks(response: httpx.Response) -> AsyncIterator[bytes]:
+def _stream(response: httpx.Response, refused: set[str]) -> Stream:
     """Return the body as it arrives; without httpx's layers of generators where there is nothing to decode."""
     if "content-encoding" in response.headers:
-        return response.aiter_bytes()
+        return Stream(response.aiter_bytes(), bytes, refused)
     assert isinstance(response.stream, httpx.AsyncByteStream)
-    return aiter(response.stream)
+    return Stream(aiter(response.stream), response.extensions.get("arrived", bytes), refused)
+
+
+class Patience:
+    """Until when the next bytes of a stream are waited for."""
+
+    def __init__(self, first_token_s: float, idle_s: float, queue_s: float, clock: Callable[[], float]) -> None:
+        """See `gateway.config.RemoteSettings`. `clock` is the event loop's."""
+        self._silence_s = first_token_s
+        self._idle_s = idle_s
+        self._queue_s = max(queue_s, first_token_s)
+        self._clock = clock
+        self._last_token = clock()
+        self._finished = False
+        self.deadline = self._last_token + first_token_s
+        """In the event loop's time."""
+
+    def note(self, *, got_token: bool, finished: bool) -> None:
+        """Note that something has arrived. Comments show that the server lives, but they may not go on for ever."""
+        now = self._clock()
+        if finished:
+            if not self._finished:
+                self._finished = True
+                self.deadline = now + _TAIL_S
+            return
+        if got_token:
+            self._last_token = now
+            self._silence_s = self._idle_s
+        self.deadline = min(now + self._silence_s, self._last_token + self._queue_s)
 
 
 async def read_some(chunks: AsyncIterator[bytes], deadline: float, *, complete: bool) -> bytes:
@@ -207,17 +273,32 @@ async def read_some(chunks: AsyncIterator[bytes], deadline: float, *, complete: 
         return b""
 
 
+async def _read(response: httpx.Response, max_bytes: int) -> bytes | None:
+    """Return the body, or None where it is longer."""
+    pieces: list[bytes] = []
+    size = 0
+    async for piece in response.aiter_bytes():
+        pieces.append(piece)
+        size += len(piece)
+        if size > max_bytes:
+            return None
+    return b"".join(pieces)
+
+
 async def _refusal(response: httpx.Response) -> Any:
-    """Return the parsed body of a refusal, if it is short enough to be one."""
-    body = b""
-    async for chunk in response.aiter_bytes():
-        body += chunk
-        if len(body) > _MAX_REFUSAL_BYTES:
-            break
-    return _parsed(body)
+    """Return the parsed body of a refusal, None if it is not JSON, too long, too slow, or cut off."""
+    with contextlib.suppress(TimeoutError, httpx.HTTPError):
+        async with asyncio.timeout(_REFUSAL_TIMEOUT_S):
+            body = await _read(response, _MAX_REFUSAL_BYTES)
+            return None if body is None else _parsed(body)
+    return None
 
 
 def _parsed(body: bytes) -> Any:
+    """Return the JSON of a body, or of the first frame where the body is a stream."""
     with contextlib.suppress(orjson.JSONDecodeError):
         return orjson.loads(body)
+    with contextlib.suppress(AttemptFailed):
+        frames = Frames()
+        return next(iter(frames.feed(body) + frames.end()), None)
     return None

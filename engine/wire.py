@@ -2,21 +2,25 @@
 
 What a server says of a request's fault reaches the client as an InvalidRequest in our own words: at most the name of
 a field and an error code, if they look like names, are the server's. Everything else that it may answer is an
-AttemptFailed, for the log and the breaker.
+AttemptFailed, whose outcome `engine.pool` has rules for. An error is read alike wherever it is: in the body of a
+refusal, in a body with status 200, or in a frame of a stream.
 """
 
 from __future__ import annotations
 
+import email.utils
 import logging
 import math
 import re
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import orjson
 
-from engine.base import EmbeddingRequest, GenerationRequest, InvalidRequest
-from engine.pool import AttemptFailed
+from engine.base import EmbeddingRequest, GenerationRequest, InvalidRequest, no_embeddings
+from engine.pool import AttemptFailed, Outcome
 
 log = logging.getLogger(__name__)
 
@@ -25,12 +29,46 @@ STREAM_OPTIONS = "stream_options"
 MAX_TOKENS = "max_tokens"
 RESPONSE_FORMAT = "response_format"
 
-_BYTES_PER_TOKEN = 4  # English prose and code; other scripts differ by half in either direction
+BYTES_PER_TOKEN = 4  # English prose and code; other scripts differ by half in either direction
 _MESSAGE_TOKENS = 4  # the role and the marks around a message
 _PART_TOKENS = 1024  # an image of ordinary size
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.\[\]-]{0,63}")
 _TOO_LONG = re.compile(r"(context|model) length|max_model_len|longer than the maximum", re.IGNORECASE)
-_INVALID_TYPES = {"invalid_request_error", "BadRequestError", "UnprocessableEntityError"}
+_NAMED: dict[int, set[str]] = {
+    400: {
+        "invalid_request_error",
+        "badrequesterror",
+        "unprocessableentityerror",
+        "invalid_request",
+        "bad_request",
+        "validation",  # TGI's
+        "validation_error",
+        "invalid_argument",
+        "context_length_exceeded",
+    },
+    401: {"authentication_error", "authenticationerror", "invalid_api_key", "unauthenticated", "unauthorized"},
+    403: {"permission_error", "permissiondeniederror", "permission_denied", "forbidden"},
+    404: {"not_found_error", "notfounderror", "model_not_found", "not_found"},
+    413: {"request_too_large"},
+    429: {
+        "rate_limit_error",
+        "ratelimiterror",
+        "rate_limit_exceeded",
+        "too_many_requests",
+        "insufficient_quota",
+        "resource_exhausted",
+        "overloaded",  # TGI's
+        "overloaded_error",
+        "server_overloaded",
+        "engine_overloaded",
+    },
+}
+"""What servers call an error whose status is not told, in lower case, under `type`, `code` or `status`."""
+_FILTERED = {"content_filter", "content_policy_violation", "responsibleaipolicyviolation", "moderation_blocked"}
+_DECLINED = {401, 402, 403, 404, 405, 407, 409, 410, 424, 425, 501}
+"""Statuses that may be about this gateway's key, URL or model; any other below 500 is about the request."""
+_UNREACHABLE = {502, 503, 504, 520, 521, 522, 523, 524}
+"""A proxy's word on the server behind it; those from 520 are Cloudflare's."""
 
 
 @dataclass(slots=True)
@@ -123,15 +161,15 @@ def estimate_prompt_tokens(request: GenerationRequest) -> int:
         for part in content if isinstance(content, list) else [{"type": "text", "text": content}]:
             tokens += estimate_tokens(part.get("text") or "") if part.get("type") == "text" else _PART_TOKENS
         if message.get("tool_calls"):
-            tokens += math.ceil(len(orjson.dumps(message["tool_calls"])) / _BYTES_PER_TOKEN)
+            tokens += math.ceil(len(orjson.dumps(message["tool_calls"])) / BYTES_PER_TOKEN)
     if request.tools:
-        tokens += math.ceil(len(orjson.dumps(request.tools)) / _BYTES_PER_TOKEN)
+        tokens += math.ceil(len(orjson.dumps(request.tools)) / BYTES_PER_TOKEN)
     return tokens
 
 
 def estimate_tokens(text: str | list[int]) -> int:
     """Return about how many tokens a text has; ids are counted."""
-    return len(text) if isinstance(text, list) else math.ceil(len(text.encode()) / _BYTES_PER_TOKEN)
+    return len(text) if isinstance(text, list) else math.ceil(len(text.encode()) / BYTES_PER_TOKEN)
 
 
 def refused_option(status: int, answer: Any) -> str | None:
@@ -148,45 +186,114 @@ def refused_option(status: int, answer: Any) -> str | None:
     return MAX_TOKENS if error.get("param") == MAX_TOKENS and error.get("code") == "unsupported_parameter" else None
 
 
-def refuse(status: int, answer: Any, request: GenerationRequest | EmbeddingRequest, retry_after: str = "") -> NoReturn:
+def refuse(
+    status: int, answer: Any, request: GenerationRequest | EmbeddingRequest, retry_after_s: float | None = None
+) -> NoReturn:
     """Raise what a refusal means: InvalidRequest if the request is at fault, else AttemptFailed.
 
-    `answer` is the parsed body, or the frame in a stream, where `status` is 500 unless the error tells another.
+    `answer` is the parsed body, or the frame of a stream. Of the statuses 200 and 500 the error may know better.
     """
     error = error_fields(answer)
-    kind, code = str(error.get("type")), error.get("code")
-    if isinstance(code, int) and 400 <= code < 600 and status == 500:
-        status = code
-    if status in (400, 413, 422) or (status == 500 and kind in _INVALID_TYPES):
+    code = error.get("code")
+    if status in (200, 500):
+        status = _told_status(error) or 500
+    if _FILTERED & _words(error):
+        what = "The model's server refuses the content of the request."
+        raise InvalidRequest(what, _prompt_param(request), "content_filter")
+    outcome: Outcome
+    if status in (429, 529) or code == "server_overloaded":
+        outcome = "overloaded"
+    elif status < 400 or status in _DECLINED:
+        outcome = "declined"
+    elif status == 408:
+        outcome = "slow"
+    elif status < 500:
         log.debug("refused with %d: %.300r", status, error)  # may hold a client's words
         raise _invalid(status, error, request)
-    known = code if isinstance(code, str) and _NAME.fullmatch(code) else kind if _NAME.fullmatch(kind) else "no code"
+    elif status == 503 and code != "engine_unavailable" and (error or retry_after_s is not None):
+        # It refuses in an API's words; a proxy before a dead server, or a gateway that says so, does not.
+        outcome = "overloaded"
+    else:
+        outcome = "unreachable" if status in _UNREACHABLE else "failed"
+    names = [name for name in (code, error.get("type")) if isinstance(name, str) and _NAME.fullmatch(name)]
+    known = names[0] if names else "no code"
     reason = f"answered {status} ({known})"
-    if status in (401, 403, 404, 405) or status < 400:
+    if outcome == "declined":
         reason += "; check its url, the model's name and the key"
-        raise AttemptFailed(reason, misconfigured=True)
-    # A server that refuses in OpenAI's words lives; a proxy before a dead one, or a gateway that says so, does not.
-    overloaded = (
-        status == 429 or code == "server_overloaded" or (status == 503 and error and code != "engine_unavailable")
-    )
-    if overloaded:
-        raise AttemptFailed(reason, overloaded=True, retry_after_s=_seconds(retry_after))
-    raise AttemptFailed(reason, suspicious=status == 500, again=status != 500)
+    failure = _no_such_route(status, error, request) if outcome == "declined" else None
+    raise AttemptFailed(outcome, reason, error=failure, retry_after_s=retry_after_s)
+
+
+def is_error(frame: Any) -> bool:
+    """Return whether a frame, or a body with status 200, is an error."""
+    if isinstance(frame, list) and len(frame) == 1:
+        frame = frame[0]
+    if not isinstance(frame, dict):
+        return False
+    if frame.get("error") or frame.get("object") == "error":
+        return True
+    return not frame.keys() & {"choices", "data"} and bool(frame.keys() & {"message", "detail"})
 
 
 def error_fields(answer: Any) -> dict[str, Any]:
-    """Return the error object of an answer, or an empty one. Older vLLM has its fields at the top."""
+    """Return the error object of an answer, or an empty one.
+
+    Older vLLM has its fields at the top, TGI a text under `error` and its kind beside it, Gemini a list around it all.
+    """
+    if isinstance(answer, list) and len(answer) == 1:
+        answer = answer[0]
     error = answer.get("error", answer) if isinstance(answer, dict) else None
-    return error if isinstance(error, dict) and "message" in error else {}
+    if isinstance(error, str):
+        return {"message": error, "type": answer.get("error_type"), "code": answer.get("code")}
+    return error if isinstance(error, dict) and (error is not answer or "message" in error) else {}
+
+
+def retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """Return how long a server asks to wait: a number of seconds or milliseconds, or a date."""
+    if re.fullmatch(r"\d{1,9}", headers.get("retry-after-ms", "")):
+        return int(headers["retry-after-ms"]) / 1000
+    told = headers.get("retry-after", "")
+    if re.fullmatch(r"\d{1,6}(\.\d+)?", told):
+        return float(told)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(told).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return None
+
+
+def _words(error: dict[str, Any]) -> set[str]:
+    """Return what an error calls itself, in lower case."""
+    return {str(error[name]).lower() for name in ("type", "code", "status") if error.get(name)}
+
+
+def _told_status(error: dict[str, Any]) -> int | None:
+    """Return the status that an error tells in a number or a name."""
+    for name in ("code", "status", "status_code", "http_code"):
+        told = str(error.get(name))
+        if re.fullmatch(r"[45]\d\d", told):
+            return int(told)
+    words = _words(error)
+    return next((status for status, names in _NAMED.items() if names & words), None)
+
+
+def _no_such_route(
+    status: int, error: dict[str, Any], request: GenerationRequest | EmbeddingRequest
+) -> InvalidRequest | None:
+    """Return what clients see of a server that does not have an optional route, None where that is not what it says."""
+    said = f"{error.get('message')} {error.get('param')} {error.get('code')}".lower()
+    if status not in (404, 405, 501) or "model" in said:
+        return None
+    if isinstance(request, EmbeddingRequest):
+        return no_embeddings()
+    if request.prompt is not None:
+        what = "The server of this model takes no bare prompts. Send messages to /v1/chat/completions."
+        return InvalidRequest(what, "prompt", "model_not_supported")
+    return None
 
 
 def _invalid(status: int, error: dict[str, Any], request: GenerationRequest | EmbeddingRequest) -> InvalidRequest:
     code, param, message = error.get("code"), error.get("param"), str(error.get("message"))
-    prompt = "messages"
-    if isinstance(request, EmbeddingRequest):
-        prompt = "input"
-    elif request.prompt is not None:
-        prompt = "prompt"
+    prompt = _prompt_param(request)
     if code == "context_length_exceeded" or param in ("input_tokens", "input_text") or _TOO_LONG.search(message):
         words = f"The request does not fit the model's context length. Shorten the {prompt} or ask for fewer tokens."
         return InvalidRequest(words, prompt, "context_length_exceeded")
@@ -202,5 +309,5 @@ def _invalid(status: int, error: dict[str, Any], request: GenerationRequest | Em
     return InvalidRequest(f"Invalid value for {param!r}: the model's server does not take it.", param, code)
 
 
-def _seconds(retry_after: str) -> float | None:
-    return float(retry_after) if re.fullmatch(r"\d{1,6}(\.\d+)?", retry_after) else None
+def _prompt_param(request: GenerationRequest | EmbeddingRequest) -> str:
+    return "input" if isinstance(request, EmbeddingRequest) else request.prompt_param

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,7 +36,9 @@ class Answer:
         if delta.reasoning:
             self.reasonings.append(delta.reasoning)
         for piece in delta.tool_calls:
-            call = self.calls.setdefault(piece.index, _Call(piece.id or "", piece.name or ""))
+            call = self.calls.get(piece.index)
+            if call is None:
+                call = self.calls[piece.index] = _Call(piece.id or make_call_id(), piece.name or "")
             call.arguments.append(piece.arguments)
         if delta.logprobs is not None:
             self.logprobs = self.logprobs if self.logprobs is not None else []
@@ -74,6 +77,11 @@ class Answer:
         """Return the answer as a message that may stand in a later request: without calls that were cut off."""
         whole = {index: call for index, call in self.calls.items() if _is_object("".join(call.arguments) or "{}")}
         return replace(self, calls=whole).message()
+
+
+def make_call_id() -> str:
+    """Return an id for a tool call whose engine gives it none: clients match results by it."""
+    return f"call_{secrets.token_hex(12)}"
 
 
 def _is_object(text: str) -> bool:

@@ -151,13 +151,17 @@ class RemoteSettings(_EngineSettings):
     connect_timeout_s: float = Field(5.0, gt=0)
     """How long making a connection may take."""
     first_token_timeout_s: float = Field(120.0, gt=0)
-    """How long a replica may take, its own queue included, until the first token; then another one is tried."""
+    """How long a replica may be silent before the first token; then another one is tried."""
+    queue_timeout_s: float = Field(600.0, gt=0)
+    """How long a replica may go without a token, the first included, while comments in its stream show that it lives:
+    another Shannon sends them from its queue. SDKs give up after 600 s."""
     idle_timeout_s: float = Field(60.0, gt=0)
     """How long a stream may be silent after its first token; longer than the slowest step of a well server."""
     retries: int = Field(2, ge=0, le=10)
-    """Further attempts of a request that failed before its first token, each at another replica if there is one."""
+    """Further attempts of a request whose client has seen nothing yet, each at another replica if there is one."""
     breaker_failures: int = Field(3, ge=1)
-    """Failures in a row after which a replica is left alone."""
+    """Failures in a row after which a replica is left alone, if its health probe fails too, or if other replicas served
+    the same requests: a request's own fault is not held against a replica."""
     breaker_open_s: float = Field(1.0, gt=0)
     """How long it is left alone before it is asked for its health again; doubles each time."""
     breaker_max_open_s: float = Field(10.0, gt=0)

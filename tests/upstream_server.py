@@ -112,6 +112,11 @@ class UpstreamServer:
         """The generations asked for so far."""
         return [request for request in self.received if request.path.endswith("completions")]
 
+    @property
+    def probes(self) -> int:
+        """How often it was asked for its health."""
+        return sum(request.path == "/health" for request in self.received)
+
     async def start(self) -> None:
         """Listen, on the same port as before if there was one."""
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)

@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 
 from engine.base import Delta, TokenLogprob, ToolCallDelta, Usage
-from gateway.answers import Answer
+from gateway.answers import Answer, make_call_id
 from gateway.events import ShannonEvent
 from gateway.sse import DONE, event_fields, usage_fields
 
@@ -41,6 +41,8 @@ class ChatFrames:
         self._events_wanted = events
         self._events: list[ShannonEvent] = []
         self._content_heads: dict[int, bytes] = {}
+        self._called: set[tuple[int, int]] = set()
+        """Calls that have begun, by choice and number."""
         self._content_tail = b'},"finish_reason":null}]' + self._tail
         self._finish: bytes | None = None
 
@@ -107,10 +109,18 @@ class ChatFrames:
         if delta.text or not (delta.reasoning or delta.tool_calls):
             fields["content"] = delta.text
         if delta.tool_calls:
-            fields["tool_calls"] = [_call_fields(call) for call in delta.tool_calls]
+            fields["tool_calls"] = [self._call_fields(delta.index, call) for call in delta.tool_calls]
         logprobs = {} if delta.logprobs is None else {"logprobs": logprobs_fields(delta.logprobs)}
         choice = {"index": delta.index, "delta": fields, **logprobs, "finish_reason": None}
         return self._frame(orjson.dumps(choice))
+
+    def _call_fields(self, index: int, call: ToolCallDelta) -> dict[str, Any]:
+        """Return a piece of a call of choice `index`. The first one has an id and a name, whatever the engine gives."""
+        if (index, call.index) in self._called:
+            return {"index": call.index, "function": {"arguments": call.arguments}}
+        self._called.add((index, call.index))
+        function = {"name": call.name or "", "arguments": call.arguments}
+        return {"index": call.index, "id": call.id or make_call_id(), "type": "function", "function": function}
 
     def _flush_finish(self, tail: bytes | None = None) -> bytes:
         choice, self._finish = self._finish, None
@@ -122,13 +132,6 @@ class ChatFrames:
             events = b',"shannon_events":' + orjson.dumps([event_fields(event) for event in self._events])
             self._events.clear()
         return self._head + choice + b"]" + events + (tail or self._tail)
-
-
-def _call_fields(call: ToolCallDelta) -> dict[str, Any]:
-    if call.id is None:
-        return {"index": call.index, "function": {"arguments": call.arguments}}
-    function = {"name": call.name, "arguments": call.arguments}
-    return {"index": call.index, "id": call.id, "type": "function", "function": function}
 
 
 def _choice(index: int, answer: Answer) -> dict[str, Any]:

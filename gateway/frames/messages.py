@@ -13,7 +13,7 @@ from typing import Any, Literal
 import orjson
 
 from engine.base import Delta, FinishReason, ToolCallDelta, Usage
-from gateway.answers import Answer
+from gateway.answers import Answer, make_call_id
 from gateway.errors import GatewayError, Overloaded
 from gateway.events import ShannonEvent
 from gateway.sse import event_fields
@@ -157,7 +157,8 @@ class MessageFrames:
             out = self._end_blocks(whole_calls_only=True)
             block = self._calls[piece.index] = self._new("tool_use")
             self._called = True
-            out += self._block_start(block, {"id": piece.id, "name": piece.name, "input": {}})
+            fields = {"id": piece.id or make_call_id(), "name": piece.name or "", "input": {}}
+            out += self._block_start(block, fields)
         if not piece.arguments:
             return out
         block.pieces.append(piece.arguments)

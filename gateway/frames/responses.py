@@ -7,13 +7,12 @@ byte templates made once per output item; everything else is rare. Shannon event
 
 from __future__ import annotations
 
-import secrets
 from typing import Any, Literal
 
 import orjson
 
 from engine.base import Delta, TokenLogprob, ToolCallDelta, Usage
-from gateway.answers import Answer
+from gateway.answers import Answer, make_call_id
 from gateway.errors import BadRequest, Cancelled, GatewayError, RateLimitExceeded
 from gateway.events import Clock, ShannonEvent
 from gateway.frames.output_items import DELTAS, Kind, OutputItem, logprob_fields
@@ -224,7 +223,7 @@ class ResponseFrames:
 
     def _new(self, kind: Kind, call_id: str = "", name: str = "") -> OutputItem:
         if kind == "function_call":
-            call_id = call_id or f"call_{secrets.token_hex(12)}"  # not every upstream makes ids
+            call_id = call_id or make_call_id()
         self._items.append(OutputItem(kind, len(self._items), call_id, name))
         return self._items[-1]
 

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections import Counter
 
 import pytest
 
-from engine.base import EngineOverloaded, EngineUnavailable
-from engine.pool import AttemptFailed, Attempts, Breaker, Choice, Pool, Replica, blame
+from engine.base import EngineOverloaded, EngineUnavailable, InvalidRequest, no_embeddings
+from engine.pool import RULES, AttemptFailed, Attempts, Breaker, Choice, Outcome, Pool, Replica, blame
 from tests.conftest import FakeClock
 
 pytestmark = pytest.mark.anyio
 
-GONE = AttemptFailed("could not be reached", again=True)
-FULL = AttemptFailed("answered 429", overloaded=True, retry_after_s=7.0)
+GONE = AttemptFailed("unreachable", "could not be reached")
+FULL = AttemptFailed("overloaded", "answered 429", retry_after_s=7.0)
 
 
 def breaker(clock: FakeClock | None = None) -> Breaker:
     return Breaker(failures=3, open_s=1.0, max_open_s=4.0, clock=clock or FakeClock())
 
 
-def pool(count: int = 2, choice: Choice = "least_loaded") -> Pool:
-    return Pool([Replica(f"http://replica-{number}/v1", breaker()) for number in range(count)], choice)
+def pool(count: int = 2, choice: Choice = "least_loaded", clock: FakeClock | None = None) -> Pool:
+    return Pool([Replica(f"http://replica-{number}/v1", breaker(clock)) for number in range(count)], choice)
 
 
 def opened(clock: FakeClock | None = None) -> Breaker:
@@ -32,19 +33,36 @@ def opened(clock: FakeClock | None = None) -> Breaker:
     return one
 
 
-def test_breaker_opens_after_failures_in_a_row() -> None:
+def test_failures_in_a_row_ask_for_a_probe_and_open_nothing_by_themselves() -> None:
     one = breaker()
     for _ in range(2):
-        one.fail()
+        one.doubt()
     one.succeed()
     for _ in range(2):
-        one.fail()
-    assert not one.opened.is_set()
+        one.doubt()
+    assert not one.suspected
 
-    one.fail()
+    one.doubt()
 
-    assert one.opened.is_set()
-    assert one.state == "open"
+    assert (one.suspected, one.state) == (True, "closed")
+    one.clear()
+    for _ in range(2):
+        one.doubt()
+    assert (one.suspected, one.state) == (False, "closed"), "they are counted from the start again"
+
+
+def test_requests_that_others_served_open_the_breaker_without_a_probe() -> None:
+    one = breaker()
+    for _ in range(2):
+        one.prove()
+    one.succeed()
+    for _ in range(2):
+        one.prove()
+    assert one.state == "closed"
+
+    one.prove()
+
+    assert (one.state, one.suspected, one.needs_probe.is_set()) == ("open", False, True)
 
 
 def test_open_time_doubles_up_to_its_most() -> None:
@@ -65,7 +83,8 @@ def test_open_time_doubles_up_to_its_most() -> None:
 def test_failures_of_an_open_breakers_past_do_not_prolong_it() -> None:
     one = opened()
     for _ in range(10):
-        one.fail()
+        one.doubt()
+        one.prove()
 
     assert one.wait_s == 1.0
 
@@ -78,10 +97,13 @@ def test_success_of_an_open_breakers_past_does_not_close_it() -> None:
     assert one.state == "open"
 
 
-def test_half_open_breaker_opens_for_longer_at_its_first_failure() -> None:
+def test_half_open_breaker_acts_at_its_first_failure() -> None:
     one = opened()
     one.half_open()
-    one.fail()
+    one.doubt()
+    assert (one.state, one.suspected) == ("half_open", True)
+
+    one.prove()
 
     assert (one.state, one.wait_s) == ("open", 2.0)
 
@@ -92,7 +114,9 @@ def test_first_token_closes_a_half_open_breaker_on_probation() -> None:
     one.answer()
     assert one.state == "closed"
 
-    one.fail()
+    one.doubt()
+    assert one.suspected
+    one.prove()
 
     assert (one.state, one.wait_s) == ("open", 2.0)
 
@@ -103,9 +127,9 @@ def test_served_request_ends_probation() -> None:
     one.answer()
     one.succeed()
     for _ in range(2):
-        one.fail()
+        one.prove()
     assert one.state == "closed"
-    one.fail()
+    one.prove()
 
     assert (one.state, one.wait_s) == ("open", 1.0)
 
@@ -164,6 +188,53 @@ def test_half_open_replica_gets_one_request_at_a_time_while_another_is_well() ->
     with replicas.occupy(mending):
         assert replicas.choose() is well
     assert replicas.choose() is mending
+
+
+def test_suspected_replica_gets_no_request_while_another_is_well() -> None:
+    replicas = pool(2)
+    for _ in range(3):
+        replicas.replicas[0].breaker.doubt()
+
+    assert {replicas.choose() for _ in range(20)} == {replicas.replicas[1]}
+    for _ in range(3):
+        replicas.replicas[1].breaker.doubt()
+    assert {replicas.choose() for _ in range(20)} == set(replicas.replicas)
+
+
+def spread(replicas: Pool, requests: int) -> list[int]:
+    """Return where so many requests at once go."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(requests):
+            chosen = replicas.choose()
+            assert chosen is not None
+            stack.enter_context(replicas.occupy(chosen))
+        return [replica.in_flight for replica in replicas.replicas]
+
+
+def test_load_of_a_busy_replica_is_shifted_by_steps_and_comes_back() -> None:
+    clock = FakeClock()
+    replicas = pool(2, clock=clock)
+    busy = replicas.replicas[0]
+    shares = []
+    for _ in range(6):
+        shares.append(spread(replicas, 300)[0])
+        busy.note_busy(retry_after_s=10.0)
+
+    assert shares[0] == 150
+    assert shares[:5] == sorted(set(shares[:5]), reverse=True)
+    assert shares[5] == shares[4] > 10, "never nothing: somebody has to notice that it has room again"
+    clock.advance(10.0)
+    assert shares[4] < spread(replicas, 300)[0] < 150
+    clock.advance(60.0)
+    assert spread(replicas, 300)[0] == 150
+
+
+def test_load_stays_even_when_all_are_busy() -> None:
+    replicas = pool(3)
+    for replica in replicas.replicas:
+        replica.note_busy(None)
+
+    assert spread(replicas, 300) == [100, 100, 100]
 
 
 def test_half_open_replica_gets_every_request_when_there_is_no_other() -> None:
@@ -258,35 +329,81 @@ async def test_only_replica_is_tried_again_after_a_pause(monkeypatch: pytest.Mon
     assert pauses_s == [0.1, 0.2]
 
 
-@pytest.mark.parametrize("failure", [FULL, AttemptFailed("did not answer in time")])
-async def test_only_replica_is_left_in_peace_when_it_is_slow_or_full(failure: AttemptFailed) -> None:
-    attempts = Attempts(pool(1), "", retries=2)
-    attempts.fail(await attempts.next(), failure)
+@pytest.mark.parametrize("outcome", RULES)
+async def test_rules_say_where_a_request_is_tried_again(outcome: Outcome) -> None:
+    rule = RULES[outcome]
+    alone = Attempts(pool(1), "", retries=1)
+    alone.fail(await alone.next(), AttemptFailed(outcome, "x"))
+    assert await _tries(alone, outcome) == (1 if rule.again else 0)
 
-    with pytest.raises((EngineUnavailable, EngineOverloaded)):
-        await attempts.next()
-
-
-async def test_failure_that_would_repeat_itself_is_tried_nowhere_else() -> None:
-    attempts = Attempts(pool(3), "", retries=2)
-    attempts.fail(await attempts.next(), AttemptFailed("sent something else than embeddings", elsewhere=False))
-
-    with pytest.raises(EngineUnavailable):
-        await attempts.next()
+    among_five = Attempts(pool(5), "", retries=9)
+    assert await _tries(among_five, outcome) == (5 if rule.others == "all" else 2)
 
 
-async def test_request_under_suspicion_is_tried_once_more_only() -> None:
-    attempts = Attempts(pool(5), "", retries=9)
-    for _ in range(2):
-        attempts.fail(await attempts.next(), AttemptFailed("answered 500", suspicious=True))
+async def _tries(attempts: Attempts, outcome: Outcome) -> int:
+    """Return how many more replicas a request is sent to that fails everywhere alike."""
+    tries = 0
+    with contextlib.suppress(EngineUnavailable, EngineOverloaded):
+        while True:
+            replica = await attempts.next()
+            tries += 1
+            attempts.fail(replica, AttemptFailed(outcome, "x"))
+    return tries
 
-    with pytest.raises(EngineUnavailable):
-        await attempts.next()
+
+@pytest.mark.parametrize("outcome", RULES)
+async def test_rules_say_what_is_held_against_a_replica(outcome: Outcome) -> None:
+    rule = RULES[outcome]
+    replicas = pool(2)
+    bad, good = replicas.replicas
+    for _ in range(3):
+        attempts = Attempts(replicas, "", retries=1)
+        attempts.fail(bad, AttemptFailed(outcome, "x"))
+        assert bad.breaker.state == "closed"
+        attempts.succeed(good)
+
+    assert bad.breaker.state == ("open" if rule.evidence == "proof" else "closed")
+    assert bad.breaker.suspected == (rule.evidence == "doubt")
+    assert (bad.weight > 1) == rule.busy
+    assert (good.breaker.state, good.breaker.suspected, good.weight) == ("closed", False, 1.0)
+
+
+@pytest.mark.parametrize("outcome", RULES)
+async def test_request_that_nobody_serves_proves_nothing(outcome: Outcome) -> None:
+    replicas = pool(2)
+    for _ in range(20):
+        attempts = Attempts(replicas, "", retries=1)
+        for replica in replicas.replicas:
+            attempts.fail(replica, AttemptFailed(outcome, "x"))
+
+    assert {replica.breaker.state for replica in replicas.replicas} == {"closed"}
+
+
+async def test_replica_that_serves_at_the_second_try_is_not_held_guilty() -> None:
+    replicas = pool(1)
+    (only,) = replicas.replicas
+    for _ in range(5):
+        attempts = Attempts(replicas, "", retries=1)
+        attempts.fail(only, GONE)
+        attempts.succeed(only)
+        only.breaker.succeed()
+
+    assert (only.breaker.state, only.breaker.suspected) == ("closed", False)
+
+
+async def test_error_for_clients_is_told_only_if_every_replica_says_it() -> None:
+    missing = AttemptFailed("declined", "answered 404", error=no_embeddings())
+    for others, kind in ((missing, InvalidRequest), (GONE, EngineUnavailable)):
+        attempts = Attempts(pool(2), "", retries=1)
+        attempts.fail(await attempts.next(), others)
+        attempts.fail(await attempts.next(), missing)
+        with pytest.raises(kind):
+            await attempts.next()
 
 
 async def test_overload_anywhere_is_told_as_overload_with_the_shortest_wait() -> None:
     attempts = Attempts(pool(3), "", retries=2)
-    for failure in (FULL, GONE, AttemptFailed("answered 503", overloaded=True, retry_after_s=3.0)):
+    for failure in (FULL, GONE, AttemptFailed("overloaded", "answered 503", retry_after_s=3.0)):
         attempts.fail(await attempts.next(), failure)
 
     with pytest.raises(EngineOverloaded) as caught:
@@ -301,12 +418,20 @@ async def test_nothing_is_tried_while_every_breaker_is_open() -> None:
 
     with pytest.raises(EngineUnavailable, match="No server of this model"):
         await Attempts(replicas, "", retries=2).next()
+    with pytest.raises(EngineUnavailable, match="No server of this model"):
+        replicas.check()
 
 
-def test_blame_opens_at_once_for_what_an_operator_must_mend_and_never_for_overload() -> None:
-    full, locked = pool(2).replicas
-    for _ in range(10):
-        blame(full, FULL)
-    blame(locked, AttemptFailed("answered 401", misconfigured=True))
+def test_fault_that_repeats_is_logged_once_a_minute_with_its_count(caplog: pytest.LogCaptureFixture) -> None:
+    clock = FakeClock()
+    (replica,) = pool(1, clock=clock).replicas
+    caplog.set_level(logging.WARNING)
+    for _ in range(500):
+        blame(replica, FULL)
+        blame(replica, GONE)
+    assert len(caplog.records) == 2
 
-    assert (full.breaker.state, locked.breaker.state) == ("closed", "open")
+    clock.advance(61.0)
+    blame(replica, FULL)
+
+    assert "(499 more since the last such line)" in caplog.text

@@ -295,16 +295,18 @@ async def test_tool_calls_arrive_in_pieces() -> None:
         chunk(tool_calls=[{"index": 0, "id": "call-1", "type": "function", "function": {"name": "weather"}}]),
         chunk(tool_calls=[{"index": 0, "function": {"arguments": '{"city":'}}]),
         chunk(tool_calls=[{"index": 0, "function": {"arguments": '"Kyoto"}'}}, {"index": 1, "id": "call-2"}]),
+        chunk(tool_calls=[{"index": 1, "function": {"name": "time", "arguments": "{}"}}]),
         chunk(None, "tool_calls"),
     ]
+    tools = [{"type": "function", "function": {"name": name}} for name in ("weather", "time")]
     async with run_upstream(saying(*frames)) as server, remote(server) as engine:
-        _, deltas = await generate(engine)
+        _, deltas = await generate(engine, tools=tools)
 
     assert [call for delta in deltas for call in delta.tool_calls] == [
         ToolCallDelta(0, "call-1", "weather"),
         ToolCallDelta(0, arguments='{"city":'),
         ToolCallDelta(0, arguments='"Kyoto"}'),
-        ToolCallDelta(1, "call-2"),
+        ToolCallDelta(1, "call-2", "time", "{}"),
     ]
     assert deltas[-1].finish_reason == "tool_calls"
 
@@ -324,8 +326,9 @@ async def test_logprobs_are_read_with_their_alternatives() -> None:
     [
         ("stop", "stop"),
         ("length", "length"),
-        ("tool_calls", "tool_calls"),
-        ("function_call", "tool_calls"),
+        ("max_tokens", "length"),
+        ("tool_calls", "stop"),
+        ("function_call", "stop"),
         ("content_filter", "stop"),
         ("eos_of_another_kind", "stop"),
     ],
@@ -562,23 +565,55 @@ async def test_another_replica_serves_what_one_could_not_begin(
         assert [replica.in_flight for replica in engine.replicas] == [0, 0]
 
 
-async def test_slow_first_token_is_waited_for_elsewhere() -> None:
+async def test_slow_first_token_is_waited_for_elsewhere_and_slow_is_not_dead() -> None:
+    impatient = {"first_token_timeout_s": 0.05, "breaker_failures": 1}
+    async with run_upstream(stuck) as slow, run_upstream(hello) as good, remote(slow, good, **impatient) as engine:
+        while not slow.generations:
+            await generate(engine)
+        await until(lambda: not engine.replicas[0].breaker.suspected)
+
+        assert slow.probes == 2, "at the start, and when it was slow"
+        assert [replica.breaker.state for replica in engine.replicas] == ["closed", "closed"]
+        assert [replica.weight > 1 for replica in engine.replicas] == [True, False], "it gets less to do"
+
+
+async def test_slow_first_token_of_a_server_that_fails_its_probe_opens_the_breaker() -> None:
     impatient = {"first_token_timeout_s": 0.05, "breaker_failures": 1}
     async with run_upstream(stuck) as bad, run_upstream(hello) as good, remote(bad, good, **impatient) as engine:
+        bad.routes["/health"] = refusing(503, b"")
         while not bad.generations:
             await generate(engine)
 
-        assert [replica.breaker.state for replica in engine.replicas] == ["open", "closed"]
+        await until(lambda: engine.replicas[0].breaker.state == "open")
+        assert engine.replicas[1].breaker.state == "closed"
 
 
-async def test_comments_do_not_prolong_the_wait_for_the_first_token() -> None:
-    async def busy(connection: Connection) -> None:
+async def queueing(connection: Connection) -> None:
+    """Say that the request is in a queue, for ever."""
+    await connection.begin()
+    while True:
+        await connection.send(b": queued, position 3\n\n")
+        await asyncio.sleep(0.01)
+
+
+async def test_comments_from_a_queue_prolong_the_wait_for_the_first_token() -> None:
+    async def queue(connection: Connection) -> None:
         await connection.begin()
-        while True:
-            await connection.send(b": keepalive\n\n")
-            await asyncio.sleep(0.01)
+        for _ in range(10):
+            await connection.send(b": queued, position 3\n\n")
+            await asyncio.sleep(0.03)
+        await connection.frames(*HELLO_STREAM)
+        await connection.end()
 
-    async with run_upstream(busy) as server, remote(server, first_token_timeout_s=0.1) as engine:
+    async with run_upstream(queue) as server, remote(server, first_token_timeout_s=0.2) as engine:
+        prepared, _ = await generate(engine)
+
+    assert prepared.usage == Usage(7, 3)
+
+
+async def test_comments_prolong_no_wait_for_ever() -> None:
+    times = {"first_token_timeout_s": 0.1, "queue_timeout_s": 0.2}
+    async with run_upstream(queueing) as server, remote(server, **times) as engine:
         with pytest.raises(EngineUnavailable):
             await generate(engine)
 
@@ -589,7 +624,8 @@ async def test_dead_replica_is_tried_a_few_times_and_then_left_alone() -> None:
         for _ in range(40):
             await generate(engine)
 
-        assert [replica.breaker.state for replica in engine.replicas] == ["closed", "open"]
+        await until(lambda: engine.replicas[1].breaker.state == "open")
+        assert engine.replicas[0].breaker.state == "closed"
 
 
 async def test_only_replica_is_tried_again_when_it_broke_the_connection() -> None:
@@ -601,24 +637,66 @@ async def test_only_replica_is_tried_again_when_it_broke_the_connection() -> Non
     assert "".join(delta.text for delta in deltas) == "Hello there"
 
 
-@pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize(
-    "failing",
-    [
-        cut_after_a_token,
-        saying(*HELLO_STREAM[:2], error(type="InternalServerError", code=500)),
-        saying(*HELLO_STREAM[:2], error(type="BadRequestError", code=400)),
-        saying(*HELLO_STREAM[:2]),
-        saying(*HELLO_STREAM[:2], {"choices": "none"}),
-        saying(*HELLO_STREAM[:2], chunk("", "abort")),
-    ],
-    ids=["cut", "error frame", "late refusal", "no finish", "nonsense", "abort"],
-)
-async def test_nothing_is_tried_again_after_the_first_token(
-    failing: Callable[[Connection], Awaitable[None]], stream: bool
+async def ending_early(connection: Connection) -> None:
+    await connection.begin()
+    await connection.frames(*HELLO_STREAM[:2])
+    await connection.end(done=False)
+
+
+LATE_FAILURES = [
+    cut_after_a_token,
+    saying(*HELLO_STREAM[:2], error(type="InternalServerError", code=500)),
+    ending_early,
+    saying(*HELLO_STREAM[:2], {"choices": "none"}),
+    saying(*HELLO_STREAM[:2], chunk("", "abort")),
+]
+LATE_FAILURE_IDS = ["cut", "error frame", "no finish", "nonsense", "abort"]
+LATE_REFUSAL = saying(*HELLO_STREAM[:2], error(type="BadRequestError", code=400))
+
+
+@pytest.mark.parametrize("failing", LATE_FAILURES, ids=LATE_FAILURE_IDS)
+async def test_whole_answer_is_tried_again_after_the_first_token(
+    failing: Callable[[Connection], Awaitable[None]], caplog: pytest.LogCaptureFixture
+) -> None:
+    async with run_upstream(failing) as bad, run_upstream(hello) as good, remote(bad, good) as engine:
+        while not bad.generations:
+            prepared, deltas = await generate(engine, stream=False)
+            assert deltas == [Delta("Hello there", finish_reason="stop", tool_calls=[])]
+            assert prepared.usage == Usage(7, 3), "the attempt that failed is not on the bill"
+
+        assert [replica.discarded_tokens for replica in engine.replicas] == [8, 0]
+
+
+@pytest.mark.parametrize("failing", LATE_FAILURES, ids=LATE_FAILURE_IDS)
+async def test_whole_answer_is_tried_again_a_few_times_and_costs_nothing_in_the_end(
+    failing: Callable[[Connection], Awaitable[None]],
+) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        servers = [await stack.enter_async_context(run_upstream(failing)) for _ in range(5)]
+        engine = await stack.enter_async_context(remote(*servers, retries=2))
+        prepared = await engine.prepare(request(stream=False))
+        with pytest.raises(EngineUnavailable):
+            _ = [delta async for delta in engine.generate(prepared)]
+
+        assert 2 <= sum(len(server.generations) for server in servers) <= 3
+        assert prepared.usage == Usage()
+        assert engine.unfinished_requests == 0
+
+
+async def test_late_refusal_of_a_whole_answer_is_the_requests_fault() -> None:
+    async with run_upstream(LATE_REFUSAL) as server, remote(server) as engine:
+        with pytest.raises(InvalidRequest):
+            await generate(engine, stream=False)
+
+        assert len(server.generations) == 1
+
+
+@pytest.mark.parametrize("failing", [*LATE_FAILURES, LATE_REFUSAL], ids=[*LATE_FAILURE_IDS, "late refusal"])
+async def test_stream_is_not_tried_again_after_the_first_token(
+    failing: Callable[[Connection], Awaitable[None]],
 ) -> None:
     async with run_upstream(failing) as one, run_upstream(failing) as other, remote(one, other) as engine:
-        prepared = await engine.prepare(request(stream=stream))
+        prepared = await engine.prepare(request())
         with pytest.raises(EngineDied) as caught:
             _ = [delta async for delta in engine.generate(prepared)]
 
@@ -681,17 +759,18 @@ async def test_request_that_breaks_servers_is_carried_to_one_more_only() -> None
 
 
 @pytest.mark.parametrize("status", [302, 401, 403, 404, 405])
-async def test_what_an_operator_must_mend_opens_the_breaker_and_is_logged(
+async def test_what_an_operator_must_mend_is_logged_once_and_opens_no_breaker_by_itself(
     status: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     answer = refusing(status, error(code="invalid_api_key"), location="http://127.0.0.1:9/")
     async with run_upstream(answer) as server, remote(server, api_key="sk-up") as engine:
         prepared = await engine.prepare(request())
-        with pytest.raises(EngineUnavailable) as caught:
-            _ = [delta async for delta in engine.generate(prepared)]
+        for _ in range(10):
+            with pytest.raises(EngineUnavailable) as caught:
+                _ = [delta async for delta in engine.generate(prepared)]
 
-        assert engine.replicas[0].breaker.state == "open"
-    assert f"answered {status} (invalid_api_key); check" in caplog.text
+        assert engine.replicas[0].breaker.state == "closed"
+    assert caplog.text.count(f"answered {status} (invalid_api_key); check") == 1
     for words in (SECRET_WORDS, "sk-up"):
         assert words not in caplog.text + str(caught.value)
 
@@ -958,7 +1037,7 @@ async def test_outage_of_all_servers_does_not_restart_the_engine() -> None:
 def _fails_to_probe(engine: SupervisedEngine) -> bool:
     assert isinstance(engine.current, RemoteEngine)
     (replica,) = engine.current.replicas
-    replica.breaker.fail()
+    replica.breaker.doubt()
     return replica.breaker.state == "open"
 
 
