@@ -296,6 +296,8 @@ class Attempts:
         self._left = retries + 1
         self._tried: list[Replica] = []
         self._failures: list[tuple[Replica, AttemptFailed]] = []
+        self._unproven: list[tuple[Replica, bool]] = []
+        """Replicas that another one may prove guilty, and whether they had begun to answer."""
 
     async def next(self) -> Replica:
         """Return the replica to try now. Raises what clients see when there is none left."""
@@ -311,18 +313,25 @@ class Attempts:
                 return replica
         raise self._verdict() from last
 
-    def fail(self, replica: Replica, failure: AttemptFailed) -> None:
-        """Note that the request has failed at `replica`."""
+    def fail(self, replica: Replica, failure: AttemptFailed, *, late: bool = False) -> None:
+        """Note that the request has failed at `replica`; `late` tells that it was after the first token."""
         self._failures.append((replica, failure))
+        if failure.rule.evidence == "proof":
+            self._unproven.append((replica, late))
         if failure.rule.others == "one":
             first = sum(failure.rule.others == "one" for _, failure in self._failures) == 1
             self._left = min(self._left, 1) if first else 0
         blame(replica, failure)
 
-    def succeed(self, replica: Replica) -> None:
-        """Note that the request is served by `replica`: those that failed with it before are at fault."""
-        for other, failure in self._failures:
-            if other is not replica and failure.rule.evidence == "proof":
+    def succeed(self, replica: Replica, *, begun_only: bool = False) -> None:
+        """Note that the request is served by `replica`: those that failed with it before are at fault.
+
+        With `begun_only` there is a first token only, which proves nothing against those that came as far.
+        """
+        proven = [(other, late) for other, late in self._unproven if not (late and begun_only)]
+        self._unproven = [pair for pair in self._unproven if pair not in proven]
+        for other, _ in proven:
+            if other is not replica:
                 other.breaker.prove()
 
     def _verdict(self) -> EngineError:

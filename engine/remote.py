@@ -67,6 +67,7 @@ from engine.wire import (
 
 log = logging.getLogger(__name__)
 
+_AFTER_DEFECT_S = 1.0
 _LINGER_S = 0.25
 """For the end of a response after [DONE]; without it the connection could not be used again."""
 _MAX_COUNTED_INPUTS = 32
@@ -160,7 +161,7 @@ class RemoteEngine:
                     await self._wait_for(replica)
             except Exception:  # a watch that ended would leave the replica alone for ever
                 log.exception("the probe of replica %s failed by itself", replica.url)
-                await asyncio.sleep(1.0)
+                await asyncio.sleep(_AFTER_DEFECT_S)
 
     async def _examine(self, replica: Replica) -> None:
         """Find out whether a suspected replica is well."""
@@ -322,7 +323,7 @@ class RemoteEngine:
                         whole = merge([delta async for delta in deltas])
                 except (AttemptFailed, InvalidRequest) as failure:
                     if isinstance(failure, AttemptFailed) and not (shown or self._upstream.closed):
-                        attempts.fail(replica, failure)
+                        attempts.fail(replica, failure, late=reply.started)
                         replica.discarded_tokens += reply.forget_usage()
                         continue
                     if isinstance(failure, InvalidRequest) and not shown:
@@ -362,7 +363,7 @@ class RemoteEngine:
                             answered = True
                             replica.refused |= stream.refused
                             replica.breaker.answer()
-                            attempts.succeed(replica)
+                            attempts.succeed(replica, begun_only=True)
                         for delta in deltas:
                             yield delta
                         if failure is not None:
@@ -375,6 +376,7 @@ class RemoteEngine:
                 if not reply.finished:
                     raise AttemptFailed("failed", "ended a stream early")
                 replica.breaker.succeed()
+                attempts.succeed(replica)
                 if frames.done:
                     await read_some(stream.chunks, now() + _LINGER_S, complete=True)
 

@@ -77,6 +77,10 @@ class Connection:
         with contextlib.suppress(ConnectionError):
             assert await self._reader.read(1) == b""
 
+    async def write(self, data: bytes) -> None:
+        """Send bytes as they are."""
+        await self._send(data)
+
     async def _send(self, data: bytes) -> None:
         if self._writer.is_closing():  # uvloop's would raise no ConnectionError
             raise ConnectionResetError
