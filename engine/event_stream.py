@@ -20,6 +20,8 @@ from engine.pool import AttemptFailed
 
 _MAX_FRAME_BYTES = 32 * 2**20
 """The longest sane frame is a whole answer with the logprobs of every token."""
+_MAX_ATTEMPTS = 64
+"""So often a frame of several lines is parsed before its end is known, or long ones would take quadratic time."""
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -33,8 +35,9 @@ class Frames:
         """The answer began with a JSON document instead of an event; it is complete."""
         self._line = bytearray()
         """A line whose end has not arrived."""
-        self._frame = b""
+        self._frame = bytearray()
         """The data lines, or the JSON document, whose JSON is not whole yet."""
+        self._attempts = 0
         self._in_document = False
         self._after_cr = False
         self._begun = False
@@ -66,7 +69,8 @@ class Frames:
 
         A frame that is cut off is none.
         """
-        return self.feed(b"\n")
+        frames = self.feed(b"\n")
+        return frames + self._try() if self._frame and not self.done else frames
 
     def _read_line(self, line: bytes) -> list[Any]:
         if not self._begun:
@@ -87,23 +91,33 @@ class Frames:
             self._in_document = True
             return self._add(line)
         if self._frame and not line.strip():
-            raise AttemptFailed("failed", "sent a frame that is not JSON")
+            frames = self._try()
+            if not frames:
+                raise AttemptFailed("failed", "sent a frame that is not JSON")
+            return frames
         return []  # a comment, or another field
 
     def _add(self, data: bytes) -> list[Any]:
         """Add a line to the frame; return the frame if that makes it whole."""
-        self._frame = self._frame + b"\n" + data if self._frame else data
-        # Only what may be whole is parsed, so that a frame of many lines is not parsed once per line.
-        if not data.rstrip().endswith((b"}", b"]", b"null", b'"')):
-            if not self._in_document and not self._frame.startswith((b"{", b"[")):
-                raise AttemptFailed("failed", "sent a frame that is not JSON")
-            return []
-        frame = _parse(self._frame)
+        if self._frame:
+            self._frame += b"\n"
+        self._frame += data
+        if not self._in_document and not self._frame.startswith((b"{", b"[", b"null")):
+            raise AttemptFailed("failed", "sent a frame that is not JSON")
+        if self._attempts < _MAX_ATTEMPTS and data.rstrip().endswith((b"}", b"]", b"null")):
+            return self._try()
+        return []
+
+    def _try(self) -> list[Any]:
+        """Return the frame if it is whole."""
+        frame = _parse(bytes(self._frame))
+        self._attempts += 1
         if frame is _BROKEN:
             return []
         self.is_document |= self._in_document and not self._framed
         self._framed = True
-        self._frame = b""
+        self._frame.clear()
+        self._attempts = 0
         self._in_document = False
         return [frame]
 
