@@ -11,7 +11,7 @@ Every state in which no request is running has a deadline that no byte sent can 
     new, nothing or half a head sent         HEAD_TIMEOUT_S from the connection
     after an answer                          `server.idle_connection_s` from the answer; an empty line changes nothing
     half of a later head                     HEAD_TIMEOUT_S from its first byte
-    body of a running request                `server.body_timeout_s` of waiting for the client, kept by `gateway.middleware`
+    body of a running request                `server.body_timeout_s` of waiting for it, kept by `gateway.middleware`
     client reads nothing of what waits       WRITE_TIMEOUT_S for each MIN_READ_BYTES
     closing, until the client closes too     LINGER_S once everything is written
 
