@@ -97,7 +97,9 @@ class EventLogs:
         opened = Opened(*await self._store.run(*_OPEN.call(log_keys(reader.log_id), arguments)))
         if opened.how == "attached":
             return opened, None
-        writer = LogWriter(self._store, reader.log_id, token, opened.number, max_bytes=max_bytes, ttl_s=ttl_s)
+        writer = LogWriter(
+            self._store, reader.log_id, reader.owner, token, opened.number, max_bytes=max_bytes, ttl_s=ttl_s
+        )
         self._writers[reader.log_id] = writer
         return opened, writer
 
@@ -127,6 +129,8 @@ class EventLogs:
             while True:
                 stopped = reader.stopped
                 if writer is None and (writer := self._writers.get(reader.log_id)) is not None:
+                    if writer.owner != reader.owner:
+                        raise LogGone("there is no such log")
                     writer.readers.add(reader)
                 frames = writer.frames_after(reader.after) if writer is not None else None
                 if writer is not None and frames:

@@ -41,8 +41,12 @@ class Reader:
 class LogWriter:
     """The writing end of a log. `readers` are those in this process."""
 
-    def __init__(self, store: Store, log_id: str, token: str, last: int, *, max_bytes: int, ttl_s: float) -> None:
+    def __init__(
+        self, store: Store, log_id: str, owner: str, token: str, last: int, *, max_bytes: int, ttl_s: float
+    ) -> None:
         self.log_id = log_id
+        self.owner = owner
+        """Who may read it: a tenant, or a key."""
         self.token = token
         self.last = last
         """Number of the newest frame."""
