@@ -271,6 +271,8 @@ class KeySettings(_Settings):
     """Model ids that the key may use; null means all."""
     admin: bool = False
     """May manage keys and see everybody's usage."""
+    metrics: bool = False
+    """May read /metrics, as admin keys may: for Prometheus, with `models: []`."""
     priority: Priority = "normal"
     """Keys of a better priority are served first while requests wait for an engine."""
 
