@@ -25,7 +25,7 @@ def split(text: str, most_bytes: int = PIECE_BYTES) -> list[str]:
     if len(text) * 4 <= most_bytes:
         return [text]
     data = text.encode()
-    pieces = []
+    pieces: list[str] = []
     start = 0
     while start < len(data) or not pieces:
         end = min(start + most_bytes, len(data))

@@ -31,12 +31,17 @@ def turns_of(found: list[Piece]) -> list[tuple[int, list[Message]]]:
     for _, group in groupby(reversed(found), key=lambda piece: piece[1]):
         texts = [text for text, _ in group]
         if texts[0].startswith("~"):
-            heads, texts = zip(*((text[: text.index(":", text.index("/"))], text) for text in texts), strict=True)
+            heads, bodies = zip(*map(_parted, texts), strict=True)
             if len(texts) != int(heads[0].partition("/")[2]):
                 continue
-            texts = ["".join(text[len(head) + 1 :] for head, text in zip(heads, texts, strict=True))]
+            texts = ["".join(bodies)]
         turns += [(number, turn) for number, turn in map(orjson.loads, texts)]
     return turns
+
+
+def _parted(member: str) -> tuple[str, str]:
+    end = member.index(":", member.index("/"))
+    return member[:end], member[end + 1 :]
 
 
 def text_of(message: Message) -> str:
