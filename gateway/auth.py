@@ -54,6 +54,8 @@ class Principal:
     expires_at: int | None = None
     priority: int = 0
     """Class of service, lower first, as engines know it."""
+    metrics: bool = False
+    """May read /metrics, as admin keys may."""
 
     def may_use(self, model_id: str) -> bool:
         return self.models is None or model_id in self.models
@@ -77,6 +79,7 @@ def _principal(record: KeyRecord) -> Principal:
         record.admin,
         record.expires_at,
         PRIORITIES[record.priority],
+        record.metrics,
     )
 
 

@@ -111,6 +111,7 @@ def _add_keys(keys: argparse.ArgumentParser, printed: argparse.ArgumentParser) -
     create.add_argument("--max-concurrent-requests", type=int, metavar="N", help="over all models")
     create.add_argument("--tokens-per-day", type=int, metavar="N", help="over all models, per UTC day")
     create.add_argument("--admin", action="store_true", help="may manage keys and see all usage")
+    create.add_argument("--metrics", action="store_true", help="may read /metrics")
     create.add_argument(
         "--priority", choices=("high", "normal", "low"), default="normal", help="who is served first under load"
     )
@@ -268,6 +269,7 @@ async def _create_key(store: Store, args: argparse.Namespace) -> None:
         "max_concurrent_requests": args.max_concurrent_requests,
         "tokens_per_day": args.tokens_per_day,
         "admin": args.admin,
+        "metrics": args.metrics,
         "priority": args.priority,
         "expires_at": None if days is None else int(time.time() + days * 86_400),
     }

@@ -291,6 +291,8 @@ class KeySettings(_Settings):
     """Model ids that the key may use; null means all."""
     admin: bool = False
     """May manage keys and see everybody's usage."""
+    metrics: bool = False
+    """May read /metrics, as admin keys may: for Prometheus, with `models: []`."""
     priority: Priority = "normal"
     """Keys of a better priority are served first while requests wait for an engine."""
 
@@ -356,6 +358,22 @@ class SessionSettings(_Settings):
     """Turns kept per session; the oldest go first."""
     max_bytes: int = Field(262_144, ge=1024)
     """Bytes kept per session; the oldest turns go first."""
+    max_bytes_per_key: int = Field(16 * 2**20, ge=1024)
+    """Bytes of sessions and stored responses that one key keeps; those that were not used for longest go first. 16 MiB
+    are 64 sessions of the largest size. At least `max_bytes`."""
+    derived: bool = True
+    """Give requests without X-Session-ID a session as well. Off stores nothing of them and announces no id."""
+    derived_ttl_s: int = Field(600, ge=1)
+    """Such a session is forgotten this long after its last use, unless its id is sent: then it is like any other. Long
+    enough for a reply, short enough that conversations don't pile up that nobody asked to keep."""
+    derived_bytes_per_key: int = Field(262_144, ge=1024)
+    """Bytes of such sessions that one key keeps; those that were not used for longest go first."""
+
+    @model_validator(mode="after")
+    def _key_must_have_room_for_a_session(self) -> SessionSettings:
+        if self.max_bytes_per_key < self.max_bytes:
+            raise ValueError(f"max_bytes_per_key: must be at least max_bytes, which is {self.max_bytes}")
+        return self
 
 
 class ResumeSettings(_Settings):

@@ -7,6 +7,7 @@
     +- InvalidApiKey (401)
     +- ModelNotAllowed (403)
     +- AdminOnly (403)
+    +- MetricsNotAllowed (403)
     +- NotFound (404)
     |  +- ModelNotFound
     +- MethodNotAllowed (405)
@@ -139,6 +140,12 @@ class AdminOnly(GatewayError):
     status = 403
     type = "permission_error"
     code = "admin_only"
+
+
+class MetricsNotAllowed(GatewayError):
+    status = 403
+    type = "permission_error"
+    code = "metrics_not_allowed"
 
 
 class NotFound(GatewayError):

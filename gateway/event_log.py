@@ -17,8 +17,10 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from gateway.errors import StoreUnavailable
-from gateway.log_writer import LogWriter, Reader, log_keys
-from gateway.store import Lane, Script
+from gateway.log_writer import LEAST_ROOM_BYTES, Account, LogWriter, Reader, log_keys
+from gateway.pieces import PIECE_BYTES
+from gateway.store import Command, Lane, Script
+from gateway.stored_bytes import StoredBytes
 
 LEASE_S = 6.0
 RENEW_S = 2.0
@@ -30,10 +32,10 @@ PATIENCE_S = 10.0
 MAX_NUMBER = 2**52
 """Numbers that clients name stay below: as much again is left to count on, before numbers are no longer exact."""
 _RETRY_S = 0.25
-_ENTRIES = 64
 _LEAST_WAIT_S, _MOST_WAIT_S = 0.02, 0.25
 
-_OPEN, _READ, _RENEW, _LEAVE, _CLOSE = (Script(f"log_{name}") for name in ("open", "read", "renew", "leave", "close"))
+_READ, _LEAVE, _CLOSE = (Script(f"log_{name}") for name in ("read", "leave", "close"))
+_OPEN, _RENEW = Script("log_queue", "log_open"), Script("log_queue", "log_renew")
 
 
 class LogGone(Exception):
@@ -42,6 +44,10 @@ class LogGone(Exception):
 
 class LogOrphaned(Exception):
     """The gateway that wrote the log is gone, and everything it stored has been read."""
+
+
+class LogRefused(Exception):
+    """The API key that would pay for the log has no room for another."""
 
 
 class LogClosed(Exception):
@@ -73,31 +79,59 @@ class Renewal(NamedTuple):
     closed: str
     """Why it was closed, if it was."""
     queue: list[str]
-    """What has come to the queue."""
+    """What has come to the queue, or the beginning of it."""
+    more: bool
+    """There is more of it."""
 
 
 class EventLogs:
     """The logs that this process writes, and the reading of all."""
 
-    def __init__(self, store: Lane) -> None:
+    def __init__(self, store: Lane, most_bytes_per_key: int = 2**50) -> None:
         self._store = store
+        self._bytes = StoredBytes(store, "logs", most_bytes_per_key)
         self._writers: dict[str, LogWriter] = {}
 
     async def open(
-        self, reader: Reader, *, process: str, max_bytes: int, ttl_s: float, held: LogWriter | None = None
+        self,
+        reader: Reader,
+        *,
+        process: str,
+        max_bytes: int,
+        ttl_s: float,
+        held: LogWriter | None = None,
+        payer: str = "",
     ) -> tuple[Opened, LogWriter | None]:
-        """Become the writer of a log, with `reader` as its reader, or only a reader where somebody writes it.
+        """Become the writer of a log, with `reader` as its reader, or only a reader where there is a writer.
 
-        `held` is the writer that this process has already. Raises StoreUnavailable.
+        `held` is the writer that this process has already, `payer` the API key to which the log's bytes count. Raises
+        LogRefused and StoreUnavailable.
         """
         token = secrets.token_hex(8)
         times_ms = [round(seconds * 1000) for seconds in (LEASE_S, PRESENT_S, ttl_s)]
         arguments = [reader.owner, token, process, reader.token, reader.after, *times_ms]
-        arguments.append("" if held is None else held.token)
+        arguments += ["" if held is None else held.token, PIECE_BYTES]
+        began = asyncio.get_running_loop().time()
         opened = Opened(*await self._store.run(*_OPEN.call(log_keys(reader.log_id), arguments)))
         if opened.how == "attached":
             return opened, None
-        writer = LogWriter(self._store, reader.log_id, token, opened.number, max_bytes=max_bytes, ttl_s=ttl_s)
+        writer = LogWriter(
+            self._store,
+            reader.log_id,
+            reader.owner,
+            token,
+            opened.number,
+            max_bytes=max_bytes,
+            ttl_s=ttl_s,
+            lease_s=LEASE_S,
+        )
+        writer.held_until = began + LEASE_S
+        if payer:
+            account = Account(self._bytes, payer, reader.log_id, ttl_s)
+            if not await account.charge(min(LEAST_ROOM_BYTES, max_bytes)):
+                await self.forget(reader.log_id)
+                raise LogRefused("the key has no room for another log")
+            writer.count(account)
         self._writers[reader.log_id] = writer
         return opened, writer
 
@@ -110,7 +144,7 @@ class EventLogs:
 
     async def last(self, reader: Reader) -> tuple[str, int]:
         """Return a log's state and the number of its last frame. Raises LogGone and StoreUnavailable."""
-        state, last, _, _ = await self._ask(reader, MAX_NUMBER)
+        state, last, _, _ = await self._ask(reader, MAX_NUMBER, 0)
         if state == "gone":
             raise LogGone("there is no such log")
         writer = self._writers.get(reader.log_id)
@@ -127,10 +161,13 @@ class EventLogs:
             while True:
                 stopped = reader.stopped
                 if writer is None and (writer := self._writers.get(reader.log_id)) is not None:
+                    if writer.owner != reader.owner:
+                        raise LogGone("there is no such log")
                     writer.readers.add(reader)
                 frames = writer.frames_after(reader.after) if writer is not None else None
                 if writer is not None and frames:
                     reader.after = writer.last
+                    reader.parts = []
                     yield frames
                 if stopped:
                     return  # but what is at hand has been sent
@@ -170,29 +207,34 @@ class EventLogs:
         if state == "replaced":
             reader.stop("replaced")
             return b"", True
-        frames = b""
-        for first, last, text in entries:
-            if first > reader.after + 1:
+        frames: list[str] = []
+        for first, last, place, parts, text in entries:
+            if first > reader.after + 1 or (parts and place != len(reader.parts)):
                 raise LogGone("its oldest frames are gone")
-            batch = text.split("\n\n")[reader.after + 1 - first : -1]
-            frames += "".join(f"{frame}\n\n" for frame in batch).encode()
-            reader.after = last
+            if parts:
+                reader.parts.append(text)
+                if place + 1 < parts:
+                    continue
+                frames += reader.parts
+            else:
+                frames += [f"{frame}\n\n" for frame in text.split("\n\n")[reader.after + 1 - first : -1]]
+            reader.after, reader.parts = last, []
         if state == "orphaned" and not entries:
             raise LogOrphaned
-        return frames, state == "ended"
+        return "".join(frames).encode(), state == "ended" and not entries
 
     async def _ask_patiently(self, reader: Reader) -> list[Any]:
         until = asyncio.get_running_loop().time() + PATIENCE_S
         while True:
             try:
-                return await self._ask(reader, reader.after)
+                return await self._ask(reader, reader.after, len(reader.parts))
             except StoreUnavailable:
                 if asyncio.get_running_loop().time() > until or reader.stopped:
                     raise
             await asyncio.sleep(_RETRY_S)
 
-    async def _ask(self, reader: Reader, number: int) -> list[Any]:
-        arguments = [reader.owner, number, _ENTRIES, reader.token, round(PRESENT_S * 1000)]
+    async def _ask(self, reader: Reader, number: int, parts: int) -> list[Any]:
+        arguments = [reader.owner, number, parts, PIECE_BYTES // 2, reader.token, round(PRESENT_S * 1000)]
         answer: list[Any] = await self._store.run(*_READ.call(log_keys(reader.log_id)[:2], arguments))
         return answer
 
@@ -203,13 +245,18 @@ class EventLogs:
 
         `known` is how much of the queue is. Raises StoreUnavailable.
         """
-        arguments = [writer.token, round(lease_s * 1000), round(ttl_s * 1000), known]
-        answer = await self._store.run(*_RENEW.call(log_keys(writer.log_id), arguments))
+        began = writer.clock()
+        arguments = [writer.token, round(lease_s * 1000), round(ttl_s * 1000), known, PIECE_BYTES]
+        commands: list[Command] = [_RENEW.call(log_keys(writer.log_id), arguments)]
+        if writer.account is not None:
+            commands.append(self._bytes.renewal(writer.account.key_id, writer.log_id, ttl_s))
+        answer, *_ = await self._store.run_in_order(commands)
         if not answer:
             writer.lost = True
             return None
-        reader, left_ms, closed, queue = answer
-        return Renewal(reader, left_ms / 1000, closed, queue)
+        writer.held_until = began + lease_s
+        reader, left_ms, closed, queue, more = answer
+        return Renewal(reader, left_ms / 1000, closed, queue, bool(more))
 
     async def leave(self, reader: Reader) -> str | None:
         """Note that a reader has left. Returns the process that writes the log. Raises StoreUnavailable."""

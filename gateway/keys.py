@@ -80,6 +80,8 @@ class KeySpec(BaseModel):
     """Over all models, per UTC day."""
     admin: bool = False
     """May manage keys and see everybody's usage."""
+    metrics: bool = False
+    """May read /metrics, as admin keys may."""
     priority: Priority = "normal"
     """Keys of a better priority are served first while requests wait for an engine."""
     expires_at: int | None = None

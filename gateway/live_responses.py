@@ -56,7 +56,7 @@ class LiveResponse:
     """One response on its way, and what will be kept of it."""
 
     id: str
-    tenant: str
+    principal: Principal
     frames: ResponseFrames
     session: Session
     """Tells the client when the store is away."""
@@ -76,13 +76,18 @@ class LiveResponse:
     """The client has been told the id of a response in the background."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     failure: GatewayError | None = None
+    kept: bool = False
+    """The store has it, unless it was deleted since."""
 
     def interrupt(self, reason: GatewayError) -> None:
         if self.exchange is not None:
             self.exchange.interrupt(reason)
 
     def record(self) -> StoredResponse:
-        return StoredResponse(self.tenant, self.frames.response(), self.input, self.path)
+        principal = self.principal
+        return StoredResponse(
+            principal.tenant, self.frames.response(), self.input, self.path, key_id=principal.key_id, known=self.kept
+        )
 
 
 class LiveResponses:
@@ -133,9 +138,11 @@ class LiveResponses:
         live.started.set()
         if opening is None:
             return
-        await asyncio.shield(opening)
-        if live.frames.status == "queued":
+        queued = live.frames.status == "queued"
+        if queued:
             live.frames.status = "in_progress"
+        await asyncio.shield(opening)
+        if queued:
             await self._keep(live)
 
     async def _stop(self, live: LiveResponse, opening: asyncio.Task[None] | None) -> None:
@@ -148,13 +155,15 @@ class LiveResponses:
             await self._keep(live)
         else:
             with suppress(StoreUnavailable):
-                await self.stored.forget(live.id)
+                await self.stored.forget(live.record())
 
     async def _keep(self, live: LiveResponse) -> None:
         if not live.store:
             return
         turn = [*live.turn, live.frames.message()] if live.frames.finished else None
-        if not await self.stored.keep(live.record(), turn):
+        if await self.stored.keep(live.record(), turn):
+            live.kept = True
+        else:
             live.session.unavailable = True
 
     async def detach(self, live: LiveResponse, chunks: AsyncGenerator[bytes, None]) -> dict[str, Any]:
@@ -199,7 +208,7 @@ class LiveResponses:
         the gateway that makes it does not confirm.
         """
         live = self._live.get(response_id)
-        if live is not None and live.tenant == principal.tenant:
+        if live is not None and live.principal.tenant == principal.tenant:
             live.interrupt(Cancelled("The response was cancelled."))
             with suppress(TimeoutError):
                 async with asyncio.timeout(_CONFIRM_S):

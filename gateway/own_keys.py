@@ -64,4 +64,5 @@ def _principal(key_id: str, key: KeySettings) -> Principal:
         None if key.models is None else frozenset(key.models),
         admin=key.admin,
         priority=PRIORITIES[key.priority],
+        metrics=key.metrics,
     )

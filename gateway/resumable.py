@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 MAX_RESUMABLE = 1024
 """Resumable completions on their way at once in this process."""
 _ID = re.compile(r"chatcmpl-[0-9a-f]{32}")
+_CHECK_S = 2.0
+"""How long the check whose stream it is may take. It fails after that."""
 _AHEAD_S = 2.0
 """How long a client that says it has more than the store may wait for the store to catch up."""
 
@@ -215,17 +217,19 @@ class ResumableStreams:
     async def _find(self, reader: Reader) -> None:
         """Wait a moment until the stream has the event behind which it is to be read. Raises as `resume` does."""
         completion_id, after = reader.log_id, reader.after
-        found = "running", 0
+        deadline = asyncio.get_running_loop().time() + _AHEAD_S
         try:
-            async with asyncio.timeout(_AHEAD_S):
+            # Only an answer of the store shows whose log it is. Whatever comes in its place grants nothing.
+            async with asyncio.timeout(_CHECK_S):
                 found = await self._logs.last(reader)
-                while found[1] < after and found[0] == "running":
-                    await asyncio.sleep(_AHEAD_S / 20)
+            while found[1] < after and found[0] == "running" and asyncio.get_running_loop().time() < deadline:
+                await asyncio.sleep(_AHEAD_S / 20)
+                async with asyncio.timeout(_CHECK_S):
                     found = await self._logs.last(reader)
         except LogGone:
             raise _not_found(completion_id) from None
-        except TimeoutError:
-            pass
+        except (StoreUnavailable, TimeoutError):
+            raise _away("The stream can't be read at the moment.") from None
         if found[1] < after:
             raise BadRequest(
                 f"The stream {completion_id!r} has {found[1]} events so far, none with the number {after}.",

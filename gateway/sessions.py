@@ -1,10 +1,11 @@
 """Conversations that the gateway remembers.
 
-An id belongs to the tenant that used it first; whoever else sends it gets a fresh one. Stored turns come before a
+An id belongs to the tenant that used it first; other tenants that send it get a fresh one. Stored turns come before a
 request's messages only when the client names the session and brings no history (an assistant message) of its own;
-history that it brings replaces what is stored. Without an id one is derived from the conversation's beginning, and
-brings nothing back. Turns are stored when they complete, in the order in which their requests came. While the store
-is away conversations go on without history, and say so. Fails with BadRequest and NotFound.
+history that it brings replaces what is stored. Requests that name no session get one of derived_sessions.py. Turns are
+stored when they complete, in the order in which their requests came, and only in the incarnation of the session in
+which the request began: what was deleted stays deleted. While the store is away conversations continue without
+history, and say so. Raises BadRequest and NotFound.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import asyncio
 import hashlib
 import re
 import secrets
-from collections.abc import AsyncGenerator
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,16 +26,22 @@ from engine.base import Delta, Engine, GenerationRequest, InvalidRequest, Prepar
 from gateway.answers import Answer
 from gateway.auth import Principal
 from gateway.config import SessionSettings
+from gateway.derived_sessions import DerivedSessions, belongs_to, is_derived
 from gateway.errors import BadRequest, NotFound, StoreUnavailable
 from gateway.events import Event
 from gateway.metrics import Metrics
+from gateway.pieces import PIECE_BYTES
+from gateway.retention import Retention, session_keys
 from gateway.store import Lane, Script
+from gateway.turns import Message, Piece, pieces_of, text_of, turns_of, without_images
 
-Message = dict[str, Any]
+__all__ = ["Message", "Session", "Sessions", "derive_id", "prepare_with_history", "text_of", "without_images"]
 
 _ID = re.compile(r"[A-Za-z0-9._:@/+=|~-]{1,128}")
-_OPEN = Script("session_open")
-_APPEND = Script("session_append")
+_OPEN, _READ = Script("session_turns", "session_open"), Script("session_turns", "session_read")
+_APPEND, _DELETE = Script("session_append"), Script("session_delete")
+_DELETED_S = 60
+"""How long a derived session that was deleted can't become an ordinary one: longer than a request takes to begin."""
 IMAGES_SHARE = 4
 """A turn is stored with its images while it takes at most one part in this many of a session's bytes."""
 
@@ -44,14 +52,29 @@ class Session:
 
     id: str = ""
     tenant: str = ""
+    key_id: str = ""
     number: int = 0
     """This request's turn; 0 where nothing will be stored."""
+    incarnation: str = ""
+    """Differs from that of a session that was deleted and begun again under the same id."""
+    derived: bool = False
+    """The request named no session."""
+    prompt: str = ""
+    """Digest of a derived session's prompt."""
+    affinity: str = ""
+    """Where the conversation's prefix may be cached, if the id does not say."""
+    may_store: Callable[[], Awaitable[bool]] | None = None
+    """Asked before the turn is stored: whether the work was not handed to another gateway meanwhile."""
     announce: bool = False
     """New or collided: the client must be told the id."""
     unavailable: bool = False
     replaces: bool = False
     """The request brings its own history, which takes the place of what is stored."""
     history: list[list[Message]] = field(default_factory=list)
+    newest: list[Piece] = field(default_factory=list)
+    """Stored turns that came with the answer of the store, as it has them, newest first."""
+    more: int = 0
+    """Whether there are more (0 or 1)."""
     opening: asyncio.Task[None] | None = None
     """The question to the store, while it is under way."""
 
@@ -169,7 +192,10 @@ def _leaves_room(prepared: Prepared, request: GenerationRequest, max_model_len: 
 
 
 def derive_id(tenant: str, messages: list[Message]) -> str:
-    """Return the id of a conversation that names none: by tenant and by how it begins."""
+    """Return where the prefix of a conversation that names no session may be cached, by tenant and by how it begins.
+
+    It is a hint for the choice of a replica. Nothing is stored under it.
+    """
 
     def first(role: str, characters: int) -> str:
         texts = (text_of(message) for message in messages if message["role"] == role)
@@ -187,6 +213,8 @@ class Sessions:
         self._settings = settings
         self._store = store
         self._metrics = metrics
+        self._derived = DerivedSessions(settings, store)
+        self._kept = Retention(store, settings.max_bytes_per_key)
 
     async def open(self, principal: Principal, given: str | None, messages: list[Message]) -> Session:
         """Return the session of a request. Raises BadRequest on an id that can't be one."""
@@ -195,37 +223,83 @@ class Sessions:
         if not self._settings.enabled:
             return Session()
         replaces = any(message["role"] == "assistant" for message in messages)
-        session = Session(given or derive_id(principal.tenant, messages), principal.tenant, replaces=replaces)
-        if given is None:
-            # Nothing of it is needed before the first token, so it need not wait for the store.
-            session.opening = asyncio.create_task(self._open(session, wants_history=False))
-        else:
+        session = Session(given or "", principal.tenant, principal.key_id, replaces=replaces)
+        if given is not None:
             await self._open(session, wants_history=not replaces)
+            return session
+        session.affinity = derive_id(principal.tenant, messages)
+        if self._settings.derived:
+            session.derived = True
+            # Nothing of it is needed before the first token, so it need not wait for the store.
+            session.opening = asyncio.create_task(self._open_derived(session, messages))
         return session
+
+    async def _open_derived(self, session: Session, messages: list[Message]) -> None:
+        try:
+            session.id, session.announce, session.prompt = await self._derived.open(session.key_id, messages)
+        except StoreUnavailable:
+            self._note_unavailable(session)
+            return
+        session.number = 1
+        if session.announce:
+            self._metrics.session("created")
 
     async def _open(self, session: Session, *, wants_history: bool) -> None:
         try:
-            outcome, number, turns = await self._claim(session.id, session.tenant, wants_history)
+            seed, may_be_new = "", True
+            if is_derived(session.id):
+                may_be_new = belongs_to(session.id, session.key_id)
+                said = await self._derived.take(session.key_id, session.id) if may_be_new else None
+                seed = "" if said is None else orjson.dumps([0, said]).decode()
+            outcome = await self._claim(session, wants_history=wants_history, may_be_new=may_be_new, seed=seed)
             collided = outcome == "taken"
             while outcome == "taken":
                 session.id = f"oai-{secrets.token_hex(4)}"
-                outcome, number, turns = await self._claim(session.id, session.tenant, False)
+                outcome = await self._claim(session, wants_history=False)
                 if outcome == "owned":
                     outcome = "taken"  # ours, but another conversation
+            if wants_history and not collided:
+                await self._read(session.tenant, session.id, session.newest, session.more)
+                session.history = [turn for _, turn in turns_of(session.newest)]
+                session.newest = []
         except StoreUnavailable:
-            self._metrics.session("unavailable")
-            session.unavailable = True
+            self._note_unavailable(session)
             return
-        session.number = int(number)
-        session.announce = collided or outcome == "new"
-        session.history = [orjson.loads(turn)[1] for turn in turns]
+        session.announce = collided or (outcome == "new" and not seed)
         if session.announce:
             self._metrics.session("collided" if collided else "created")
 
-    async def _claim(self, session_id: str, tenant: str, wants_history: bool) -> tuple[str, int, list[str]]:
-        arguments = [tenant, self._settings.ttl_s, int(wants_history)]
-        outcome, number, turns = await self._store.run(*_OPEN.call(_keys(session_id), arguments))
-        return outcome, number, turns
+    def _note_unavailable(self, session: Session) -> None:
+        self._metrics.session("unavailable")
+        session.unavailable = True
+        session.number = 0
+
+    async def _claim(self, session: Session, *, wants_history: bool, may_be_new: bool = True, seed: str = "") -> str:
+        arguments = [session.tenant, self._settings.ttl_s, int(wants_history), secrets.token_hex(8), int(may_be_new)]
+        arguments += [seed, PIECE_BYTES]
+        keys = [*session_keys(session.id), _gone_key(session.id)]
+        answer = await self._store.run(*_OPEN.call(keys, arguments))
+        outcome, session.number, session.incarnation, found, session.more, payer = answer
+        if payer:
+            await self._store.run(*self._kept.renewal(payer, f"s:{session.id}", self._settings.ttl_s))
+        session.newest = list(zip(found[::2], found[1::2], strict=True))
+        return str(outcome)
+
+    async def _read(self, tenant: str, session_id: str, found: list[Piece], more: int = 1) -> int | None:
+        """Add to `found` the turns of a session that are older, newest first, if there are more.
+
+        Returns when the session was created, None if there is none of the tenant's.
+        """
+        created = None
+        while more:
+            last = found[-1][1] if found else "+inf"
+            skip = sum(number == last for _, number in found)
+            answer = await self._store.run(*_READ.call(session_keys(session_id), [tenant, last, skip, PIECE_BYTES]))
+            if not answer:
+                return None
+            created, pieces, more = answer
+            found += zip(pieces[::2], pieces[1::2], strict=True)
+        return created if created is None else int(created)
 
     async def record(
         self, events: AsyncGenerator[Event, None], session: Session, messages: list[Message]
@@ -241,56 +315,66 @@ class Sessions:
                     answer.add(event)
                 yield event
         if session.number:
-            await self._append(session, [*messages, answer.remembered()])
+            try:
+                if session.may_store is None or await session.may_store():
+                    await self._append(session, [*messages, answer.remembered()])
+            except StoreUnavailable:
+                self._metrics.session("unavailable")
 
     async def _append(self, session: Session, turn: list[Message]) -> None:
+        most = self._settings.derived_bytes_per_key if session.derived else self._settings.max_bytes
+        if len(orjson.dumps(turn)) > most // IMAGES_SHARE:
+            turn = [without_images(message) for message in turn]
+        if session.derived:
+            await self._derived.keep(session.key_id, session.id, session.prompt, turn, int(time.time()))
+            return
         # The number makes equal turns different members of the set.
         text = orjson.dumps([session.number, turn]).decode()
-        if len(text) > self._settings.max_bytes // IMAGES_SHARE:
-            text = orjson.dumps([session.number, [without_images(message) for message in turn]]).decode()
-        bounds = [self._settings.max_turns, self._settings.max_bytes]
-        arguments = [session.tenant, self._settings.ttl_s, session.number, text, int(session.replaces), *bounds]
-        try:
-            await self._store.run(*_APPEND.call(_keys(session.id), arguments))
-        except StoreUnavailable:
-            self._metrics.session("unavailable")
+        pieces = pieces_of(session.number, text) if len(text.encode()) <= most else [""]
+        for number, piece in enumerate(pieces):
+            arguments = [session.tenant, session.incarnation, self._settings.ttl_s, session.number, piece]
+            arguments += [int(session.replaces), int(number == 0), self._settings.max_turns, most, session.key_id]
+            stored, size_bytes, payer = await self._store.run(*_APPEND.call(session_keys(session.id), arguments))
+            if not stored:
+                return
+        await self._kept.keep(session.key_id, f"s:{session.id}", size_bytes, self._settings.ttl_s)
+        if payer not in ("", session.key_id):
+            await self._kept.release(payer, f"s:{session.id}")
 
     async def show(self, principal: Principal, session_id: str) -> dict[str, Any]:
         """Return a session to its owner. Raises NotFound, for another tenant's just as for none."""
-        owner_key, turns_key = _keys(_check_id(session_id))
-        owner, created, turns = await self._store.run_in_order(
-            [("HGET", owner_key, "tenant"), ("HGET", owner_key, "created"), ("ZRANGE", turns_key, 0, -1)]
-        )
-        if owner != principal.tenant:
+        _check_id(session_id)
+        if belongs_to(session_id, principal.key_id):
+            derived = await self._derived.show(principal.key_id, session_id)
+            if derived is not None:
+                return _shown(session_id, *derived)
+        found: list[Piece] = []
+        created = await self._read(principal.tenant, session_id, found)
+        if created is None:
             raise _not_found(session_id)
-        messages = [message for turn in turns for message in orjson.loads(turn)[1]]
-        return {"id": session_id, "object": "session", "created": int(created), "messages": messages}
+        return _shown(session_id, created, [message for _, turn in turns_of(found) for message in turn])
 
     async def delete(self, principal: Principal, session_id: str) -> dict[str, Any]:
         """Forget a session. Raises NotFound, as `show` does."""
-        await self.show(principal, session_id)
-        await self._store.run("DEL", *_keys(session_id))
+        _check_id(session_id)
+        derived = belongs_to(session_id, principal.key_id)
+        keys = [*session_keys(session_id), _gone_key(session_id)]
+        there, payer = await self._store.run(*_DELETE.call(keys, [principal.tenant, _DELETED_S if derived else 0]))
+        if derived and await self._derived.delete(principal.key_id, session_id):
+            there = 1
+        if payer:
+            await self._kept.release(payer, f"s:{session_id}")
+        if not there:
+            raise _not_found(session_id)
         return {"id": session_id, "object": "session.deleted", "deleted": True}
 
 
-def text_of(message: Message) -> str:
-    """Return what a message says, without its images."""
-    content = message.get("content") or ""
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+def _shown(session_id: str, created: int, messages: list[Message]) -> dict[str, Any]:
+    return {"id": session_id, "object": "session", "created": created, "messages": messages}
 
 
-def without_images(message: Message) -> Message:
-    """Return the message with words in place of its images."""
-    content = message.get("content")
-    if not isinstance(content, list):
-        return message
-    image = {"type": "text", "text": "[image]"}
-    return message | {"content": [image if part["type"] == "image_url" else part for part in content]}
-
-
-def _keys(session_id: str) -> list[str]:
-    head = f"sh:{{s:{session_id}}}"
-    return [head, f"{head}:t"]
+def _gone_key(session_id: str) -> str:
+    return f"sh:{{s:{session_id}}}:x"
 
 
 def _check_id(session_id: str) -> str:

@@ -4,30 +4,38 @@ A response belongs to the tenant whose key made it; to others it does not exist.
 those before it, so a conversation costs what was said in it, can be continued from any of its responses, and any
 number of times. It is forgotten after the sessions' time to live, and a conversation is bounded as theirs are: the
 oldest turns go first. A deleted turn takes those before it out of the conversation. One that is being made holds a
-lease: without it, the gateway that made it is gone. Fails with NotFound, BadRequest and StoreUnavailable.
+lease: without it, the gateway that made it is gone. What was deleted does not come back, whatever that gateway still
+does. Raises NotFound, BadRequest and StoreUnavailable.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, field
-from typing import Any
+import secrets
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
 
 import orjson
 
+from gateway import pieces
 from gateway.auth import Principal
 from gateway.config import SessionSettings
 from gateway.errors import BadRequest, NotFound, StoreUnavailable
 from gateway.frames.responses import RUNNING
 from gateway.metrics import Metrics
-from gateway.sessions import IMAGES_SHARE, Message, without_images
-from gateway.store import Command, Lane
+from gateway.retention import Retention, response_keys
+from gateway.sessions import IMAGES_SHARE
+from gateway.store import Command, Lane, Script
+from gateway.turns import Message, without_images
 
 LEASE_S = 60
 _ID = re.compile(r"resp_[A-Za-z0-9]{1,96}")
-_CANCELLED_KEY = "sh:responses:cancelled"
 _CANCELLED_S = 60  # far longer than it takes any gateway to look
+_CANCELLED_AT_ONCE = 1000
+_DELETED_S = 3600
+"""How long the deletion of a response is remembered whose gateway may only be slow: longer than one is made."""
 _CONTINUABLE = ("completed", "incomplete")
+_PUBLISH, _FIND, _DELETE = (Script(f"response_{name}") for name in ("publish", "find", "delete"))
 
 
 Path = list[tuple[str, int]]
@@ -45,6 +53,10 @@ class StoredResponse:
     """The responses before it in the conversation."""
     turn_bytes: int = 0
     """Size of what was said in it; 0 while nothing of it is kept."""
+    key_id: str = ""
+    """The API key that made it."""
+    known: bool = False
+    """It was kept before. If it is gone now, it was deleted."""
 
     @property
     def id(self) -> str:
@@ -53,6 +65,10 @@ class StoredResponse:
     @property
     def status(self) -> str:
         return str(self.response["status"])
+
+    def fields(self) -> dict[str, Any]:
+        """Return what the store keeps as one value."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "known"}
 
 
 @dataclass(slots=True)
@@ -63,6 +79,19 @@ class Conversation:
     turns: list[list[Message]] = field(default_factory=list)
 
 
+class _Found(NamedTuple):
+    """What the store tells of a response without its object. See lua/response_find.lua."""
+
+    status: str
+    turn_bytes: int
+    path: Path
+    payer: str
+    process: str
+    made: bool
+    """A gateway is making it."""
+    text: str
+
+
 class StoredResponses:
     """See the module."""
 
@@ -70,6 +99,8 @@ class StoredResponses:
         self._settings = settings
         self._store = store
         self._metrics = metrics
+        self._kept = Retention(store, settings.max_bytes_per_key)
+        self._process = secrets.token_hex(8)
 
     @property
     def enabled(self) -> bool:
@@ -77,23 +108,50 @@ class StoredResponses:
 
     async def conversation(self, principal: Principal, response_id: str) -> Conversation:
         """Return the conversation up to a response, and with it. Raises BadRequest where it can't be continued."""
-        record = await self._load(principal, response_id)
+        found = await self._find(principal, response_id)
         param = "previous_response_id"
-        if record is None:
+        if found is None:
             message = f"Previous response with id {response_id!r} not found."
             raise BadRequest(message, param, "previous_response_not_found")
-        if record.status not in _CONTINUABLE:
-            message = f"Previous response with id {response_id!r} can't be continued: its status is {record.status!r}."
+        status = found.status if found.made or found.status not in RUNNING else "failed"
+        if status not in _CONTINUABLE:
+            message = f"Previous response with id {response_id!r} can't be continued: its status is {status!r}."
             raise BadRequest(message, param)
-        if not record.turn_bytes:
+        if not found.turn_bytes:
             raise BadRequest(f"What was said in the response {response_id!r} was too long to be kept.", param)
-        path = self._bounded([*record.path, (record.id, record.turn_bytes)])
-        ttl_s = self._settings.ttl_s
-        found = await self._store.run_in_order([("GETEX", _turn_key(id_), "EX", ttl_s) for id_, _ in path])
-        turns = [orjson.loads(text) for text in _after_last_gap(found)]
+        path = self._bounded([*found.path, (response_id, found.turn_bytes)])
+        turns = [orjson.loads(text) for text in _after_last_gap(await self._turn_texts(path))]
         while turns and turns[0][0]["role"] == "tool":
             del turns[0]  # its call is in a turn that is gone
         return Conversation(path, turns)
+
+    async def _turn_texts(self, path: Path) -> list[str | None]:
+        """Return what was said in the responses of a path, as many at a time as make up a piece."""
+        texts: list[str | None] = []
+        batch: list[str] = []
+        size = 0
+        for number, (response_id, turn_bytes) in enumerate(path):
+            batch.append(response_id)
+            size += turn_bytes
+            if number + 1 < len(path) and size + path[number + 1][1] <= pieces.PIECE_BYTES:
+                continue
+            texts += await self._read_turns(batch)
+            batch, size = [], 0
+        return texts
+
+    async def _read_turns(self, response_ids: list[str]) -> list[str | None]:
+        """Return what was said in some responses, which is a use of it."""
+        ttl_s = self._settings.ttl_s
+        keys = [response_keys(response_id) for response_id in response_ids]
+        look: list[Command] = [("GET", own[2]) for own in keys] + [("HGET", own[1], "payer") for own in keys]
+        found = await self._store.run_in_order(look)
+        use: list[Command] = [("EXPIRE", key, ttl_s) for own in keys for key in (own[2], own[-1])]
+        for response_id, payer in zip(response_ids, found[len(keys) :], strict=True):
+            if payer:
+                use.append(self._kept.renewal(payer, f"r:{response_id}", ttl_s))
+        await self._store.run_in_order(use)
+        texts = zip(keys, found[: len(keys)], strict=True)
+        return [text and await pieces.read(self._store, own[2], text) for own, text in texts]
 
     def _bounded(self, path: Path) -> Path:
         """Return the newest of `path` that are within the bounds."""
@@ -108,72 +166,95 @@ class StoredResponses:
 
     async def keep(self, record: StoredResponse, turn: list[Message] | None = None) -> bool:
         """Store a response, and what was said in it once it is complete. Returns whether it is stored."""
-        ttl_s = self._settings.ttl_s
-        commands: list[Command] = []
-        if turn is not None and (text := self._turn_text(turn)) is not None:
-            record.turn_bytes = len(text)
-            commands.append(("SET", _turn_key(record.id), text, "EX", ttl_s))
-        commands.append(("SET", _key(record.id), orjson.dumps(asdict(record)).decode(), "EX", ttl_s))
-        if record.status in RUNNING:
-            commands.append(("SET", _lease_key(record.id), "", "EX", LEASE_S))
+        said = self._turn_text(turn) if turn is not None else None
+        if said is not None:
+            record.turn_bytes = len(said.encode())
+        text = orjson.dumps(record.fields()).decode()
+        size = len(text.encode()) + record.turn_bytes
         try:
-            await self._store.run_in_order(commands)
+            if size > self._settings.max_bytes_per_key:
+                return False
+            keys = response_keys(record.id)
+            text = await pieces.write(self._store, keys[0], text, int(record.status == "in_progress"))
+            said = None if said is None else await pieces.write(self._store, _turn_key(record.id), said)
+            arguments = [record.tenant, self._process, int(not record.known), self._settings.ttl_s, record.status]
+            arguments += [text, said or "", record.turn_bytes, orjson.dumps(record.path).decode(), record.key_id]
+            arguments.append(LEASE_S if record.status in RUNNING else 0)
+            stored = await self._store.run(*_PUBLISH.call(keys, arguments))
+            if stored and record.key_id:
+                await self._kept.keep(record.key_id, f"r:{record.id}", size, self._settings.ttl_s)
         except StoreUnavailable:
             self._metrics.session("unavailable")
             return False
         return True
 
     def _turn_text(self, turn: list[Message]) -> str | None:
-        text = orjson.dumps(turn).decode()
+        text = orjson.dumps(turn)
         if len(text) > self._settings.max_bytes // IMAGES_SHARE:
-            text = orjson.dumps([without_images(message) for message in turn]).decode()
-        return text if len(text) <= self._settings.max_bytes else None
+            text = orjson.dumps([without_images(message) for message in turn])
+        return text.decode() if len(text) <= self._settings.max_bytes else None
 
     async def find(self, principal: Principal, response_id: str) -> StoredResponse:
         """Return a response to its owner. Raises NotFound, for another tenant's just as for none."""
-        record = await self._load(principal, response_id)
-        if record is None:
-            raise NotFound(f"Response with id {response_id!r} not found.", "response_id", "response_not_found")
-        return record
-
-    async def _load(self, principal: Principal, response_id: str) -> StoredResponse | None:
-        if not _ID.fullmatch(response_id):
-            return None
-        key = _key(response_id)
-        text, lease = await self._store.run_in_order(
-            [("GETEX", key, "EX", self._settings.ttl_s), ("EXISTS", _lease_key(response_id))]
-        )
-        if text is None:
-            return None
+        found = await self._find(principal, response_id, whole=True)
+        text = found and await pieces.read(self._store, response_keys(response_id)[0], found.text)
+        if found is None or text is None:
+            raise _not_found(response_id)
         record = StoredResponse(**orjson.loads(text))
-        if record.tenant != principal.tenant:
-            return None
-        if record.status in RUNNING and not lease:
+        if record.status in RUNNING and not found.made:
             gone = {"code": "server_error", "message": "The server that was making this response is gone."}
             record.response |= {"status": "failed", "error": gone}
         return record
 
+    async def _find(self, principal: Principal, response_id: str, *, whole: bool = False) -> _Found | None:
+        if not _ID.fullmatch(response_id):
+            return None
+        ttl_s = self._settings.ttl_s
+        arguments = [principal.tenant, ttl_s, int(whole)]
+        answer = await self._store.run(*_FIND.call(response_keys(response_id), arguments))
+        if not answer:
+            return None
+        status, turn_bytes, path, payer, process, made, text = answer
+        if payer:
+            await self._store.run(*self._kept.renewal(payer, f"r:{response_id}", ttl_s))
+        path = [(id_, size) for id_, size in orjson.loads(path)]
+        return _Found(status, int(turn_bytes), path, payer, process, bool(made), text)
+
     async def delete(self, principal: Principal, response_id: str) -> None:
         """Forget a response and its turn. Raises NotFound, and BadRequest while it is being made."""
-        record = await self.find(principal, response_id)
-        if record.status in RUNNING:
+        if not _ID.fullmatch(response_id):
+            raise _not_found(response_id)
+        arguments = [principal.tenant, _DELETED_S, *RUNNING]
+        outcome, payer = await self._store.run(*_DELETE.call(response_keys(response_id), arguments))
+        if outcome == "absent":
+            raise _not_found(response_id)
+        if outcome == "running":
             raise BadRequest(f"The response {response_id!r} is still being made. Cancel it first.", "response_id")
-        await self.forget(response_id)
+        if payer:
+            await self._kept.release(payer, f"r:{response_id}")
 
-    async def forget(self, response_id: str) -> None:
-        await self._store.run("DEL", _key(response_id), _turn_key(response_id), _lease_key(response_id))
+    async def forget(self, record: StoredResponse) -> None:
+        """Remove a response that nobody knows of."""
+        await self._store.run("DEL", *response_keys(record.id))
+        await self._kept.release(record.key_id, f"r:{record.id}")
 
     async def ask_to_cancel(self, response_id: str) -> None:
         """Tell the gateway that is making a response, whichever it is, to end it."""
-        await self._store.run_in_order(
-            [("SADD", _CANCELLED_KEY, response_id), ("EXPIRE", _CANCELLED_KEY, _CANCELLED_S)]
-        )
+        process = await self._store.run("HGET", response_keys(response_id)[1], "process")
+        if process is not None:
+            key = _cancelled_key(process)
+            await self._store.run_in_order([("SADD", key, response_id), ("EXPIRE", key, _CANCELLED_S)])
 
     async def renew(self, response_ids: list[str]) -> set[str]:
         """Renew the leases of responses that are being made here. Returns those that are to be cancelled."""
-        leases: list[Command] = [("SET", _lease_key(id_), "", "EX", LEASE_S) for id_ in response_ids]
-        asked, *_ = await self._store.run_in_order([("SMEMBERS", _CANCELLED_KEY), *leases])
+        leases: list[Command] = [("SET", response_keys(id_)[3], "", "EX", LEASE_S) for id_ in response_ids]
+        look = ("SPOP", _cancelled_key(self._process), _CANCELLED_AT_ONCE)
+        asked, *_ = await self._store.run_in_order([look, *leases])
         return set(asked)
+
+
+def _not_found(response_id: str) -> NotFound:
+    return NotFound(f"Response with id {response_id!r} not found.", "response_id", "response_not_found")
 
 
 def _after_last_gap(texts: list[str | None]) -> list[str]:
@@ -186,13 +267,9 @@ def _after_last_gap(texts: list[str | None]) -> list[str]:
     return after
 
 
-def _key(response_id: str) -> str:
-    return f"sh:{{r:{response_id}}}"
-
-
 def _turn_key(response_id: str) -> str:
-    return f"{_key(response_id)}:t"
+    return response_keys(response_id)[2]
 
 
-def _lease_key(response_id: str) -> str:
-    return f"{_key(response_id)}:l"
+def _cancelled_key(process: str) -> str:
+    return f"sh:{{p:{process}}}:cancelled"

@@ -67,7 +67,7 @@ class Caller:
         """Return the events of the model's workflow. `ready` gets the request once its images are in it as data, and
         may change it."""
         app = self.services
-        generation = replace(generation, affinity=session.id)
+        generation = replace(generation, affinity=session.affinity or session.id)
 
         def run(generation: GenerationRequest) -> AsyncGenerator[Event, None]:
             events = self._workflow(ready(generation), meter, session, options or ShannonOptions())

@@ -1,6 +1,7 @@
 """GET /health, /ready, /metrics and /openapi.json: for machines that look after this one.
 
-/health and /ready need no key. /metrics needs one unless `server.metrics_public` is set.
+/health and /ready need no key. /metrics needs an admin key or one with `metrics: true`, unless `server.metrics_public`
+is set.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from gateway import __version__
 from gateway.api.dependencies import Services, authenticate, services
 from gateway.auth import Principal
 from gateway.drain import INTERRUPTED
-from gateway.errors import StoreUnavailable
+from gateway.errors import MetricsNotAllowed, StoreUnavailable
 from gateway.metrics import Metrics
 
 router = APIRouter()
@@ -45,8 +46,11 @@ async def get_ready(services: AppServices) -> JSONResponse:
 
 
 async def _scraper(request: Request, services: AppServices) -> None:
-    if not services.config.server.metrics_public:
-        await authenticate(request, services)
+    if services.config.server.metrics_public:
+        return
+    principal = await authenticate(request, services)
+    if not (principal.admin or principal.metrics):
+        raise MetricsNotAllowed("This API key may not read /metrics. Use an admin key, or a key with 'metrics': true.")
 
 
 @router.get("/metrics", response_class=Response, dependencies=[Depends(_scraper)])
@@ -75,9 +79,10 @@ def _tell_engine(metrics: Metrics, name: str, engine: SupervisedEngine) -> None:
         metrics.queue_longest_wait.labels(name).set(current.longest_wait_s)
         current = current.engine
     if isinstance(current, Replicated):
-        for replica in current.replicas:
-            metrics.upstream_available.labels(name, replica.url).set(replica.breaker.state != "open")
-            metrics.upstream_in_flight.labels(name, replica.url).set(replica.in_flight)
+        # By place in `urls`: addresses of servers are nothing that everybody who sees a dashboard should know.
+        for index, replica in enumerate(current.replicas):
+            metrics.upstream_available.labels(name, str(index)).set(replica.breaker.state != "open")
+            metrics.upstream_in_flight.labels(name, str(index)).set(replica.in_flight)
 
 
 @router.get("/openapi.json", include_in_schema=False)

@@ -182,7 +182,7 @@ async def _read(call: Call, body: ResponseRequest, given: _Input) -> _Asked:
     messages = assemble(body.instructions, conversation.turns, given.messages)
     if given_id is None:
         _check_outputs(messages)
-        session = Session(id=derive_id(call.principal.tenant, messages), tenant=call.principal.tenant)
+        session = Session(tenant=call.principal.tenant, affinity=derive_id(call.principal.tenant, messages))
     else:
         session = await call.services.sessions.open(call.principal, given_id, messages)
     cut = body.truncation == "auto" and given_id is None  # a session's turns are cut by its own rules
@@ -219,7 +219,7 @@ def _live_response(call: Call, body: ResponseRequest, asked: _Asked, meter: Mete
     }
     return LiveResponse(
         id=meter.request_id,
-        tenant=call.principal.tenant,
+        principal=call.principal,
         frames=ResponseFrames(fields, meter.usage, app.clock, events=call.wants_events),
         session=asked.session,
         store=bool(fields["store"]),

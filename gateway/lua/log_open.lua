@@ -5,8 +5,9 @@
 -- KEYS  log, entries, queue
 -- ARGV  1 owner  2 writer  3 process  4 reader  5 number of the last frame that the client has seen
 --       6 lease in ms  7 how long the reader counts as there, in ms  8 time to live in ms
---       9 writer that the process already is, or empty
--- Returns  {'opened' | 'taken over' | 'attached', process, number, number before what is unfinished, running, queue}
+--       9 writer that the process already is, or empty  10 most bytes of jobs
+-- Returns  {'opened' | 'taken over' | 'attached', process, number, number before what is unfinished, running, queue or
+--          the beginning of it}
 
 local time = redis.call('TIME')
 local now_ms = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
@@ -26,4 +27,11 @@ redis.call('HSET', KEYS[1], 'owner', ARGV[1], 'writer', ARGV[2], 'process', ARGV
 if not open then redis.call('HSET', KEYS[1], 'since', number) end
 for i = 1, 3 do redis.call('PEXPIRE', KEYS[i], ARGV[8]) end
 if not open then return {'opened', ARGV[3], number, number, '', {}} end
-return {'taken over', ARGV[3], number, tonumber(since), running or '', redis.call('LRANGE', KEYS[3], 0, -1)}
+-- Parts of a frame whose writer went before the last of them are no frame.
+for _, entry in ipairs(redis.call('XRANGE', KEYS[2], string.format('%.0f-0', last + 1), '+')) do
+  redis.call('XDEL', KEYS[2], entry[1])
+  redis.call('HINCRBY', KEYS[1], 'bytes', -#entry[2][4])
+  redis.call('XSETID', KEYS[2], string.format('%.0f-1000000', last))
+end
+redis.call('HSET', KEYS[1], 'part', 0)
+return {'taken over', ARGV[3], number, tonumber(since), running or '', (read_jobs(KEYS[3], 0, tonumber(ARGV[10])))}

@@ -1,28 +1,34 @@
 -- Hand a reader the entries behind a number, and note that it is there.
 --
 -- KEYS  log, entries
--- ARGV  1 owner  2 number of the last frame that it has  3 most entries
---       4 reader, of whom only the newest may go on, or empty where any number may read
---       5 how long it counts as there, in ms
+-- ARGV  1 owner  2 number of the last frame that it has  3 how many parts of the next one it has  4 most bytes
+--       5 reader, of whom only the newest may go on, or empty where any number may read
+--       6 how long it counts as there, in ms
 -- Returns  {'gone' | 'replaced' | 'closed' | 'orphaned' | 'ended' | 'running', number of the last frame,
---          why it was closed, entries as {number of the first frame, number of the last, frames}}
+--          why it was closed,
+--          entries as {number of the first frame, number of the last, place of the part, number of parts, frames}}
 
 local time = redis.call('TIME')
 local now_ms = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 local log = redis.call('HMGET', KEYS[1], 'owner', 'reader', 'closed', 'ended', 'lease_until', 'last', 'reader_until')
 if log[1] ~= ARGV[1] then return {'gone', 0, '', {}} end
 local last = tonumber(log[6])
-if ARGV[4] ~= '' and log[2] ~= ARGV[4] then return {'replaced', last, '', {}} end
+if ARGV[5] ~= '' and log[2] ~= ARGV[5] then return {'replaced', last, '', {}} end
 if log[3] then return {'closed', last, log[3], {}} end
 
 -- Not with every look: each write goes to the file and to the replicas.
-if tonumber(log[7] or '0') < now_ms + tonumber(ARGV[5]) / 2 then
-  redis.call('HSET', KEYS[1], 'reader_until', now_ms + tonumber(ARGV[5]))
+if tonumber(log[7] or '0') < now_ms + tonumber(ARGV[6]) / 2 then
+  redis.call('HSET', KEYS[1], 'reader_until', now_ms + tonumber(ARGV[6]))
 end
-local entries = {}
-local from = string.format('%.0f-0', tonumber(ARGV[2]) + 1)
-for _, entry in ipairs(redis.call('XRANGE', KEYS[2], from, '+', 'COUNT', ARGV[3])) do
-  table.insert(entries, {tonumber(entry[2][2]), tonumber(string.match(entry[1], '^%d+')), entry[2][4]})
+local entries, bytes = {}, 0
+local from = string.format('%.0f-%s', tonumber(ARGV[2]) + 1, ARGV[3])
+while bytes < tonumber(ARGV[4]) do
+  local entry = redis.call('XRANGE', KEYS[2], from, '+', 'COUNT', 1)[1]
+  if not entry then break end
+  local number, part = string.match(entry[1], '^(%d+)-(%d+)$')
+  table.insert(entries, {tonumber(entry[2][2]), tonumber(number), tonumber(part), tonumber(entry[2][6] or '0'), entry[2][4]})
+  bytes = bytes + #entry[2][4]
+  from = '(' .. entry[1]
 end
 local state = 'running'
 if log[4] then state = 'ended' elseif tonumber(log[5]) <= now_ms then state = 'orphaned' end

@@ -45,6 +45,7 @@ export class Engines {
       tell(this.note, null);
     } catch (error) {
       tell(this.note, error.message);
+      if (error.code === "metrics_not_allowed") this.stop(); // the key will not be allowed in two seconds either
     }
     this.list.replaceChildren(...[...this.#history].map(([name, history]) => card(name, history)));
   }

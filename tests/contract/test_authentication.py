@@ -84,6 +84,34 @@ async def test_metrics_are_public_by_switch(start: Start) -> None:
     assert (await gateway.client.get("/v1/models")).status_code == 401
 
 
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [
+        ({}, 403),
+        ({"models": []}, 403),
+        ({"metrics": True}, 200),
+        ({"metrics": True, "models": []}, 200),
+        ({"admin": True}, 200),
+    ],
+)
+@pytest.mark.parametrize("origin", ["store", "configuration"])
+async def test_metrics_are_for_admin_keys_and_keys_that_may_read_them(
+    start: Start, fields: dict[str, Any], status: int, origin: str
+) -> None:
+    secret = "a-key-of-twenty-characters-or-more"
+    keys = [{"name": "scraper", "key_env": "SCRAPER", **fields}] if origin == "configuration" else []
+    gateway = await start(config={"keys": keys}, environment={"SCRAPER": secret})
+    if origin == "store":
+        answer = await gateway.client.post("/admin/keys", json={"name": "scraper", **fields})
+        secret = answer.raise_for_status().json()["key"]
+    gateway.client.headers["Authorization"] = f"Bearer {secret}"
+
+    answer = await gateway.client.get("/metrics")
+    assert answer.status_code == status
+    assert status == 200 or answer.json()["error"]["code"] == "metrics_not_allowed"
+    assert status == 200 or "shannon_" not in answer.text
+
+
 async def test_key_is_checked_before_the_body_is_read(gateway: Gateway) -> None:
     del gateway.client.headers["Authorization"]
 

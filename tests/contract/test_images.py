@@ -347,10 +347,12 @@ async def test_fetch_that_fails_or_is_left_holds_no_place(serve: Start, site: We
     assert (await gateway.chat()).status_code == 200
 
 
-async def test_images_of_a_conversation_do_not_change_its_derived_id(start: Start) -> None:
+async def test_images_of_a_conversation_do_not_change_its_derived_session(start: Start) -> None:
     gateway = await start(mock=seeing)
     first = await gateway.chat(messages=asking(RED))
-    second = await gateway.chat(messages=asking(data_url(picture("blue"))))
+    answer = first.json()["choices"][0]["message"]
+    again = [*asking(data_url(picture("blue"))), answer, {"role": "user", "content": "and now?"}]
+    second = await gateway.chat(messages=again)
 
     assert first.headers["X-Session-ID"].startswith("oai-")
     assert "X-Session-ID" not in second.headers, "the same conversation, by its text"

@@ -173,7 +173,7 @@ async def test_what_a_drain_interrupts_is_told_by_the_gateways_that_stay(serve: 
     assert await stays.samples("shannon_draining") == {(): 0}
 
 
-async def test_servers_of_a_remote_engine_are_told_by_their_configured_urls(start: Start) -> None:
+async def test_servers_of_a_remote_engine_are_labelled_by_their_place_in_the_configuration(start: Start) -> None:
     async def silent(connection: Connection) -> None:
         await connection.left()
 
@@ -185,7 +185,9 @@ async def test_servers_of_a_remote_engine_are_told_by_their_configured_urls(star
         await until(lambda: bool(server.generations))
 
         available = await gateway.samples("shannon_upstream_available")
-        assert available == {("main", server.url): 1, ("main", nowhere): 0}
+        assert available == {("main", "0"): 1, ("main", "1"): 0}
         in_flight = await gateway.samples("shannon_upstream_requests_in_flight")
-        assert in_flight == {("main", server.url): 1, ("main", nowhere): 0}
+        assert in_flight == {("main", "0"): 1, ("main", "1"): 0}
+        page = (await gateway.client.get("/metrics")).text
+        assert "127.0.0.1" not in page, "nor anything else of their addresses"
         request.cancel()

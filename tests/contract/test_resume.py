@@ -15,6 +15,8 @@ import pytest
 
 from engine.base import EngineError
 from engine.mock import Fault, MockEngine
+from gateway import event_log
+from gateway.errors import StoreUnavailable
 from gateway.resumable import ResumableStreams
 from tests.conftest import HELLO, KEY_ID, Gateway, Start, until
 from tests.store_server import StoreServer
@@ -264,6 +266,50 @@ async def test_only_its_tenant_takes_a_stream_up(serve: Start) -> None:
     for replica in (gateway, other):
         replica.client.headers["Authorization"] = f"Bearer {OTHER_KEY}"
         assert await refused(replica, path_of(response)) == (404, "stream_not_found")
+
+
+class _Hanging:
+    """Answers to questions about a log that never come, or come as an error, from the `nth` on."""
+
+    def __init__(self, gateway: Gateway, nth: int, error: Exception | None) -> None:
+        self.calls = 0
+        self._run = gateway.services.store.run
+        self._nth = nth
+        self._error = error
+
+    async def __call__(self, *command: Any) -> Any:
+        self.calls += command[0] is event_log._READ
+        if self.calls < self._nth or command[0] is not event_log._READ:
+            return await self._run(*command)
+        if self._error is not None:
+            raise self._error
+        return await asyncio.Future()
+
+
+@pytest.mark.parametrize("error", [None, StoreUnavailable("away"), TimeoutError()], ids=["hangs", "away", "timeout"])
+@pytest.mark.parametrize("nth", [1, 2, 3])
+@pytest.mark.parametrize("replica", ["same", "other"])
+async def test_check_without_an_answer_shows_no_stream(
+    serve: Start, monkeypatch: pytest.MonkeyPatch, nth: int, error: Exception | None, replica: str
+) -> None:
+    """Whose stream it is, only the store's answer says: a check that it does not answer fails."""
+    monkeypatch.setattr("gateway.resumable._CHECK_S", 0.02)
+    monkeypatch.setattr("gateway.resumable._AHEAD_S", 0.2)
+    monkeypatch.setattr("gateway.event_log.PATIENCE_S", 0.02)
+    monkeypatch.setattr("gateway.event_log._RETRY_S", 0.01)
+    gateway = await serve(**TENANTS, mock=lambda: counting(3000))
+    other = gateway if replica == "same" else await serve(**TENANTS)
+    async with gateway.stream(resumable=True) as response:
+        await Taken().take(response, 3)
+        path = path_of(response)
+        monkeypatch.setattr(other.services.resumable._logs._store, "run", _Hanging(other, nth, error))
+        for after in (0, 1000):
+            answer = await other.client.get(
+                path, params={"starting_after": after}, headers={"Authorization": f"Bearer {OTHER_KEY}"}
+            )
+            assert answer.status_code in (404, 503)
+            assert answer.json()["error"]["code"] in ("stream_not_found", "store_unavailable")
+        monkeypatch.undo()
 
 
 async def test_what_is_no_stream_is_not_found(serve: Start) -> None:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import re
 from pathlib import Path
 from typing import Any
 
 import httpx
-import orjson
 import pytest
 import redis
 
 from engine.base import EngineDied
 from engine.mock import Fault, MockEngine
 from gateway.keys import KeySpec
+from gateway.pieces import PIECE_BYTES
 from tests.conftest import Gateway, Start, until
+from tests.store_commands import watch_store
 from tests.store_server import StoreServer, run_store
 
 pytestmark = pytest.mark.anyio
@@ -163,17 +163,6 @@ async def test_two_tenants_that_come_at_once_do_not_share_an_id(gateway: Gateway
     assert len(set(ids)) == 8
     assert ids.count("talk") == 1
     assert all(messages == [user("hi")] for messages in (request.messages for request in gateway.mock.requests))
-
-
-async def test_id_is_derived_from_tenant_system_and_user_texts(gateway: Gateway) -> None:
-    beginning = [system("s" * 300), user("u" * 300)]
-    response = await say(gateway, *beginning, session=None)
-
-    # JSON is how the three are kept apart before they are hashed.
-    seed = orjson.dumps(["default", "s" * 200, "u" * 100])
-    assert response.headers["x-session-id"] == f"oai-{hashlib.sha256(seed).hexdigest()[:16]}"
-    same = await say(gateway, system("s" * 250), user("u" * 150), user("more"), session=None)
-    assert "x-session-id" not in same.headers, "the same conversation, and no longer new"
 
 
 async def test_derived_ids_of_two_tenants_differ(gateway: Gateway) -> None:
@@ -369,6 +358,49 @@ async def test_session_that_is_deleted_while_a_request_runs_stays_deleted(serve:
     assert (await running).status_code == 200
 
     assert (await gateway.client.get("/v1/sessions/talk")).status_code == 404
+
+
+async def test_deleted_session_that_is_begun_again_has_nothing_of_the_one_before(serve: Start) -> None:
+    """A turn of the deleted one is still running, and ends after the new one has begun."""
+    gateway = await serve(mock=lambda: MockEngine(reply=ANSWER, token_s=0.3))
+    await say(gateway, user("early"), max_tokens=1)
+    running = asyncio.create_task(say(gateway, user("my secret")))
+    await until(lambda: gateway.mock.unfinished_requests == 1)
+    await gateway.client.delete("/v1/sessions/talk")
+    await say(gateway, user("fresh"), max_tokens=1)
+    assert not running.done()
+    assert (await running).status_code == 200
+
+    assert await stored(gateway) == [user("fresh"), assistant("certainly")]
+
+
+@pytest.mark.parametrize("letter", ["x", "中", "😀"])
+async def test_bytes_are_what_max_bytes_counts(start: Start, letter: str) -> None:
+    gateway = await start(mock=answering, config={"sessions": {"max_bytes": 1024}})
+    size = 900 // len(letter.encode())
+    await say(gateway, user(letter * size))
+    assert await stored(gateway) == [user(letter * size), assistant()]
+    await say(gateway, user(letter * (1024 // len(letter.encode()))))
+    assert await stored(gateway) == []
+
+
+@pytest.mark.parametrize("letter", ["x", "中"])
+async def test_large_sessions_come_and_go_in_pieces(start: Start, monkeypatch: pytest.MonkeyPatch, letter: str) -> None:
+    config = {"limits": {"enabled": False}, "sessions": {"max_bytes": 3_000_000}}
+    gateway = await start(mock=lambda: MockEngine(reply=ANSWER, max_model_len=10**7), config=config)
+    largest = watch_store(gateway.services.store, monkeypatch)
+    expected = []
+    for size in (10, 200_000, 700_000, 100_000, 30):
+        text = f"{size} " + letter * (size // len(letter.encode()))
+        await say(gateway, user(text))
+        expected += [user(text), assistant()]
+        assert prompted(gateway) == expected[:-1]
+    assert await stored(gateway) == expected
+    assert largest.bytes <= 1.1 * PIECE_BYTES
+    await say(gateway, user("y" * 2_500_000))
+    assert (await stored(gateway))[-2:] == [user("y" * 2_500_000), assistant()]
+    assert len(await stored(gateway)) < 12, "the oldest went"
+    assert largest.bytes <= 1.1 * PIECE_BYTES
 
 
 @pytest.mark.parametrize("bad", ["", " ", "a b", "x" * 129, "{talk}", "a}b", "naïve", "a\tb", "*", "a;b", "a\\b"])

@@ -155,6 +155,7 @@ def test_metrics_key_may_use_no_model(tmp_path: Path) -> None:
     (key,) = load(tmp_path, "h100").keys
 
     assert (key.key_file, key.models, key.admin) == (Path(SECRETS, "SHANNON_METRICS_KEY"), [], False)
+    assert key.metrics
     credentials = find("h100", "ServiceMonitor")["spec"]["endpoints"][0]["authorization"]["credentials"]
     assert credentials == {"name": f"{RELEASE}-shannon", "key": "SHANNON_METRICS_KEY"}
 

@@ -75,7 +75,7 @@ def tree(upstreams: list[str]) -> dict[str, Any]:
             "shannon-narrow": model | {"engine": "narrow"},
             "shannon-far": model | {"engine": "far"},
         },
-        "keys": [{"name": "metrics", "key_env": "SHANNON_METRICS_KEY", "models": []}],
+        "keys": [{"name": "metrics", "key_env": "SHANNON_METRICS_KEY", "models": [], "metrics": True}],
     }
 
 

@@ -53,7 +53,7 @@ are refused in `config` by _validate.tpl, so that manifests and configuration ca
 {{- $keys = append $keys (dict "name" "bootstrap-previous" "key_file" "/etc/shannon/secrets/SHANNON_PREVIOUS_BOOTSTRAP_KEY" "admin" true) -}}
 {{- end -}}
 {{- if .Values.monitoring.serviceMonitor.enabled -}}
-{{- $keys = append $keys (dict "name" "metrics" "key_file" "/etc/shannon/secrets/SHANNON_METRICS_KEY" "models" list) -}}
+{{- $keys = append $keys (dict "name" "metrics" "key_file" "/etc/shannon/secrets/SHANNON_METRICS_KEY" "models" list "metrics" true) -}}
 {{- end -}}
 {{- if $keys }}{{ $_ := set $own "keys" $keys }}{{ end -}}
 {{- mergeOverwrite (deepCopy .Values.config) $own | toYaml -}}
