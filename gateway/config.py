@@ -263,6 +263,10 @@ class ModelSettings(_Settings):
     """What the model does with a request; `chat` is one generation, the others are many, by agents with tools."""
     budget: BudgetSettings = BudgetSettings()
     """What one request may spend on agents; `chat` has none."""
+    tools: list[str] | None = None
+    """Tools that its agents may use: names of built-in ones, `server` or `server/*` for all tools of an MCP server,
+    `server/tool` or `server__tool` for one. null means all. A model that works with private documents can be kept from
+    the web, or from other servers, in this way; `shannon_options.tools` of a request only narrows it further."""
     description: str
     """One line for people, shown by GET /v1/models."""
     limits: LimitSettings = LimitSettings()
@@ -613,6 +617,28 @@ class McpServerSettings(_Settings):
         return self
 
 
+BUILT_IN_TOOLS = (
+    *("web_search", "web_fetch", "local_search", "local_read", "ga4_report", "ga4_realtime", "ga4_metadata"),
+    "serp_ads",
+)
+"""Names of the gateway's own tools, configured or not."""
+
+
+class AnswerSettings(_Settings):
+    images: list[str] = Field(default_factory=list)
+    """Hosts whose pictures an answer of a model with agents may show, `*.example.com` for all below one. Empty allows
+    none: loading a picture tells its host whatever a page made the model write into the address."""
+
+    @field_validator("images")
+    @classmethod
+    def _images_must_be_hosts(cls, images: list[str]) -> list[str]:
+        for host in images:
+            name = host.removeprefix("*.")
+            if not name or set(name) & set("/:*@?#\\ ") or not name.isascii():
+                raise ValueError(f"{host!r} is not a host; give names such as pictures.example.com")
+        return [host.lower() for host in images]
+
+
 class ToolSettings(_Settings):
     web_search: WebSearchSettings | None = None
     """Search of the web, for research models; null means none."""
@@ -692,6 +718,8 @@ class Config(_Settings):
     """Images in messages."""
     tools: ToolSettings = ToolSettings()
     """What agents may call."""
+    answers: AnswerSettings = AnswerSettings()
+    """What answers of models with agents may hold."""
     resume: ResumeSettings = ResumeSettings()
     """Chat streams that can be taken up again."""
     jobs: JobSettings = JobSettings()
@@ -710,6 +738,8 @@ class Config(_Settings):
         for model_id, model in self.models.items():
             if model.engine not in self.engines:
                 raise ValueError(f"models.{model_id}.engine: there is no engine named {model.engine!r}")
+            for name in model.tools or ():
+                self._check_tool(f"models.{model_id}.tools", name)
         if self.default_model not in self.models:
             raise ValueError(f"default_model: there is no model named {self.default_model!r}")
         for key in self.keys:
@@ -717,6 +747,19 @@ class Config(_Settings):
                 if model_id not in self.models:
                     raise ValueError(f"keys: {key.name!r} names model {model_id!r}, which does not exist")
         return self
+
+    def _check_tool(self, where: str, name: str) -> None:
+        """Raise ValueError on the name of a tool that there can't be."""
+        server, separator, tool = name.replace("/", "__", 1).partition("__")
+        if name in BUILT_IN_TOOLS or (server in self.tools.mcp and bool(separator) == bool(tool)):
+            listed = self.tools.mcp[server].tools if server in self.tools.mcp else None
+            shown = [re.sub(r"[^A-Za-z0-9_-]", "_", own_name) for own_name in listed or ()]  # as models call them
+            if listed is None or tool in ("", "*", *listed, *shown):
+                return
+            names = ", ".join(f"{server}/{known}" for known in listed)
+            raise ValueError(f"{where}: {name!r} is not among the tools of that server, which are {names}")
+        known = [*BUILT_IN_TOOLS, *(f"{server}/*" for server in self.tools.mcp)]
+        raise ValueError(f"{where}: there is no tool {name!r}; the tools are {', '.join(known)}")
 
 
 def load_config(path: Path, environment: Mapping[str, str] = os.environ) -> Config:

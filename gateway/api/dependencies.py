@@ -14,7 +14,7 @@ from gateway.address_limit import AddressLimit
 from gateway.api.bodies import Bodies
 from gateway.auth import Authenticator, Principal
 from gateway.cache_salts import CacheSalts
-from gateway.catalog import Catalog
+from gateway.catalog import Catalog, ModelSpec
 from gateway.config import Config
 from gateway.drain import Drain
 from gateway.errors import AdminOnly
@@ -61,6 +61,11 @@ class Services:
     address_limit: AddressLimit
     """Of the inspector's plain routes."""
     clock: Clock
+
+    def tools_of(self, model: ModelSpec) -> Toolbox:
+        """Return the tools that a model's agents may use."""
+        allowed = model.settings.tools
+        return self.tools if allowed is None else self.tools.only(allowed)
 
 
 async def services(request: Request) -> Services:

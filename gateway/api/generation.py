@@ -82,10 +82,12 @@ class Caller:
         settings = meter.model.settings
         if settings.workflow == "chat":
             return chat(generation, meter, session, app.clock)
-        tools = app.tools if options.tools is None else app.tools.only(options.tools)
+        tools = app.tools_of(meter.model)
+        tools = tools if options.tools is None else tools.only(options.tools)
         budget = Budget(**settings.budget.model_dump())
         chosen = options.model_dump(exclude_none=True, exclude={"tools"})
-        run = Run(generation, meter, session, tools, budget, app.clock, chosen)
+        images = app.config.answers.images
+        run = Run(generation, meter, session, tools, budget, app.clock, chosen, images)
         return conduct(WORKFLOWS[settings.workflow], run)
 
     def encode(
@@ -173,7 +175,7 @@ class Call(Caller):
         given_id = self.request.headers.get("x-session-id")
         async with self.telling_standing(meter.model):
             if options is not None:
-                options.check(meter.model, app.tools)
+                options.check(meter.model, app.tools_of(meter.model))
             session = await app.sessions.open(self.principal, given_id, generation.messages)
         return self.work(generation, meter, session, options=options), session
 

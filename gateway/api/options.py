@@ -28,7 +28,7 @@ class ShannonOptions(Schema):
     max_iterations: Annotated[int, Field(ge=0, le=3)] | None = None
     """For research models: rounds of gap filling at most."""
     tools: Annotated[list[Annotated[str, Field(max_length=128)]], Field(max_length=64)] | None = None
-    """Tools that agents may call, out of the configured ones; all of them when left out, none when empty."""
+    """Tools that agents may call, out of those of the model; all of them when left out, none when empty."""
     context: (
         Annotated[str, Field(max_length=MAX_CONTEXT_BYTES)]
         | Annotated[dict[str, Any], AfterValidator(_check_size)]

@@ -55,7 +55,7 @@ async def create_response(call: Annotated[Call, Depends(call)]) -> Response:
     meter = call.meter(f"resp_{secrets.token_hex(24)}", model)
     async with call.telling_standing(model):
         if body.shannon_options is not None:
-            body.shannon_options.check(model, call.services.tools)
+            body.shannon_options.check(model, call.services.tools_of(model))
         asked = await _read(call, body, given)
         live = _live_response(call, body, asked, meter)
         generation = body.for_engine(meter.request_id, asked.messages, model.settings.defaults)

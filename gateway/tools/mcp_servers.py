@@ -52,6 +52,7 @@ _RETRY_S = 30.0
 """A server that could not be reached is left alone this long when tools are listed; a call tries at once."""
 _LISTED_S = 600.0
 """How old a list of tools may become."""
+_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_-]")
 _LEASH = Path(__file__).with_name("leash.py")
 
 
@@ -266,8 +267,7 @@ class McpTool:
         """Raises ValueError on a schema that can't be used."""
         from gateway.tools.json_arguments import arguments_model
 
-        safe = re.sub(r"[^A-Za-z0-9_-]", "_", listed.name)
-        self.name = f"{server.name}{SEPARATOR}{safe}"[:_MAX_NAME_CHARS]
+        self.name = tool_name(server.name, listed.name)
         self.description = " ".join((listed.description or listed.title or "").split())[:_MAX_DESCRIPTION_CHARS]
         self.arguments: type[BaseModel] = arguments_model(dict(listed.input_schema))
         # Room to connect anew first; then the server's own limit counts, which tells a slow answer from a dead server.
@@ -283,6 +283,11 @@ class McpTool:
 
     async def close(self) -> None:
         """Nothing: the server closes its connection."""
+
+
+def tool_name(server: str, own_name: str) -> str:
+    """Return what agents call a tool of a server."""
+    return f"{server}{SEPARATOR}{_NOT_IN_NAMES.sub('_', own_name)}"[:_MAX_NAME_CHARS]
 
 
 def _value(name: str, variable: str, environment: Mapping[str, str]) -> str:

@@ -1,6 +1,7 @@
 """A toolbox with MCP servers in it, whose tools are only known once they are connected.
 
-Its tools are named `server__tool`; where tools are chosen by name, a server's own name stands for all of its tools.
+Its tools are named `server__tool`; where tools are chosen by name, a server's own name, and `server/*`, stand for all
+of its tools, and `server/tool` for one.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from gateway.tools.base import Resource, Tool, Toolbox
-from gateway.tools.mcp_servers import SEPARATOR, McpServer
+from gateway.tools.mcp_servers import SEPARATOR, McpServer, tool_name
 
 
 class ServerToolbox(Toolbox):
@@ -21,17 +22,22 @@ class ServerToolbox(Toolbox):
         tools: Iterable[Tool] = (),
         servers: Sequence[McpServer] = (),
         *,
-        meant: frozenset[str] | None = None,
+        meant: Sequence[frozenset[str]] = (),
         resources: Sequence[Resource] = (),
         **kept: Any,
     ) -> None:
-        """`meant` are the names of servers, or of single tools of theirs, that count; None means all."""
+        """`meant` are choices of servers, or of single tools of theirs: what is not in each of them does not count."""
         super().__init__(tools, resources=[*resources, *servers], **kept)
         self._servers = {server.name: server for server in servers}
-        self._meant = meant
+        self._meant = tuple(meant)
 
     def __contains__(self, name: object) -> bool:
-        return super().__contains__(name) or (isinstance(name, str) and server_of(name) in self._servers)
+        if super().__contains__(name):
+            return True
+        if not isinstance(name, str):
+            return False
+        name = canonical(name)
+        return server_of(name) in self._servers and (SEPARATOR not in name or self._means(name))
 
     @property
     def names(self) -> list[str]:
@@ -39,10 +45,10 @@ class ServerToolbox(Toolbox):
 
     def only(self, names: Iterable[str]) -> ServerToolbox:
         """Return the box of those tools, and servers, among `names`. Closing it closes nothing."""
-        wanted = frozenset(names)
+        wanted = frozenset(map(canonical, names))
         tools = [tool for name, tool in self._tools.items() if name in wanted]
         servers = [server for server in self._servers.values() if any(server_of(n) == server.name for n in wanted)]
-        share = ServerToolbox(tools, servers, meant=wanted, **self._shared())
+        share = ServerToolbox(tools, servers, meant=(*self._meant, wanted), **self._shared())
         share._lent = True
         return share
 
@@ -55,7 +61,7 @@ class ServerToolbox(Toolbox):
         return share
 
     def _means(self, name: str) -> bool:
-        return self._meant is None or name in self._meant or server_of(name) in self._meant
+        return all(name in choice or server_of(name) in choice for choice in self._meant)
 
     def _shared(self) -> dict[str, Any]:
         return {"clock": self._clock, "breakers": self._breakers, "backoff_s": self._backoff_s}
@@ -64,6 +70,12 @@ class ServerToolbox(Toolbox):
 async def stocked(toolbox: Toolbox) -> Toolbox:
     """Return `toolbox` with the tools of its servers, if it has any."""
     return await toolbox.stocked() if isinstance(toolbox, ServerToolbox) else toolbox
+
+
+def canonical(name: str) -> str:
+    """Return the name that a tool has here, of a server's `server/tool`, and the server's own for all of its tools."""
+    server, _, tool = name.replace("/", SEPARATOR, 1).partition(SEPARATOR)
+    return server if tool in ("", "*") else tool_name(server, tool)
 
 
 def server_of(name: str) -> str:

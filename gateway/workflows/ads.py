@@ -15,9 +15,8 @@ from pydantic import Field
 
 from engine.base import Delta
 from gateway.events import ORCHESTRATOR
-from gateway.sessions import text_of
 from gateway.tools.base import Observation
-from gateway.workflows.agents import AGENT_FAILURES, Agent, Decision, Prompt, fenced, quoted
+from gateway.workflows.agents import AGENT_FAILURES, Agent, Decision, Outside, Prompt, fenced, quoted
 from gateway.workflows.checked_answer import check_unbound, checked_answer
 from gateway.workflows.citations import Sources
 from gateway.workflows.excerpts import excerpt
@@ -145,7 +144,7 @@ class _AdsResearch:
         if one.page is not None:
             number = self._sources.number(one.page.url) or 0
             material.append(quoted(number, one.page, excerpt(one.page_text, self._run.question, _PAGE_CHARS)))
-        return Prompt("ads_profile", {"advertiser": one.domain}, material)
+        return Prompt("ads_profile", {"advertiser": Outside(one.domain)}, material)
 
     def _numbers(self, one: Advertiser) -> list[int | None]:
         """Return the numbers of an advertiser's sources: the results pages that showed it, and its own page."""
@@ -176,7 +175,7 @@ class _AdsResearch:
         figures = Figures()
         for one in self._advertisers:
             figures.add_all(one.text)
-        said = "\n".join([*map(text_of, run.messages), run.context])
+        said = run.said
         figures.add_all(said)
         seen = OfferFilter(figures, [one.domain for one in self._advertisers], said)
         prompt = Prompt(

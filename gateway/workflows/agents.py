@@ -21,15 +21,27 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from engine.base import Delta, FinishReason, GenerationRequest, Prepared, Usage
 from gateway.errors import BadRequest, GatewayError, InternalError, Overloaded, RateLimitExceeded
 from gateway.tools.base import Observation
-from gateway.workflows.prompting import Prompt, fenced, quoted
+from gateway.workflows.links import LinkFilter
+from gateway.workflows.prompting import Outside, Prompt, fenced, quoted
 from gateway.workflows.run import OutOfBudget, Run
 
-__all__ = ["AGENT_FAILURES", "Agent", "Decision", "Prompt", "fenced", "quoted"]
+__all__ = ["AGENT_FAILURES", "Agent", "Decision", "Outside", "Prompt", "fenced", "quoted"]
 
 M = TypeVar("M", bound=BaseModel)
 
 AGENT_FAILURES = (BadRequest, InternalError, OutOfBudget)
 """What one agent may fail of without failing the run; a dead engine, or a key without rights, ends it."""
+FETCH = "web_fetch"
+PUBLIC_TOOLS = frozenset({FETCH, "web_search", "serp_ads"})
+"""Tools that bring what anybody can read. What any other brings must not get into an address that a model makes up.
+
+What is asked of a search goes to the service that the operator chose, and a redirect from a given address carries
+nothing of the model's. Calls of MCP servers are not restricted by what others have said: `models.*.tools` is for that.
+"""
+_NOT_GIVEN = (
+    "web_fetch: documents, files or other private text are part of this work, so only addresses that a search found or "
+    "that the user gave can be fetched. Search for the page first."
+)
 MAX_OBSERVATION_EVENT_CHARS = 2000
 """Longest text of a tool's result that events carry; the agent reads more."""
 _SHARES = (1.0, 0.5, 0.25, 0.12, 0.05, 0.0)
@@ -101,13 +113,10 @@ class Agent:
         call: dict[str, Any] = {"role": self.role, "tool": tool, "call": next(run.numbers)}
         run.emit("TOOL_INVOKED", self.id, f"Calling {tool}.", **call, params=arguments)
         with run.meter.tracing.tool(tool if tool in run.tools else "unknown", call["call"]) as span:
-            try:
-                async with asyncio.timeout(run.left_s()):
-                    found = _sound(await run.tools.call(tool, arguments))
-            except TimeoutError:
-                found = Observation(f"{tool}: the time of this run is used up.", ok=False)
+            found = await self._call(tool, arguments)
             if not found.ok:
                 span.fail("tool_error")
+        run.addresses.add(found.sources)
         run.emit(
             "TOOL_OBSERVATION",
             self.id,
@@ -117,6 +126,23 @@ class Agent:
             sources=[source.url for source in found.sources],
         )
         return found
+
+    async def _call(self, tool: str, arguments: dict[str, Any]) -> Observation:
+        run = self.run
+        if tool == FETCH:
+            given = run.addresses.given(str(arguments.get("url", "")))
+            if given is not None:
+                arguments = arguments | {"url": given}  # without what the model may have added to it
+            elif run.private:
+                return Observation(_NOT_GIVEN, ok=False)
+        try:
+            async with asyncio.timeout(run.left_s()):
+                return _sound(await run.tools.call(tool, arguments))
+        except TimeoutError:
+            return Observation(f"{tool}: the time of this run is used up.", ok=False)
+        finally:
+            run.has_outside = True
+            run.private = run.private or tool not in PUBLIC_TOOLS
 
     async def use_all(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Observation]:
         """Call tools side by side and return what those brought that the budget allowed.
@@ -137,12 +163,15 @@ class Agent:
         """Return what the model says to `prompt`."""
         return (await self._collect(prompt, max_tokens)).strip()
 
-    async def decide(self, prompt: Prompt, schema: type[M], max_tokens: int) -> M | None:
+    async def decide(
+        self, prompt: Prompt, schema: type[M], max_tokens: int, *, schema_is_outside: bool = False
+    ) -> M | None:
         """Return the model's decision, held to `schema` while it is generated; None when it was cut short.
 
-        A server that can't hold its model to a schema is asked in words.
+        A server that can't hold its model to a schema is asked in words. `schema_is_outside` says that names in it
+        come from a tool.
         """
-        text = await self._decided(prompt, schema.model_json_schema(), max_tokens)
+        text = await self._decided(prompt, schema.model_json_schema(), max_tokens, schema_is_outside)
         try:
             # Asked in words, a model may put others or a fence around the object.
             return schema.model_validate_json(text[text.find("{") : text.rfind("}") + 1])
@@ -150,7 +179,7 @@ class Agent:
             self.think("The decision was cut short; going on without it.")
             return None
 
-    async def _decided(self, prompt: Prompt, schema: dict[str, Any], max_tokens: int) -> str:
+    async def _decided(self, prompt: Prompt, schema: dict[str, Any], max_tokens: int, is_outside: bool) -> str:
         if self.run.holds_to_schemas:
             try:
                 return await self._collect(prompt, max_tokens, structured_outputs={"json": schema})
@@ -158,7 +187,9 @@ class Agent:
                 if (error.param or "").partition(".")[0] not in _SCHEMA_FIELDS:
                     raise
                 self.run.holds_to_schemas = False
-        form = f"The JSON object must be valid against this schema:\n{json.dumps(schema, ensure_ascii=False)}"
+        described = json.dumps(schema, ensure_ascii=False)
+        described = fenced("schema", described) if is_outside else described
+        form = f"The JSON object must be valid against this schema:\n{described}"
         return await self._collect(replace(prompt, form=form), max_tokens)
 
     async def speak(
@@ -171,6 +202,7 @@ class Agent:
         """
         text: list[str] = []
         finish_reason: FinishReason = "stop"
+        thoughts = LinkFilter(self.run.addresses, image_hosts=self.run.image_hosts)
         async with contextlib.aclosing(self._generate(prompt, None)) as deltas:
             async for delta in deltas:
                 if opening:
@@ -179,9 +211,14 @@ class Agent:
                 finish_reason = delta.finish_reason or finish_reason
                 self.stop_reason = delta.stop_reason or self.stop_reason
                 piece = through(delta.text)
-                if piece or delta.reasoning:
+                thought = thoughts(delta.reasoning) if delta.reasoning else ""
+                if delta.text or delta.finish_reason:
+                    thought += thoughts.flush()  # it has ended thinking
+                if piece or thought:
                     text.append(piece)
-                    self.run.send(Delta(piece, reasoning=delta.reasoning))
+                    self.run.send(Delta(piece, reasoning=thought))
+        if thought := thoughts.flush():
+            self.run.send(Delta("", reasoning=thought))
         return "".join(text), finish_reason
 
     async def _collect(self, prompt: Prompt, max_tokens: int, **more: Any) -> str:

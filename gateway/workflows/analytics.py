@@ -23,7 +23,7 @@ from gateway.events import ORCHESTRATOR, Clock
 from gateway.tools.base import Observation
 from gateway.tools.mcp_servers import SEPARATOR
 from gateway.tools.server_toolbox import server_of, stocked
-from gateway.workflows.agents import AGENT_FAILURES, Agent, Decision, Prompt, fenced
+from gateway.workflows.agents import AGENT_FAILURES, Agent, Decision, Outside, Prompt, fenced
 from gateway.workflows.checked_answer import check_unbound, checked_answer
 from gateway.workflows.citations import Sources
 from gateway.workflows.figure_filter import FigureFilter
@@ -129,7 +129,7 @@ class _Analysis:
             async with Agent(run, "planner", "planner") as planner:
                 planner.think("Choosing metrics and dimensions." if not failures else "Choosing again.")
                 prompt = Prompt("analytics_plan", fields, [fenced("what can be reported", menu.text)])
-                decision = await planner.decide(prompt, menu.schema, 170 * MOST_REPORTS)
+                decision = await planner.decide(prompt, menu.schema, 170 * MOST_REPORTS, schema_is_outside=True)
                 plans = menu.plans(decision, self._today)
                 planner.think("; ".join(plan.title for plan in plans) or "No reports.")
         except AGENT_FAILURES:
@@ -185,7 +185,7 @@ class _Analysis:
         run = self._run
         if not self._reports:
             run.emit("PROGRESS", ORCHESTRATOR, "No report could be had: there are no figures.")
-            tried = f" Tried: {'; '.join(self._failed)}." if self._failed else ""
+            tried = f" Tried: {run.shown('; '.join(self._failed))}." if self._failed else ""
             run.send(Delta(_NO_REPORTS + tried, finish_reason="stop"))
             return
         users = [turn["content"] for turn in run.earlier_turns if turn["role"] == "user"]
@@ -195,7 +195,7 @@ class _Analysis:
         run.emit("DATA_PROCESSING", ORCHESTRATOR, f"Reports to answer from: {titles}.")
         prompt = Prompt(
             "analytics_answer",
-            {"question": run.question, "failed": "; ".join(self._failed) or "none"},
+            {"question": run.question, "failed": Outside("; ".join(self._failed)) if self._failed else "none"},
             [fenced(f"report R{report.number}", report.text) for report in self._reports],
             turns=run.earlier_turns,
             system=run.system_prompt,
@@ -240,7 +240,7 @@ async def _explore(agent: Agent, tools: list[str], calls: list[Call], today: dat
             "step": str(number),
             "steps": str(_STEPS),
         }
-        step = await agent.decide(Prompt("analytics_step", fields, material), Step, 420)
+        step = await agent.decide(Prompt("analytics_step", fields, material), Step, 420, schema_is_outside=True)
         message = f"Thinking step {number} of {_STEPS}."
         run.emit("PROGRESS", agent.id, message, role=agent.role, step=number, steps=_STEPS)
         if step is None or step.action == "finish" or failures >= _MAX_FAILURES:

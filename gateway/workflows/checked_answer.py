@@ -12,9 +12,9 @@ from typing import Protocol
 
 from engine.base import Delta
 from gateway.errors import BadRequest
-from gateway.sessions import text_of
 from gateway.workflows.agents import Agent, Prompt
 from gateway.workflows.citations import AnswerFilter, Sources
+from gateway.workflows.links import LinkFilter
 from gateway.workflows.run import OutOfBudget, Run
 
 _NO_ROOM = "The limits of this API key left no room to write an analysis.\n"
@@ -39,8 +39,12 @@ def check_unbound(run: Run) -> None:
 
 async def checked_answer(run: Run, prompt: Prompt, sources: Sources, filters: Sequence[Filter], opening: str) -> None:
     """Send `opening` and the answer to `prompt`, end the stream, and leave the sources named in the run's result."""
-    said = "\n".join([*map(text_of, run.messages), run.context])
-    passes: list[Filter] = [AnswerFilter(sources, said), *filters]
+    # Links once more: what the other filters take out must not put one together.
+    passes: list[Filter] = [
+        AnswerFilter(sources, run.said, run.image_hosts),
+        *filters,
+        LinkFilter(run.addresses, image_hosts=run.image_hosts),
+    ]
 
     def through(piece: str) -> str:
         for one in passes:

@@ -1,22 +1,26 @@
 """The sources of an answer: numbered as they are read, named only if they were, listed at the end.
 
-A model may write any marker and any address. What it writes passes through a filter that lets `[n]` stand only for a
-source that was fetched, addresses only if they were seen, and a list of sources not at all: the list is ours. Code is
-left as it is. The filter works on a stream: it holds back what may yet become one of these, and nothing else.
+A model may write any marker and any address. `MarkerFilter` lets `[n]` stand only for a source that was fetched, a DOI
+only if it was seen, and a list of sources not at all: the list is ours. `AnswerFilter` does that, and then what
+`gateway.workflows.links` does. Code is left as it is. Both work on a stream: they hold back what may yet become one of
+these, and nothing else.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from gateway.tools.base import Source
+from gateway.workflows.addresses import ADDRESS_CHARS, Addresses, in_markdown, normal_url, split_end
+from gateway.workflows.fences import Fences
+from gateway.workflows.links import REMOVED, LinkFilter
+from gateway.workflows.tables import BARE, plain_line
 
-_TRACKING = re.compile(r"^(utm_|fbclid$|gclid$|mc_[ce]id$|ref$|ref_src$)")
-_REMOVED = "[address removed]"
+__all__ = ["AnswerFilter", "MarkerFilter", "Sources", "normal_url"]
+
 _MAX_MARKER_CHARS = 80
 _MAX_TITLE_CHARS = 200
 _MARKER_WORDS = ("source", "sources", "ref", "refs")
@@ -26,15 +30,12 @@ _MARKER = re.compile(
     r"|【([1-9]\d{0,2})[^】\n]{0,40}】)",
     re.I,
 )
-_MARKER_BEGINNING = re.compile(r" ?\[\^?([a-z]*) ?#?[\d ,;–-]*$", re.I)
+_MARKER_BEGINNING = re.compile(r" ?\[\^?([a-z]{0,80}) ?#?[\d ,;–-]{0,80}$", re.I)
 _OTHER_MARKER_BEGINNING = re.compile(r" ?【[^】\n]{0,43}$")
-_ADDRESS_CHARS = r"(?:[^\s<>\"')\](`|]|\([^\s()<>\"`]{0,200}\)){1,2000}"
-_ADDRESS = re.compile(rf"(?:https?://|www\.){_ADDRESS_CHARS}|(?:doi: ?)?10\.\d{{4,9}}/{_ADDRESS_CHARS}", re.I)
-_ADDRESS_GOES_ON = re.compile(r"(?:\([^\s()<>\"`]{0,200})?$")
-_ADDRESS_BEGINNING = re.compile(
-    r"(?:h|ht|htt|https?|https?:|https?:/|https?://|w|ww|www|www\.|d|do|doi|(?:doi: ?)?(?:1|10|10\.\d{0,9}/?)?)$", re.I
-)
-_ADDRESS_END = ".,;:!?*_~"
+_DOI = re.compile(rf"(?:doi: ?)?10\.\d{{4,9}}/{ADDRESS_CHARS}", re.I)
+_DOI_GOES_ON = re.compile(r"(?:\([^\s()<>\"`]{0,200})?$")
+_DOI_BEGINNING = re.compile(r"(?:d|do|doi|(?:doi: ?)?(?:1|10|10\.\d{0,9}/?)?)$", re.I)
+_MAX_DOI_CHARS = 2000
 _LISTS = (
     *("sources", "references", "bibliography", "works cited", "citations", "quellen", "literatur", "références"),
     *("bibliographie", "fuentes", "referencias", "bibliografía", "fonti", "riferimenti", "fontes", "referências"),
@@ -42,31 +43,14 @@ _LISTS = (
 )
 """Headings of lists of sources, in the languages of most questions."""
 _MAX_HEADING_CHARS = 80
-_HEADING_HEAD = re.compile(r" {0,3}(?P<mark>#{0,6}) *\**(?:\d{1,2}[.)]?)? *\**")
+_HEADING_HEAD = re.compile(r" {0,3}+(?P<mark>#{0,6}+) *+\**+(?:\d{1,2}+[.)]?+)?+ *+\**+")
 _HEADING_TAIL = re.compile(r"[ :*]*\r?")
 _HEADING = re.compile(r" {0,3}#{1,6} ")
-_FENCE = re.compile(r" {0,3}(```|~~~)")
-_ENTRY = re.compile(r"\s*(?:$|[\[【*•-]|\d{1,3}[.)\]]|https?://)")
+_ENTRY = re.compile(r"(?<!\s)\s*+(?:$|[\[【*•-]|\d{1,3}[.)\]]|https?://)")
 _CODE_SPAN = re.compile(r"`[^`\n]{1,200}`")
 _CODE_SPAN_BEGINNING = re.compile(r"`[^`\n]{0,200}$")
 _WORD = re.compile(r"[A-Za-z0-9]+")
 _BETWEEN = re.compile(r"[^A-Za-z0-9\n`\[【 ]+")
-
-
-def normal_url(url: str) -> str:
-    """Return a URL in the form by which sources are told apart: no tracking, no trailing slash, and no fragment, but
-    for documents, whose passages are sources of their own."""
-    url = url.strip()
-    try:
-        parts = urlsplit(url)
-        port = f":{parts.port}" if parts.port and parts.port not in (80, 443) else ""
-    except ValueError:  # models and pages write anything
-        return url
-    if parts.scheme not in ("http", "https"):
-        return url
-    query = urlencode([(name, value) for name, value in parse_qsl(parts.query) if not _TRACKING.match(name.lower())])
-    host = (parts.hostname or "").removeprefix("www.")
-    return urlunsplit(("https", f"{host}{port}", parts.path.rstrip("/"), query, ""))
 
 
 @dataclass(slots=True)
@@ -91,21 +75,21 @@ class Sources:
         entry = self.fetched.get(normal_url(url))
         return entry[0] if entry else None
 
-    def knows(self, address: str) -> bool:
-        """Return whether an address, perhaps a DOI or one without its scheme, was seen."""
-        address = address.lower().removeprefix("doi:").strip()
-        if address.startswith("10."):
-            return any(address in url.lower() for url in self.seen)
-        return normal_url(address if "://" in address else f"https://{address}").lower() in map(str.lower, self.seen)
+    def has_doi(self, written: str) -> bool:
+        """Return whether a DOI is part of an address that was seen."""
+        doi = written.lower().removeprefix("doi:").strip()
+        return any(doi in url.lower() for url in self.seen)
 
     def listing(self, text: str) -> list[dict[str, Any]]:
         """Return the sources that `text` names, or all that were read where it names none, in machine form."""
         named = {number for marker in _MARKER.finditer(text) for number in _numbers(marker)}
         entries = [entry for entry in self.fetched.values() if entry[0] in named] or list(self.fetched.values())
+        read = Addresses()
+        read.add(source for _, source in self.fetched.values())
         return [
             {
                 "number": number,
-                "title": _title(source),
+                "title": _title(source, read),
                 "url": source.url,
                 "domain": source.domain or source.url.partition(":")[0],
             }
@@ -115,23 +99,30 @@ class Sources:
     @staticmethod
     def markdown(listing: list[dict[str, Any]]) -> str:
         """Return the list that ends an answer."""
-        lines = [f"[{entry['number']}] {entry['title']} ({entry['url']}) - {entry['domain']}" for entry in listing]
+        lines = [
+            f"[{entry['number']}] {entry['title']} ({_listed(entry['url'])}) - {plain_line(entry['domain'])}"
+            for entry in listing
+        ]
         return "\n\n## Sources\n\n" + "\n\n".join(lines)
 
 
-class AnswerFilter:
-    """Lets an answer through piece by piece, but for what the module says. `flush` at the end returns what is held."""
+class MarkerFilter:
+    """Lets an answer through piece by piece, but for markers, DOIs and lists of sources that must not stay.
 
-    def __init__(self, sources: Sources, conversation: str = "") -> None:
-        """Addresses that stand in `conversation` are the user's own and may be repeated."""
+    `flush` at the end returns what is held.
+    """
+
+    def __init__(self, sources: Sources, said: str = "") -> None:
+        """DOIs that stand in `said` are the user's own and may be repeated."""
         self._sources = sources
-        self._own = {_bare(match[0]) for match in _ADDRESS.finditer(conversation)}
+        self._own = {split_end(match[0])[0] for match in _DOI.finditer(said)}
         self._held = ""
         self._before = ""
         """The character before what is held."""
         self._line_start = True
+        self._fences = Fences()
         self._in_code = False
-        """Between two fences."""
+        """In a line of a block of code, or at its edge."""
         self._skipping: Literal["", "section", "entries"] = ""
 
     def __call__(self, piece: str) -> str:
@@ -139,8 +130,8 @@ class AnswerFilter:
         return self._release(piece, final=False)
 
     def flush(self) -> str:
-        """Return the rest, and what closes a block of code that was left open."""
-        return self._release("", final=True) + ("\n```" if self._in_code else "")
+        """Return the rest."""
+        return self._release("", final=True)
 
     def _release(self, piece: str, *, final: bool) -> str:
         text = self._before + self._held + piece
@@ -164,18 +155,24 @@ class AnswerFilter:
         line = text[at:] if end < 0 else text[at:end]
         whole = end >= 0 or final
         after = len(text) if end < 0 else end + 1
-        if not whole and (self._skipping or _may_be_fence(line) or (not self._in_code and _may_be_heading(line))):
+        fences = self._fences
+        heads = not fences.inside and _may_be_heading(line)
+        if not whole and (self._skipping or fences.may_matter(line) or heads):
             return None
         if self._skipping and not self._resumes(line):
             return after, ""
         self._skipping = ""
-        if _FENCE.match(line):
-            self._in_code = not self._in_code
-            self._line_start = end >= 0
-            return after, text[at:after]
-        if not self._in_code and whole and (kind := _list_heading(line)):
+        if fences.inside and not fences.leaves(line):
+            self._in_code = True
+            if whole:
+                fences.closes(line)
+        elif whole and fences.opens(line):
+            self._in_code = True
+        elif whole and (kind := _list_heading(line)):
             self._skipping = kind
             return after, ""
+        if whole:
+            fences.note(line)
         self._line_start = False
         return at, ""
 
@@ -188,25 +185,29 @@ class AnswerFilter:
         """Take what comes next within a line. Returns what `_begin_line` does."""
         character = text[at]
         if character == "\n":
-            self._line_start = True
+            self._line_start, self._in_code = True, False
             return at + 1, character
         if self._in_code:
             end = text.find("\n", at)
             return (len(text), text[at:]) if end < 0 else (end, text[at:end])
         if character == "`":
             if span := _CODE_SPAN.match(text, at):
-                return span.end(), _ADDRESS.sub(lambda match: self._address(match[0]), span[0])
+                return span.end(), span[0]
             return None if not final and _CODE_SPAN_BEGINNING.match(text, at) else (at + 1, character)
         if character in " [【":
             if marker := _MARKER.match(text, at):
-                return marker.end(), self._marker(marker)
+                if marker.end() == len(text) and not final:
+                    return None  # the text of a link is no marker
+                if text[marker.end() : marker.end() + 1] not in ("(", ":"):
+                    return marker.end(), self._marker(marker)
+                return at + 1, character
             return None if not final and _may_be_marker(text, at) else (at + 1, character)
         if at == 0 or not _WORD.match(text, at - 1):
-            if address := _ADDRESS.match(text, at):
-                if not final and _ADDRESS_GOES_ON.match(text, address.end()):
+            if doi := _DOI.match(text, at, at + _MAX_DOI_CHARS):
+                if not final and len(doi[0]) < _MAX_DOI_CHARS and _DOI_GOES_ON.match(text, doi.end()):
                     return None
-                return address.end(), self._address(address[0])
-            if not final and _ADDRESS_BEGINNING.match(text, at):
+                return doi.end(), self._doi(doi[0])
+            if not final and _DOI_BEGINNING.match(text, at):
                 return None
         plain = _WORD.match(text, at) or _BETWEEN.match(text, at)
         assert plain is not None
@@ -217,20 +218,43 @@ class AnswerFilter:
         space = " " if marker[0].startswith(" ") else ""
         return f"{space}[{', '.join(kept)}]" if kept else ""
 
-    def _address(self, written: str) -> str:
-        address = _bare(written)
-        known = address in self._own or self._sources.knows(address)
-        return written if known else _REMOVED + written[len(address) :]
+    def _doi(self, written: str) -> str:
+        doi, end = split_end(written)
+        known = doi in self._own or self._sources.has_doi(doi)
+        return written if known else REMOVED + end
 
 
-def _bare(address: str) -> str:
-    return address.rstrip(_ADDRESS_END)
+class AnswerFilter:
+    """Lets an answer through piece by piece, but for what the module says. `flush` at the end returns what is held."""
+
+    def __init__(self, sources: Sources, said: str = "", image_hosts: Collection[str] = ()) -> None:
+        """Addresses that stand in `said` are the user's own and may be repeated."""
+        addresses = Addresses(said)
+        addresses.add([*sources.seen.values(), *(source for _, source in sources.fetched.values())])
+        self._markers = MarkerFilter(sources, said)
+        self._links = LinkFilter(addresses, image_hosts=image_hosts)
+
+    def __call__(self, piece: str) -> str:
+        """Return what may be sent by now."""
+        return self._links(self._markers(piece))
+
+    def flush(self) -> str:
+        """Return the rest, and what closes a block of code that was left open."""
+        return self._links(self._markers.flush()) + self._links.flush()
 
 
-def _title(source: Source) -> str:
-    """Return the title as one line that can't be taken for markup or a marker."""
-    title = " ".join(source.title.split())[:_MAX_TITLE_CHARS].translate(str.maketrans("[]<>`", "()‹›'"))
-    return title or source.url
+def _title(source: Source, read: Addresses) -> str:
+    """Return the title as one line that can't be taken for markup, a marker or a link to what was not read."""
+    links = LinkFilter(read, less_than="‹")
+    title = links(" ".join(source.title.split())[: 2 * _MAX_TITLE_CHARS].translate(BARE)) + links.flush()
+    return title.translate(BARE)[:_MAX_TITLE_CHARS] or plain_line(source.url)
+
+
+def _listed(url: str) -> str:
+    """Return a source's address for the list. Words behind a space are no part of a link, and stay as they are."""
+    first, *words = url.split(" ")
+    gap = " " if "".join(words).isalnum() else "%20"
+    return gap.join(map(in_markdown, (first, *words)))
 
 
 def _numbers(marker: re.Match[str]) -> list[int]:
@@ -250,15 +274,6 @@ def _may_be_marker(text: str, at: int) -> bool:
         return True
     beginning = _MARKER_BEGINNING.match(text, at)
     return beginning is not None and any(word.startswith(beginning[1].lower()) for word in _MARKER_WORDS)
-
-
-def _may_be_fence(line: str) -> bool:
-    stripped = line.lstrip(" ")
-    return (
-        len(line) - len(stripped) < 4
-        and len(stripped) < 3
-        and any(mark.startswith(stripped) for mark in ("```", "~~~"))
-    )
 
 
 def _may_be_heading(line: str) -> bool:

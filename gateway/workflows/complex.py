@@ -19,8 +19,9 @@ from pydantic import Field
 from gateway.errors import BadRequest
 from gateway.events import ORCHESTRATOR
 from gateway.tools.base import Observation
+from gateway.tools.mcp_servers import SEPARATOR
 from gateway.tools.server_toolbox import stocked
-from gateway.workflows.agents import AGENT_FAILURES, Agent, Decision, Prompt, fenced, quoted
+from gateway.workflows.agents import AGENT_FAILURES, Agent, Decision, Outside, Prompt, fenced, quoted
 from gateway.workflows.citations import Sources
 from gateway.workflows.excerpts import excerpt
 from gateway.workflows.run import OutOfBudget, Run
@@ -82,6 +83,7 @@ def ordered(plan: Plan) -> list[Step]:
 async def supervise(run: Run) -> None:
     """Plan, run the steps, answer."""
     run.tools = await stocked(run.tools)
+    run.has_outside = run.has_outside or _from_servers(run)
     turns = len(run.earlier_turns)
     run.emit("DATA_PROCESSING", ORCHESTRATOR, "Gathering context.", turns=turns, tools=run.tools.names)
     steps = await _plan(run)
@@ -89,6 +91,11 @@ async def supervise(run: Run) -> None:
     results = await _Execution(run, steps, sources).run_through()
     failed = [step for step in steps if step.id not in results]
     await _answer(run, list(results.values()), failed, sources)
+
+
+def _from_servers(run: Run) -> bool:
+    """Return whether some of the tools, and what they say about themselves, come from MCP servers."""
+    return any(SEPARATOR in name for name in run.tools.names)
 
 
 async def _plan(run: Run) -> list[Step]:
@@ -99,7 +106,8 @@ async def _plan(run: Run) -> list[Step]:
             planner.think("Splitting the task into steps.")
             tools = ", ".join(run.tools.names) or "none"
             fields = {"question": run.question, "conversation": run.conversation, "most": str(MOST_STEPS)}
-            prompt = Prompt("complex_plan", {**fields, "tools": tools}, images=run.images)
+            fields["tools"] = Outside(tools) if _from_servers(run) else tools
+            prompt = Prompt("complex_plan", fields, images=run.images)
             plan = await planner.decide(prompt, Plan, 110 * MOST_STEPS)
             steps = ordered(plan) if plan is not None else [alone]
             planner.think(
@@ -121,6 +129,8 @@ class _Execution:
         self._steps = steps
         self._sources = sources
         self._results: dict[int, Result] = {}
+        self._tasks = {step.id: run.written(step.task) for step in steps}
+        """For prompts, as the supervisor knew no more than the user when it planned, or did."""
         self._ended = {step.id: asyncio.Event() for step in steps}
 
     async def run_through(self) -> Mapping[int, Result]:
@@ -164,7 +174,7 @@ class _Execution:
             async with agent:
                 agent.think(step.task, step=step.id, attempt=attempt + 1)
                 material += await self._call_tools(agent, step, material)
-                fields = {"role": step.role, "task": step.task, "question": self._run.question}
+                fields = {"role": step.role, "task": self._tasks[step.id], "question": self._run.question}
                 fields["missing"] = f"{missing} results that your step needed are missing.\n" if missing else ""
                 text = await agent.write(Prompt("complex_step", fields, material), _STEP_TOKENS)
                 if not text:
@@ -177,7 +187,9 @@ class _Execution:
         """Let the agent call tools, a few at most. Returns what they brought, marked as data."""
         read: list[str] = []
         tools = self._run.tools
-        fields = {"task": step.task, "question": self._run.question, "tools": json.dumps(tools.describe())}
+        described = json.dumps(tools.describe())
+        fields = {"task": self._tasks[step.id], "question": self._run.question}
+        fields["tools"] = Outside(described) if _from_servers(self._run) else described
         for _ in range(_TOOL_CALLS if tools.names else 0):
             use = await agent.decide(Prompt("complex_tools", fields, results + read), ToolUse, 200)
             if use is None or use.action == "answer" or use.tool not in tools:
@@ -211,7 +223,7 @@ async def _answer(run: Run, results: list[Result], failed: list[Step], sources: 
         run,
         Prompt(
             "complex_answer",
-            {"question": run.question, "failed": names or "none"},
+            {"question": run.question, "failed": run.written(names) if names else "none"},
             [result.fenced() for result in results],
             turns=run.earlier_turns,
             system=run.system_prompt,

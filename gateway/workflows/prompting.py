@@ -1,8 +1,10 @@
-"""What agents are asked, and how what others wrote is fenced in it.
+"""Prompts of agents: the only place where text from outside is put into one.
 
-Instructions that are the same for all agents stand first, then what agents of one kind share, so that vLLM computes
-them once for a run; what differs comes last. Text from outside stands between tags that it can't close: it is left no
-angle brackets, nor anything else that a chat template might take for its own.
+Instructions that are the same for all agents come first, then what agents of one kind share, so that vLLM computes
+them once for a run; what differs comes last. Text from outside is everything that a tool returned, everything that a
+model wrote after it read such text, and what an MCP server says about its tools. It is put between `<source>` tags:
+as material (`quoted`, `fenced`), or as a field of type `Outside`, whose whole line is fenced. Fenced text can't close
+its tag and holds nothing that a chat template takes for a control token.
 """
 
 from __future__ import annotations
@@ -15,9 +17,35 @@ from typing import Any
 from gateway.tools.base import Source
 from gateway.workflows.prompts import preamble, render
 
-_CONTROL = re.compile(r"\[(?=/?(?:[A-Z_]{3,}|gMASK)\])")
-"""Mistral's and its like: [INST], [/TOOL_RESULTS], [gMASK]. All others are in angle brackets."""
-_ANGLES = str.maketrans({"<": "‹", ">": "›"})
+MAX_ATTRIBUTE_CHARS = 300
+_CONTROL_WORD = re.compile(r"[\[\uff3b](?=/?(?:[A-Z_]{3,64}|gMASK)[\]\uff3d])")
+"""Control tokens of Mistral and its like: [INST], [/TOOL_RESULTS], [gMASK]. All others are in angle brackets."""
+_CONTROL_TAG = re.compile(
+    r"<(?=[|\uff5c]|<SYS>>|</SYS>>|/?(?:s|bos|eos|pad|unk|start_of_turn|end_of_turn|start_of_image|end_of_image)>)",
+    re.I,
+)
+"""Control tokens in angle brackets, of the template families that vLLM knows: <|im_start|>, <s>, <<SYS>>."""
+# The less-than signs that a reader, or a tokenizer's NFKC normalization, may take for `<` and `>`.
+_OPENING = "<\ufe64\uff1c\u2329\u27e8\u276e\u2770\u3008\u1438\u02c2\u29fc"
+_CLOSING = ">\ufe65\uff1e\u232a\u27e9\u276f\u2771\u3009\u1433\u02c3\u29fd"
+_ANGLES = str.maketrans(dict.fromkeys(_OPENING, "\u2039") | dict.fromkeys(_CLOSING, "\u203a"))
+_TAG_LIKE = re.compile("\u2039(?=[\\s/\\\\|]{0,8}source)", re.I)
+"""What is left of a forged tag: the guillemet alone would still look like one to a model."""
+
+_HIDDEN = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u00ad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff"
+    "\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
+"""Characters that people don't see and models do; U+200C and U+200D stay, which scripts and emoji need."""
+
+
+class Outside(str):
+    """Text from outside as a field of a prompt: the line of the template that it is in becomes data as a whole."""
+
+    __slots__ = ()
+
+
+_SUBJECT = "subject of the work, from another agent or a tool"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +73,8 @@ class Prompt:
         pieces = [_cut(piece, share) for piece in self.material]
         fields = {name: _shortened(value, fields_share) for name, value in self.fields.items()}
         fields["material"] = "\n\n".join(filter(None, pieces)) or "(nothing)"
-        instructions, task = render(self.name, fields)
+        outside = {name for name, value in self.fields.items() if isinstance(value, Outside)}
+        instructions, task = render(self.name, fields, lambda line: fenced(_SUBJECT, line), outside)
         system = [preamble(), instructions]
         if self.system:
             system.append(
@@ -74,8 +103,13 @@ def fenced(kind: str, text: str) -> str:
 
 
 def harmless(text: str) -> str:
-    """Return text from outside without what could end its fence or pass for a chat template's own marks."""
-    return _CONTROL.sub("(", text.translate(_ANGLES))
+    """Return text from outside without what could end its fence or pass for a control token of a chat template."""
+    return _CONTROL_WORD.sub("(", _TAG_LIKE.sub("(", _HIDDEN.sub("", text).translate(_ANGLES)))
+
+
+def without_control_tokens(text: str) -> str:
+    """Return an earlier answer without control tokens of chat templates: it may repeat what a page said."""
+    return _CONTROL_WORD.sub("(", _CONTROL_TAG.sub("\u2039", text))
 
 
 def _fence(tag: str, text: str, **attributes: str) -> str:
@@ -84,7 +118,7 @@ def _fence(tag: str, text: str, **attributes: str) -> str:
 
 
 def _attribute(value: str) -> str:
-    return harmless(" ".join(value.split())).replace('"', "'")[:300]
+    return harmless(" ".join(value.split())).replace('"', "'")[:MAX_ATTRIBUTE_CHARS]
 
 
 def _cut(piece: str, share: float) -> str:

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from gateway.errors import BadRequest
 from gateway.events import ORCHESTRATOR
-from gateway.workflows.agents import AGENT_FAILURES, Agent, Decision, Prompt
+from gateway.workflows.agents import AGENT_FAILURES, Agent, Decision, Prompt, fenced
 from gateway.workflows.researcher import SEARCHES, Library, Notes, Researcher, SubQuestion, Thoroughness
 from gateway.workflows.run import Run, Workflow
 from gateway.workflows.synthesis import answer
@@ -144,23 +144,22 @@ class _Research:
 
     async def _plan(self) -> list[SubQuestion]:
         run, strategy = self._run, self._strategy
-        question = run.question
+        precisely: list[str] = []
         plan: Plan | None = None
         try:
             async with Agent(run, "planner", "planner") as planner:
                 if strategy.refine:
                     planner.think("Sharpening the question.")
-                    refined = await planner.decide(self._prompt("refine", question=question), Refined, 250)
+                    refined = await planner.decide(self._prompt("refine", question=run.question), Refined, 250)
                     if refined is not None:
-                        question = (
-                            f"{question}\n(More precisely: {refined.question} To cover: {', '.join(refined.areas)})"
-                        )
+                        areas = ", ".join(refined.areas)
+                        asked = f"{refined.question} To cover: {areas}"
+                        precisely = [fenced("refined question", asked) if run.has_outside else asked]
                 planner.think("Splitting the question into parts.")
                 bounds = {"least": str(strategy.least), "most": str(strategy.most)}
                 schema = plan_schema(strategy.least, strategy.most)
-                plan = await planner.decide(
-                    self._prompt("plan", question=question, **bounds), schema, 120 * strategy.most
-                )
+                prompt = replace(self._prompt("plan", question=run.question, **bounds), material=precisely)
+                plan = await planner.decide(prompt, schema, 120 * strategy.most)
                 parts = plan.sub_questions if plan is not None else [_whole(run.question)]
                 planner.think(f"{len(parts)} parts.", sub_questions=[part.question for part in parts])
                 return parts

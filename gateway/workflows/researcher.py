@@ -101,6 +101,8 @@ class Researcher:
         self._run = run
         self._library = library
         self._part = part
+        self._task = run.written(part.question)
+        """For prompts. The judge that finds gaps has read what the tools brought."""
         self._most = thoroughness
         self._agent = Agent(run, run.station(), "researcher")
         self._searches = [name for name in SEARCHES if name in run.tools]
@@ -169,7 +171,7 @@ class Researcher:
         material = [self._library.quoted(key, self._part.question, _GLANCE_CHARS) for key in self._read]
         material.append(fenced("search results, unread", "\n".join(shown) or "(none)"))
         fields = {"step": str(number), "steps": str(self._most.steps), "read": str(len(self._read))}
-        return Prompt("step", {"task": self._part.question, "question": self._run.question, **fields}, material)
+        return Prompt("step", {"task": self._task, "question": self._run.question, **fields}, material)
 
     def _new(self, queries: Sequence[str]) -> list[str]:
         """Return the queries that say something and were not searched for by this agent."""
@@ -230,7 +232,7 @@ class Researcher:
         text = ""
         if self._most.notes_tokens:
             try:
-                text = await self._agent.write(Prompt("notes", {"task": task}, material), self._most.notes_tokens)
+                text = await self._agent.write(Prompt("notes", {"task": self._task}, material), self._most.notes_tokens)
             except AGENT_FAILURES as error:
                 self._agent.think(f"No notes, handing on what was read: {error}.")
         return Notes(task, text, "\n\n".join(material))

@@ -11,7 +11,8 @@ import asyncio
 import contextlib
 import itertools
 import re
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Coroutine, Iterator, Sequence
+from functools import cached_property
 from typing import Any, TypeVar
 
 import orjson
@@ -23,7 +24,10 @@ from gateway.fair_slots import working_for
 from gateway.meter import Meter
 from gateway.sessions import Session, text_of
 from gateway.tools.base import Toolbox
+from gateway.workflows.addresses import Addresses
 from gateway.workflows.budget import Budget, OutOfBudget
+from gateway.workflows.links import LinkFilter
+from gateway.workflows.prompting import Outside, without_control_tokens
 from gateway.workflows.stations import stations
 
 __all__ = ["AGENTS_SHARE", "Budget", "OutOfBudget", "Run", "Workflow", "check_for_agents", "conduct"]
@@ -38,7 +42,12 @@ _LEAST_S = 0.01
 """With less, no agent begins; timers may fire a millisecond early, when those before it give up."""
 _CONVERSATION_CHARS = 2000
 """Of the earlier turns, for prompts that only need to know of them."""
-_OWN_SOURCES = re.compile(r"\n\n## Sources(?:\n\n\[\d+\] [^\n]*)+\s*$")
+_OWN_HEADING = "\n\n## Sources\n\n"
+_OWN_ENTRY = re.compile(r"\[\d{1,4}\] ")
+_MOST_CHARS_AT_ONCE = 65_536
+"""Of what the user wrote; addresses in more are looked for beside the event loop."""
+_AS_THEY_ARE = frozenset({"model", "role", "tool", "params", "sources", "ads", "reports"})
+"""Fields of payloads that are in machine form: no page shows them as Markdown."""
 _OWN_MARKERS = re.compile(r" ?\[\d{1,3}(?:, \d{1,3})*\]")
 
 
@@ -54,13 +63,16 @@ class Run:
         budget: Budget,
         clock: Clock,
         options: dict[str, Any],
+        image_hosts: Collection[str] = (),
     ) -> None:
+        """`image_hosts` are those whose pictures an answer may show."""
         self.request = request
         self.meter = meter
         self.session = session
         self.tools = tools
         self.budget = budget
         self.options = options
+        self.image_hosts = image_hosts
         self.result: dict[str, Any] = {"sources": []}
         """What WORKFLOW_COMPLETED tells in machine form."""
         self.begun = False
@@ -77,6 +89,11 @@ class Run:
         """More completion tokens for each of them, where a model can't help thinking."""
         self.holds_to_schemas = True
         """The model's server takes JSON schemas, as far as is known."""
+        self.has_outside = bool(self.earlier_turns)
+        """Text from outside may be in a prompt by now, so what models write may repeat it. An earlier answer may."""
+        self.private = self.has_outside or self._has_files
+        """Agents may know something that is not public: a document, what an MCP server said, a file of the user's, or
+        an earlier answer, which may rest on these. From then on they fetch only addresses that were given."""
         self._clock = clock
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
         self._stations = stations()
@@ -116,13 +133,34 @@ class Run:
         otherwise."""
         turns = [message for message in self.messages if message["role"] in ("user", "assistant")]
         last = max((number for number, message in enumerate(turns) if message["role"] == "user"), default=0)
-        return [{"role": turn["role"], "content": _without_sources(turn)} for turn in turns[:last] if text_of(turn)]
+        return [{"role": turn["role"], "content": _as_turn(turn)} for turn in turns[:last] if text_of(turn)]
 
     @property
     def conversation(self) -> str:
         """The end of the earlier turns as text, for prompts that only need to know of them."""
         text = "\n".join(f"{turn['role']}: {turn['content']}" for turn in self.earlier_turns)
-        return text[-_CONVERSATION_CHARS:] or "(nothing)"
+        return Outside(text[-_CONVERSATION_CHARS:]) if text else "(nothing)"
+
+    @property
+    def _has_files(self) -> bool:
+        """Whether the user sent something other than text."""
+        contents = (message.get("content") for message in self.messages)
+        return any(part["type"] != "text" for content in contents if isinstance(content, list) for part in content)
+
+    @cached_property
+    def addresses(self) -> Addresses:
+        """The addresses that this run may show, and fetch."""
+        return Addresses(self.said)
+
+    @property
+    def said(self) -> str:
+        """What the client wrote, earlier answers included."""
+        said = [text_of(message) for message in self.messages if message["role"] != "tool"]
+        return "\n".join([*said, self.context])
+
+    def written(self, text: str) -> str:
+        """Return what a model wrote, for a prompt: as text from outside where it may repeat such."""
+        return Outside(text) if self.has_outside else text
 
     @property
     def context(self) -> str:
@@ -139,11 +177,30 @@ class Run:
     def emit(
         self, event_type: EventType, agent_id: str, message: str, *, deferrable: bool = False, **payload: Any
     ) -> None:
-        """Send an event to the client. One agent's events arrive in the order in which they were emitted."""
+        """Send an event to the client. One agent's events arrive in the order in which they were emitted.
+
+        Texts in it are filtered as answers are: a page may show them as Markdown.
+        """
         deferrable = deferrable or not self.begun
+        message = self.shown(message)
+        payload = {name: value if name in _AS_THEY_ARE else self._all_shown(value) for name, value in payload.items()}
         self._events.put_nowait(
             ShannonEvent(event_type, agent_id, message, int(self._clock()), payload, deferrable=deferrable)
         )
+
+    def shown(self, text: str) -> str:
+        """Return text for a page without links to what was not read or named."""
+        links = LinkFilter(self.addresses, image_hosts=self.image_hosts, less_than="‹")
+        return links(text) + links.flush()
+
+    def _all_shown(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self.shown(value)
+        if isinstance(value, list):
+            return [self._all_shown(entry) for entry in value]
+        if isinstance(value, dict):
+            return {name: self._all_shown(entry) for name, entry in value.items()}
+        return value
 
     def send(self, event: Event) -> None:
         """Send a delta of the answer to the client."""
@@ -265,6 +322,8 @@ async def conduct(workflow: Workflow, run: Run) -> AsyncGenerator[Event, None]:
     async with run.meter.noting_refusal():
         check_for_agents(run.request)
     await run.meter.prepare(run.request, run.session)
+    if len(said := run.said) > _MOST_CHARS_AT_ONCE:
+        run.addresses = await asyncio.to_thread(Addresses, said)
     run.emit("WORKFLOW_STARTED", ORCHESTRATOR, f"{model_id} has started.", deferrable=True, model=model_id)
     task = asyncio.create_task(to_the_end(), name=f"workflow {run.meter.request_id}")
     try:
@@ -288,8 +347,13 @@ async def _within_budget(workflow: Workflow, run: Run) -> None:
         raise Unavailable(f"The request ended before it could be answered: {error}.") from error
 
 
-def _without_sources(turn: dict[str, Any]) -> str:
+def _as_turn(turn: dict[str, Any]) -> str:
+    """Return what a turn says. An answer is without its sources, which are numbered otherwise now, and without what
+    a chat template takes for its own."""
     text = text_of(turn)
-    if turn["role"] == "user" or not _OWN_SOURCES.search(text):
+    if turn["role"] == "user":
         return text
-    return _OWN_MARKERS.sub("", _OWN_SOURCES.sub("", text)).rstrip()
+    before, heading, entries = text.rpartition(_OWN_HEADING)
+    if heading and all(map(_OWN_ENTRY.match, entries.rstrip().split("\n\n"))):
+        text = _OWN_MARKERS.sub("", before).rstrip()
+    return without_control_tokens(text)

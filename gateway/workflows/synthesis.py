@@ -1,8 +1,8 @@
 """The last step of every workflow with agents: one answer, streamed as it is written, and the sources that it names.
 
-Where the client binds the answer to a grammar, nothing is put in front of it, taken out of it or added to it: then
-the sources stand in the payload only. Where the key's limits leave no room for the answer, what was found is sent as
-it is. Fails with GatewayError.
+Where the client binds the answer to a grammar, nothing is put in front of it or added to it, and only links to what
+was not read are taken out of it: then the sources stand in the payload only. Where the key's limits leave no room for
+the answer, what was found is sent as it is. Fails with GatewayError.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 from engine.base import Delta, FinishReason
 from gateway.errors import BadRequest, GatewayError
-from gateway.sessions import text_of
 from gateway.workflows.agents import Agent, Prompt
+from gateway.workflows.bound_answers import BoundFilter
 from gateway.workflows.citations import AnswerFilter, Sources
 from gateway.workflows.run import OutOfBudget, Run
 
@@ -32,14 +32,15 @@ async def answer(
 
     `opening` is put before it, what `closing` makes of it behind it. `instead` is what was found, as text.
     """
-    said = "\n".join([*map(text_of, run.messages), run.context])
-    answer_filter = AnswerFilter(sources, said)
+    answer_filter = AnswerFilter(sources, run.said, run.image_hosts)
     text, tail = "", ""
     async with Agent(run, "synthesis", "writer") as writer:
         writer.think("Pulling it all together.")
         try:
             if run.constrained:
-                _, finish_reason = await writer.speak(prompt)
+                bound = BoundFilter(run)
+                _, finish_reason = await writer.speak(prompt, bound)
+                tail = bound.flush()
             else:
                 text, finish_reason = await writer.speak(prompt, answer_filter, opening)
         except (BadRequest, OutOfBudget) as error:
@@ -48,7 +49,7 @@ async def answer(
         tail = answer_filter.flush()
         text += tail
         # What is put behind may be of a model's making as well.
-        last_filter = AnswerFilter(sources, said)
+        last_filter = AnswerFilter(sources, run.said, run.image_hosts)
         tail += last_filter(closing(text)) + last_filter.flush()
     listing = sources.listing(text) if sources.fetched else []
     if listing:

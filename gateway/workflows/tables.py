@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 MAX_CELL_CHARS = 200
+_HIDDEN = "\u200b"
+"""Breaks what would become a link by itself, without a trace for people."""
 # A cell must not end, a link or an image must not begin, and nothing must be set in code or as HTML.
 _ESCAPED = str.maketrans(
     {"|": r"\|", "[": r"\[", "]": r"\]", "`": "'", "<": "‹", ">": "›", "*": r"\*", "_": r"\_", "\\": r"\\", "#": r"\#"}
 )
+BARE = str.maketrans("[]<>`", "()‹›'")
+_ENTITY = re.compile(r"&(?=#?[A-Za-z0-9]{1,32};)")
+_LINKED = re.compile(r"://|//|(?<=@)(?=\w)|\bwww\b(?=\.)", re.I)
 
 
 def cell(text: object, max_chars: int = MAX_CELL_CHARS) -> str:
@@ -16,8 +22,22 @@ def cell(text: object, max_chars: int = MAX_CELL_CHARS) -> str:
     line = " ".join(str(text).split())
     if len(line) > max_chars:
         line = line[: max_chars - 1].rstrip() + "…"
-    # An address would become a link by itself, and show as what it is not.
-    return line.translate(_ESCAPED).replace("://", ":\u200b//") or "-"
+    return _unlinked(line.translate(_ESCAPED)) or "-"
+
+
+def plain_line(text: str) -> str:
+    """Return text as one line that is neither markup nor an address, as people read it without Markdown as well."""
+    return _unlinked(" ".join(text.split()).translate(BARE))
+
+
+def _unlinked(line: str) -> str:
+    """Return a line in which no address becomes a link by itself, and none is spelled with entities."""
+    line = _ENTITY.sub("&amp;", line)
+    return _LINKED.sub(lambda found: f":{_HIDDEN}//" if found[0] == "://" else _broken(found[0]), line)
+
+
+def _broken(found: str) -> str:
+    return f"/{_HIDDEN}/" if found == "//" else f"{found}{_HIDDEN}"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers_from: int | None = None) -> str:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from gateway.events import ORCHESTRATOR
-from gateway.workflows.agents import AGENT_FAILURES, Agent, Decision, Prompt, fenced
+from gateway.workflows.agents import AGENT_FAILURES, Agent, Decision, Outside, Prompt, fenced
 from gateway.workflows.researcher import Library
 from gateway.workflows.run import Run
 
@@ -83,7 +83,7 @@ def _check(run: Run, library: Library, claim: Claim) -> Callable[[], Coroutine[A
         try:
             async with agent:
                 agent.think(claim.claim)
-                verdict = await agent.decide(Prompt("verify", {"claim": claim.claim}, material), Verdict, 120)
+                verdict = await agent.decide(Prompt("verify", {"claim": Outside(claim.claim)}, material), Verdict, 120)
                 return Checked(claim.claim, verdict.verdict) if verdict is not None else None
         except AGENT_FAILURES:
             return None

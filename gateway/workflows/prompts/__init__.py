@@ -5,17 +5,18 @@ Places are `$name`, as in string.Template. `preamble.md` stands before the instr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from importlib.resources import files
 from string import Template
 
 
 @cache
-def _load(name: str) -> tuple[Template, Template]:
+def _load(name: str) -> tuple[Template, list[Template]]:
+    """Return a prompt's instructions, and the lines of its task."""
     text = (files(__package__) / f"{name}.md").read_text(encoding="utf-8")
     instructions, _, task = text.partition("\n---\n")
-    return Template(instructions.strip()), Template(task.strip())
+    return Template(instructions.strip()), [Template(line) for line in task.strip().split("\n")]
 
 
 def preamble() -> str:
@@ -23,7 +24,20 @@ def preamble() -> str:
     return _load("preamble")[0].template
 
 
-def render(name: str, fields: Mapping[str, str]) -> tuple[str, str]:
-    """Return the instructions and the task of prompt `name`, filled in. Raises KeyError on a place without a value."""
+def render(
+    name: str, fields: Mapping[str, str], fence: Callable[[str], str] = str, outside: Collection[str] = ()
+) -> tuple[str, str]:
+    """Return the instructions and the task of prompt `name`, filled in.
+
+    `fence` marks as data each line of the task that has a place for one of the fields named in `outside`. Raises
+    KeyError on a place without a value, and ValueError where the instructions have a place for one of `outside`:
+    they are the system message.
+    """
     instructions, task = _load(name)
-    return instructions.substitute(fields), task.substitute(fields)
+    if not set(instructions.get_identifiers()).isdisjoint(outside):
+        raise ValueError(f"{name}: the instructions have a place for text from outside")
+    lines = []
+    for line in task:
+        filled = line.substitute(fields)
+        lines.append(filled if set(line.get_identifiers()).isdisjoint(outside) else fence(filled))
+    return instructions.substitute(fields), "\n".join(lines)

@@ -1,0 +1,142 @@
+"""The addresses of one run: which were read, which a search or the user gave, and how two spellings are compared.
+
+A model may spell an address in any way, and anything that it adds to one (a query, a fragment, a user name) may carry
+what it has read to whoever owns the host. So an address is looked up in a form without these, and what is then shown
+or fetched is always the address as it was given, never as the model wrote it. Not handled: whether an address is safe
+to fetch, which `gateway.fetch` decides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterable
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+import idna
+
+from gateway.tools.base import Source
+
+MAX_ADDRESS_CHARS = 2000
+_TRACKING = re.compile(r"utm_|(?:fbclid|gclid|mc_[ce]id|ref|ref_src)\Z")
+ADDRESS_CHARS = r"(?:[^\s<>\"')\](`|]|\([^\s()<>\"`]{0,200}\)){1,2000}"
+_NAMED = re.compile(rf"(?:https?://|www\.){ADDRESS_CHARS}", re.I)
+_WORD = re.compile(r"[^\s<>()\[\]\"'`|,;]{4,2000}")
+_HOST = re.compile(r"(?:[A-Za-z0-9\u00a1-\uffef-]{1,63}\.){1,10}[A-Za-z\u00a1-\uffef]{2,24}(?::\d{1,5})?(?:[/?#]|\Z)")
+_END = ".,;:!?*_~"
+_MARKDOWN = re.compile(r"[\x00-\x20<>`|\\\[\]\"^{}\x7f]|[^\x00-\x7f]")
+
+
+def normal_url(url: str) -> str:
+    """Return a URL in the form by which sources are told apart: no tracking, no trailing slash, no user name, and no
+    fragment, but for documents, whose passages are sources of their own."""
+    url = url.strip()
+    try:
+        parts = urlsplit(url)
+        port = f":{parts.port}" if parts.port and parts.port not in (80, 443) else ""
+    except ValueError:  # models and pages write anything
+        return url
+    if parts.scheme not in ("http", "https"):
+        return url
+    pairs = parse_qsl(parts.query, keep_blank_values=True)
+    query = urlencode([(name, value) for name, value in pairs if not _TRACKING.match(name.lower())])
+    return urlunsplit(("https", f"{_host(parts.hostname or '')}{port}", parts.path.rstrip("/"), query, ""))
+
+
+def in_markdown(url: str) -> str:
+    """Return a URL in which nothing can end a link's destination or begin another construct of Markdown."""
+    encoded = _MARKDOWN.sub(lambda found: "".join(f"%{byte:02X}" for byte in found[0].encode("utf-8", "replace")), url)
+    if not _balanced(encoded):
+        encoded = encoded.replace("(", "%28").replace(")", "%29")
+    return encoded
+
+
+def split_end(address: str) -> tuple[str, str]:
+    """Return an address as it stands in a sentence, and the punctuation behind it."""
+    bare = address.rstrip(_END)
+    return bare, address[len(bare) :]
+
+
+class Addresses:
+    """What a run may show as a link, and what it may fetch once it has read something private."""
+
+    def __init__(self, said: str = "") -> None:
+        """`said` is what the user wrote: the addresses in it are the user's own."""
+        self._live: dict[str, str] = {}
+        """Read, or named by the user: by normal URL, as they were given."""
+        self._given: dict[str, str] = {}
+        """The same, and what searches found."""
+        self._emails: set[str] = set()
+        for found in _NAMED.finditer(said):
+            self._name(split_end(found[0])[0])
+        for word in _WORD.findall(said):
+            bare = split_end(word)[0]
+            if "@" in bare and "/" not in bare:
+                self._emails.add(bare.lower().removeprefix("mailto:"))
+            elif _HOST.match(bare):
+                self._name(bare)
+
+    def add(self, sources: Iterable[Source]) -> None:
+        """Note what a tool found, or read."""
+        for source in sources:
+            key = normal_url(source.url)
+            self._given.setdefault(key, source.url)
+            if source.fetched:
+                self._live.setdefault(key, source.url)
+
+    def live(self, written: str) -> str | None:
+        """Return the address that `written` spells, None unless it was read or the user named it."""
+        return self._live.get(normal_url(_with_scheme(written)))
+
+    def given(self, written: str) -> str | None:
+        """Return the address that `written` spells, None unless a search or the user gave it."""
+        return self._given.get(normal_url(_with_scheme(written)))
+
+    def has_doi(self, doi: str) -> bool:
+        """Return whether a DOI is part of an address that was given."""
+        doi = doi.lower()
+        return any(doi in url.lower() for url in self._given)
+
+    def has_email(self, address: str) -> bool:
+        """Return whether the user named this mail address."""
+        return address.lower() in self._emails
+
+    def _name(self, written: str) -> None:
+        url = _with_scheme(written)
+        key = normal_url(url)
+        self._live.setdefault(key, url)
+        self._given.setdefault(key, url)
+
+
+def _with_scheme(written: str) -> str:
+    """Return an address with a scheme. One that begins with `//` has none of its own."""
+    if written.startswith("//"):
+        return f"https:{written}"
+    lower = written[:8].lower()
+    if lower.startswith(("http://", "https://")) or _scheme(written):
+        return written
+    return f"https://{written}"
+
+
+def _scheme(written: str) -> bool:
+    """Return whether something other than a host stands before the first colon, as in `local:a.md`."""
+    head, colon, tail = written.partition(":")
+    return bool(colon) and head.isalnum() and not tail[:1].isdigit()
+
+
+def _host(host: str) -> str:
+    """Return a host as browsers compare it: IDNA's letters, no `www.`, no dot at its end."""
+    host = host.rstrip(".")
+    if not host.isascii():
+        with contextlib.suppress(idna.IDNAError):
+            host = idna.encode(host, uts46=True).decode()
+    return host.lower().removeprefix("www.")
+
+
+def _balanced(url: str) -> bool:
+    depth = 0
+    for character in url:
+        depth += (character == "(") - (character == ")")
+        if depth < 0:
+            return False
+    return depth == 0

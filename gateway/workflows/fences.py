@@ -1,0 +1,137 @@
+"""Blocks of code in Markdown that grows: which lines are surely inside one.
+
+Code is the only text of an answer that is not checked for links, so a line counts as code only where every renderer
+takes it for code, whatever comes later. A fence that is not indented is one by itself; for an indented one
+markdown-it decides, from the lines before it. Where an indented fence is left by a line with less indentation, or
+formulas may be open around it, nothing is certain any more, and what follows is treated as text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from markdown_it import MarkdownIt
+
+MAX_LINE_CHARS = 200
+"""A longer line opens no fence."""
+_MAX_CONTEXT_CHARS = 4096
+"""Of the lines before an indented fence; markdown-it takes some 2 ms for so many."""
+_MAX_LOOKS = 16
+"""Times that the same lines are parsed; what a longer list has behind that is treated as text."""
+
+_parser = MarkdownIt("commonmark", {"html": False})
+
+
+@dataclass(frozen=True, slots=True)
+class _Fence:
+    mark: str
+    length: int
+    indent: int
+
+
+class Fences:
+    """Follows an answer line by line. `inside` says whether the next line is in a block of code."""
+
+    def __init__(self) -> None:
+        self.certain = True
+        """False once it can't be told any more where blocks of code begin and end."""
+        self._fence: _Fence | None = None
+        self._context = ""
+        """Lines since the last one that begins a block at the margin."""
+        self._looks = 0
+        self._blank = True
+
+    @property
+    def inside(self) -> bool:
+        return self._fence is not None
+
+    @property
+    def closing(self) -> str:
+        """What ends the block that is open."""
+        return "" if self._fence is None else self._fence.mark * self._fence.length
+
+    def may_matter(self, line: str) -> bool:
+        """Return whether a line that has only begun may yet open or close a block, or leave one."""
+        text = line.lstrip(" \t")
+        if not text:
+            return True
+        if len(line) > MAX_LINE_CHARS:
+            return False
+        if self._fence is not None:
+            return not text.strip(self._fence.mark + " \t")
+        mark = text[0]
+        run = len(text) - len(text.lstrip(mark))
+        if mark not in "`~" or (run < 3 and run < len(text)):
+            return False
+        return mark == "~" or "`" not in text[run:]
+
+    def leaves(self, line: str) -> bool:
+        """Return whether a line that has begun, or is whole, is not in the open block any more; it is then closed."""
+        assert self._fence is not None
+        if line.strip() and _indent(line) < self._fence.indent:
+            self._fence, self.certain = None, False
+            return True
+        return False
+
+    def closes(self, line: str) -> bool:
+        """Return whether a whole line closes the open block."""
+        fence = self._fence
+        assert fence is not None
+        text = line.strip(" \t\r")
+        if len(text) < fence.length or text.strip(fence.mark):
+            return False
+        indent = _indent(line)
+        if indent > 3 and not fence.indent:
+            return False  # that is code
+        if indent != fence.indent and indent > 3:
+            self.certain = False  # within a list it closes the block, elsewhere it does not
+        self._fence = None
+        return True
+
+    def opens(self, line: str) -> bool:
+        """Return whether a whole line surely opens a block."""
+        text = line.strip(" \t\r")
+        mark = text[:1]
+        run = len(text) - len(text.lstrip(mark)) if mark else 0
+        if not self.certain or run < 3 or mark not in "`~" or len(line) > MAX_LINE_CHARS:
+            return False
+        if mark == "`" and "`" in text[run:]:
+            return False
+        indent = _indent(line)
+        if indent and not self._is_fence(line):
+            return False
+        self._fence = _Fence(mark, run, indent)
+        return True
+
+    def note(self, line: str) -> None:
+        """Take in a whole line as it was sent."""
+        if not line.strip():
+            self._blank = True
+        else:
+            if self._blank and not self.inside and not line[0].isspace():
+                self._context, self._looks = "", 0
+            self._blank = False
+        if len(self._context) <= _MAX_CONTEXT_CHARS:
+            self._context += f"{line}\n"
+
+    def _is_fence(self, line: str) -> bool:
+        """Return whether the line opens a block behind those before it."""
+        if len(self._context) > _MAX_CONTEXT_CHARS or self._looks >= _MAX_LOOKS:
+            return False
+        self._looks += 1
+        tokens = _parser.parse(f"{self._context}{line}\n")
+        last = next((token for token in reversed(tokens) if token.map is not None and token.nesting >= 0), None)
+        return last is not None and last.type == "fence" and last.map[0] == self._context.count("\n")
+
+
+def _indent(line: str) -> int:
+    """Return how many columns a line is indented."""
+    column = 0
+    for character in line:
+        if character == "\t":
+            column += 4 - column % 4
+        elif character == " ":
+            column += 1
+        else:
+            break
+    return column

