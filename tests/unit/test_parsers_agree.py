@@ -44,8 +44,8 @@ def theirs(raw: bytes) -> tuple[Requests, bool]:
     found: Requests = []
     try:
         while (request := _theirs_first(raw.removeprefix(b"\r\n"))) is not None:
-            *fields, raw, goes_on = request
-            found.append((fields[0], fields[1], fields[2]))
+            method, target, content, raw, goes_on = request
+            found.append((method, target, content))
             if not goes_on:
                 break
     except h11.ProtocolError:
