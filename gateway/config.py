@@ -470,7 +470,8 @@ class LoggingSettings(_Settings):
 
 class FetchSettings(_Settings):
     timeout_s: float = Field(10.0, gt=0)
-    """Longest time for one URL, its redirects and its body included."""
+    """Longest time for one URL, its redirects and its body included. Looking up a name may take 5 s of it. 64 URLs are
+    fetched at once, of which one key takes half at most, so that its slow sites hold up nobody else."""
     max_redirects: int = Field(3, ge=0, le=10)
     """Redirects that are followed, each checked as the first URL was."""
     ports: list[Annotated[int, Field(ge=1, le=65535)]] = Field(default_factory=lambda: [80, 443])

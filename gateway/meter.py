@@ -90,7 +90,8 @@ class Meter:
         self._cache_salt = cache_salt
         self._counted = False  # by the limits
         self._noted = False  # by the ledger
-        self._failed = False  # by the ledger: a refusal may pass several places that note it
+        self._failure: GatewayError | None = None
+        """The last one that the ledger has: a refusal may pass several places that note it."""
         self._leased = False
         self._held = False
         """Whether a reservation was made under an id."""
@@ -482,9 +483,9 @@ class Meter:
         entry = Entry(key_id=self.principal.key_id, model_id=self.model.id, allowance=self._allowance)
         entry.requests = 0 if self._noted else 1
         self._noted = True
-        if failure is not None and self._whole is None and not self._failed:
+        if failure is not None and self._whole is None and failure is not self._failure:
             entry.error = failure.code
-            self._failed = True
+            self._failure = failure
         return entry
 
     async def _write(self, entry: Entry) -> None:
