@@ -228,6 +228,12 @@ class Metrics:
             ["engine", "upstream"],
             registry=self._registry,
         )
+        self.upstream_discarded = Total(
+            "shannon_upstream_discarded_tokens",
+            "Tokens of a server's answers that broke off before anybody had seen them. No key pays for them.",
+            ["engine", "upstream"],
+            registry=self._registry,
+        )
         self.draining = Gauge("shannon_draining", "1 from SIGTERM on.", registry=self._registry)
         self.drain_interrupted = Total(
             "shannon_drain_interrupted_requests",

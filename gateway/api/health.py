@@ -83,6 +83,7 @@ def _tell_engine(metrics: Metrics, name: str, engine: SupervisedEngine) -> None:
         for index, replica in enumerate(current.replicas):
             metrics.upstream_available.labels(name, str(index)).set(replica.breaker.state != "open")
             metrics.upstream_in_flight.labels(name, str(index)).set(replica.in_flight)
+            metrics.upstream_discarded.values[name, str(index)] = replica.discarded_tokens
 
 
 @router.get("/openapi.json", include_in_schema=False)

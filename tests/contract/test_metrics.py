@@ -16,7 +16,7 @@ from engine.mock import Fault, MockEngine
 from engine.remote import RemoteEngine
 from tests.conftest import Gateway, Start, until
 from tests.store_server import run_store
-from tests.upstream_server import Connection, run_upstream
+from tests.upstream_server import Connection, chunk, run_upstream
 
 pytestmark = pytest.mark.anyio
 
@@ -191,3 +191,20 @@ async def test_servers_of_a_remote_engine_are_labelled_by_their_place_in_the_con
         page = (await gateway.client.get("/metrics")).text
         assert "127.0.0.1" not in page, "nor anything else of their addresses"
         request.cancel()
+
+
+async def test_tokens_that_nobody_got_are_counted_and_on_no_bill(start: Start) -> None:
+    async def breaking(connection: Connection) -> None:
+        await connection.begin()
+        await connection.frames(chunk("Hel", usage=(7, 1)))
+        connection.cut()
+
+    async with run_upstream(breaking) as server:
+        remote: Any = partial(RemoteEngine, [server.url], "demo", retries=1)
+        gateway = await start(mock=remote)
+        assert (await gateway.chat()).status_code == 503
+
+        discarded = await gateway.samples("shannon_upstream_discarded_tokens_total")
+        assert discarded == {("main", server.url): 16}, "two attempts of seven and one"
+        (row,) = (await gateway.client.get("/v1/usage")).json()["data"]
+        assert (row["prompt_tokens"], row["completion_tokens"]) == (0, 0)

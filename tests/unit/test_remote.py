@@ -1096,6 +1096,21 @@ async def test_another_shannon_is_a_server_like_any_other(serve: Start) -> None:
     await engine.close()
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_wait_at_another_shannon_may_be_longer_than_a_silence(serve: Start, stream: bool) -> None:
+    slow = MockEngine(reply="one two three", first_token_s=0.5)
+    upstream = await serve(mock=lambda: slow, server={"keepalive_s": 0.05})
+    times: dict[str, Any] = {"first_token_timeout_s": 0.3, "queue_timeout_s": 60.0, "max_model_len": 1024}
+    engine = RemoteEngine([f"{upstream.url}/v1"], "shannon-chat", api_key=upstream.key, **times)
+    await engine.start()
+    prepared = await engine.prepare(request(stream=stream))
+    text = "".join([delta.text async for delta in engine.generate(prepared)])
+
+    assert (text, prepared.usage) == ("one two three", Usage(3, 3))
+    assert engine.replicas[0].weight == 1.0
+    await engine.close()
+
+
 # Embeddings
 
 

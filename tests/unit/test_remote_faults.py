@@ -384,7 +384,7 @@ def test_no_status_of_clients_is_the_servers_failure(status: int) -> None:
     with pytest.raises((InvalidRequest, AttemptFailed)) as caught:
         refuse(status, error(), request())
 
-    assert isinstance(caught.value, InvalidRequest) or caught.value.outcome == "declined"
+    assert isinstance(caught.value, InvalidRequest) or getattr(caught.value, "outcome", None) == "declined"
 
 
 @pytest.mark.parametrize("status", [200, 400, 403, 500])
