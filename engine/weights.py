@@ -33,8 +33,11 @@ from engine.transfer import size_of
 INDEX = "model.safetensors.index.json"
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_NAME = r"\w(?:[\w.-]*\w)?"
-_HUB_ID = re.compile(rf"(?!.*(?:--|\.\.)){_NAME}(?:/{_NAME})?(?<!\.git)", re.ASCII)
+_MAX_NAME = 96
+"""Characters of each half of an id, as the hub has it."""
+_NAME = rf"\w(?:[\w.-]{{0,{_MAX_NAME - 2}}}\w)?"
+_HUB_ID = re.compile(rf"(?!.{{0,{2 * _MAX_NAME}}}(?:--|\.\.)){_NAME}(?:/{_NAME})?(?<!\.git)", re.ASCII)
+_MODULE = re.compile(r"[0-9]{1,3}_[0-9A-Za-z_]{1,64}/[^/]{1,255}")
 _WEIGHTS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".tflite"),
     *(".ot", ".mlmodel", ".nemo", ".llamafile", ".engine"),
@@ -161,7 +164,7 @@ def choose(paths: Sequence[str], indexed: frozenset[str] = frozenset()) -> list[
     chosen = _one_format([path for path in weights if "/" not in path], indexed)
     if not chosen:
         return list(paths)
-    for module in {path.partition("/")[0] for path in weights if re.match(r"\d+_\w+/[^/]+$", path)}:
+    for module in {path.partition("/")[0] for path in weights if _MODULE.fullmatch(path)}:
         chosen |= _one_format([path for path in weights if path.startswith(f"{module}/")])
     return [path for path in paths if path in chosen or not path.lower().endswith(_WEIGHTS + _UNREAD)]
 

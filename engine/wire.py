@@ -32,6 +32,9 @@ RESPONSE_FORMAT = "response_format"
 BYTES_PER_TOKEN = 4  # English prose and code; other scripts differ by half in either direction
 _MESSAGE_TOKENS = 4  # the role and the marks around a message
 _PART_TOKENS = 1024  # an image of ordinary size
+_MILLISECONDS = re.compile(r"[0-9]{1,9}")
+_SECONDS = re.compile(r"[0-9]{1,6}(\.[0-9]{1,9})?")
+_ERROR_STATUS = re.compile(r"[45][0-9]{2}")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.\[\]-]{0,63}")
 _TOO_LONG = re.compile(r"(context|model) length|max_model_len|longer than the maximum", re.IGNORECASE)
 _NAMED: dict[int, set[str]] = {
@@ -250,10 +253,10 @@ def error_fields(answer: Any) -> dict[str, Any]:
 
 def retry_after_s(headers: Mapping[str, str]) -> float | None:
     """Return how long a server asks to wait: a number of seconds or milliseconds, or a date."""
-    if re.fullmatch(r"\d{1,9}", headers.get("retry-after-ms", "")):
+    if _MILLISECONDS.fullmatch(headers.get("retry-after-ms", "")):
         return int(headers["retry-after-ms"]) / 1000
     told = headers.get("retry-after", "")
-    if re.fullmatch(r"\d{1,6}(\.\d+)?", told):
+    if _SECONDS.fullmatch(told):
         return float(told)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(told).timestamp() - time.time())
@@ -270,7 +273,7 @@ def _told_status(error: dict[str, Any]) -> int | None:
     """Return the status that an error tells in a number or a name."""
     for name in ("code", "status", "status_code", "http_code"):
         told = str(error.get(name))
-        if re.fullmatch(r"[45]\d\d", told):
+        if _ERROR_STATUS.fullmatch(told):
             return int(told)
     words = _words(error)
     return next((status for status, names in _NAMED.items() if names & words), None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from importlib import resources
 from typing import Any
 
@@ -25,7 +24,7 @@ class Script:
         """
         folder = resources.files("gateway") / "lua"
         text = "\n".join((folder / f"{name}.lua").read_text(encoding="utf-8") for name in names)
-        text = re.sub(r"^\s*--.*\n", "", text, flags=re.MULTILINE)
+        text = "".join(line for line in text.splitlines(keepends=True) if not line.lstrip().startswith("--"))
         self.text = f"#!lua flags=allow-oom\n{text}" if when_full else text
         self.sha = hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
 

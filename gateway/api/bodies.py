@@ -22,7 +22,7 @@ from weakref import WeakValueDictionary
 
 from starlette.requests import Request
 
-from gateway.api.json_text import LARGE_BYTES
+from gateway.api.json_parser import LARGE_BYTES
 from gateway.config import ServerSettings
 from gateway.errors import GatewayError, Overloaded, RateLimitExceeded
 

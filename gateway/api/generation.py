@@ -18,7 +18,7 @@ from starlette.responses import Response
 from engine.base import GenerationRequest
 from gateway.api.bodies import model_named_in
 from gateway.api.dependencies import Services, authenticate, services
-from gateway.api.json_text import LARGE_BYTES
+from gateway.api.json_parser import LARGE_BYTES
 from gateway.api.options import ShannonOptions
 from gateway.auth import Principal
 from gateway.catalog import ModelSpec

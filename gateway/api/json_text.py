@@ -1,8 +1,8 @@
-"""JSON text into values, if it will take no more memory and levels than it should: told before any of it is parsed.
+"""What JSON text will become, told from its characters before any of it is parsed: its size in memory, its depth.
 
-A parser holds the GIL until it is done, and 8 MiB of empty lists take it 700 ms and 200 MB. What looks at the text
-before is linear, works on pieces, and lets other threads run between two pieces. Text that is not JSON gets some
-figure; parsers refuse it. Fails with BadRequest, which names the field of the body that holds too much, and with
+A parser holds the GIL until it is done, and 8 MiB of empty lists take it 700 ms and 200 MB. What is here is linear,
+works on pieces, and lets other threads run between two pieces. Text that is not JSON gets some figure; parsers refuse
+it. Fails with BadRequest, which names the field of the body that holds too much, and with
 ValueError.
 """
 
@@ -16,14 +16,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate, chain
 from typing import Any
 
-import orjson
-from pydantic_core import from_json
-
 from gateway.errors import BadRequest
 
-LARGE_BYTES = 262_144
-"""Longer bodies are looked at before they are parsed, and worked on beside the event loop: up to here everything takes
-some milliseconds."""
 MAX_DEPTH = 128
 """Levels of arrays and objects. orjson writes at most 254; Python's own JSON parser, which chat templates use,
 overflows at about 990."""
@@ -33,10 +27,9 @@ MAX_DIGITS = 4300
 _PIECE_BYTES = 65_536
 """A piece takes at most some 2 ms."""
 _MOST_TIMES = 8.5
-_FREE_BYTES = 4 * 2**20
-_MOST_TIMES_BY_ORJSON = 5.5
-"""A body may take so many times its own size when it is parsed, and 4 MiB more: with the body itself 10 times of 8 MiB.
-The history of an agent with many short tool calls takes 8 times. orjson keeps a form of its own beside the result."""
+_FREE_BYTES = 2 * 2**20
+"""A body may take so many times its own size when it is parsed, and 2 MiB more: with the body itself that makes 10 times.
+The history of an agent with many short tool calls takes 8 times."""
 
 # Bytes that CPython on 64 bits allocates, as measured.
 _OBJECT_BYTES = 200  # of up to five fields
@@ -46,7 +39,7 @@ _POINTER_BYTES = 14  # of an element of an array, and of a list that a parser ma
 _STRING_BYTES = 64  # two or more characters; shorter ones exist once
 _NUMBER_BYTES = 32  # three or more digits; smaller ones exist once
 _KEPT_NAMES = 1024
-"""Parsers make some more different names than this once, and any others again and again."""
+"""orjson makes about twice as many different names once, and any others again and again."""
 _LONG_CHARS = 1024
 _WIDE = 4
 """Bytes of a character, all over a string, where one is outside Unicode's first plane."""
@@ -54,28 +47,16 @@ _WIDE = 4
 _STRUCTURE = b'{}[],:" \t\n\r'
 _STEPS = bytes(1 if byte in b"{[" else 255 if byte in b"}]" else byte for byte in range(256))
 _NO_BRACKETS = bytes(byte for byte in range(256) if byte not in b"{}[]")
-_NUMBERS = bytes(ord("0") if chr(byte).isdecimal() else ord("e") if byte in b"eE" else byte for byte in range(256))
 _DIGITS = re.compile(rb"[0-9]+")
 
 
-def load(body: bytes) -> Any:
-    """Return what a body says in JSON. Raises BadRequest."""
-    try:
-        if len(body) <= LARGE_BYTES or _check_size(body).odd_numbers:
-            return orjson.loads(body)
-        return from_json(body, allow_inf_nan=False, cache_strings="keys")
-    except ValueError as error:
-        # Without its cause, which may hold the body once more.
-        raise BadRequest(f"The request body is not valid JSON: {error}.") from None
-
-
-def _check_size(body: bytes) -> _Figures:
+def check_size(body: bytes) -> None:
     """Raise BadRequest where `body`, parsed, would take many times its own size in memory."""
     figures = _Figures(wide=_is_wide(body))
-    for number, piece in enumerate(_pieces(body), 1):
+    most = _MOST_TIMES * len(body) + _FREE_BYTES
+    for number, piece in enumerate(pieces_of(body), 1):
         figures.add(piece)
-        times = _MOST_TIMES_BY_ORJSON if figures.odd_numbers else _MOST_TIMES
-        if figures.parsed_bytes > times * len(body) + _FREE_BYTES:
+        if figures.parsed_bytes > most:
             if _unclosed(body):
                 raise BadRequest("The request body is not valid JSON: its brackets don't match.")
             name = _field_at(body, number)
@@ -85,14 +66,13 @@ def _check_size(body: bytes) -> _Figures:
                 name,
                 "too_many_values",
             )
-    return figures
 
 
 def check_nesting(text: str) -> str:
     """Return `text`, JSON that may be cut short, if every parser can take it. Raises ValueError."""
     if len(text) <= MAX_DIGITS and text.count("{") + text.count("[") <= MAX_DEPTH:
         return text
-    outside = list(chain.from_iterable(piece.outside for piece in _pieces(text.encode())))
+    outside = list(chain.from_iterable(piece.outside for piece in pieces_of(text.encode())))
     if max(accumulate(_steps(outside)), default=0) > MAX_DEPTH:
         raise ValueError(f"must be nested at most {MAX_DEPTH} levels deep")
     if max(map(len, _DIGITS.findall(b'"'.join(outside))), default=0) > MAX_DIGITS:
@@ -112,9 +92,10 @@ def is_shallow(value: Any, most: int = MAX_DEPTH) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
-    """A piece of JSON text, split at the quotes of its strings."""
+class Piece:
+    """A piece of JSON text, split at the quotes of its strings. `start` is where it begins in the text."""
 
+    start: int
     parts: list[bytes]
     inside: bool
     """The first part is in a string, the end of one that began in an earlier piece."""
@@ -135,14 +116,12 @@ class _Figures:
 
     wide: bool
     parsed_bytes: float = 0
-    odd_numbers: bool = False
-    """Some may be beyond 64 bits, where pydantic's parser makes integers that orjson can't write, or infinity."""
     objects: int = 0
     fields: int = 0
     names: set[bytes] = field(default_factory=set)
     long_names: int = 0
 
-    def add(self, piece: _Piece) -> None:
+    def add(self, piece: Piece) -> None:
         """Count a piece."""
         outside, strings = b'"'.join(piece.outside), piece.strings
         objects, arrays, commas = outside.count(b"{"), outside.count(b"["), outside.count(b",")
@@ -156,8 +135,6 @@ class _Figures:
         self.objects += objects
         self.fields += len(names)
         self.long_names += long_names
-        numbers = outside.translate(_NUMBERS, b"+-")
-        self.odd_numbers = self.odd_numbers or b"0" * 19 in numbers or b"e000" in numbers
         elements = max(0, commas - len(names) + objects) + arrays
         scalar_chars = len(outside.translate(None, _STRUCTURE))
         self.parsed_bytes += (
@@ -183,20 +160,21 @@ def _is_wide(text: bytes) -> bool:
     return not text.isascii() or b"\\u" in text
 
 
-def _pieces(text: bytes) -> Iterator[_Piece]:
-    if b"\\" in text:  # without escapes, every other quote ends a string
-        text = text.replace(b"\\\\", b"").replace(b'\\"', b"")
+def pieces_of(text: bytes) -> Iterator[Piece]:
+    """Yield the pieces of JSON text. Two characters of it stand in the place of each escaped quote or backslash."""
+    if b"\\" in text:  # without those, every other quote ends a string
+        text = text.replace(b"\\\\", b"__").replace(b'\\"', b"__")
     inside = False
     for start in range(0, len(text), _PIECE_BYTES):
         parts = text[start : start + _PIECE_BYTES].split(b'"')
-        yield _Piece(parts, inside)
+        yield Piece(start, parts, inside)
         inside ^= not len(parts) % 2
         time.sleep(0)  # whoever waits for the GIL gets it now, and not after 5 ms
 
 
 def _unclosed(body: bytes) -> int:
     """Return how many arrays and objects of `body` are not closed; less than 0 where more are closed than opened."""
-    return sum(sum(_steps(piece.outside)) for piece in _pieces(body))
+    return sum(sum(_steps(piece.outside)) for piece in pieces_of(body))
 
 
 def _steps(outside: list[bytes]) -> array[int]:
@@ -207,7 +185,7 @@ def _steps(outside: list[bytes]) -> array[int]:
 def _field_at(body: bytes, pieces: int) -> str | None:
     """Return the body's field that the last of so many pieces is in, or None where there is none."""
     depth, name, text = 0, b"", b""
-    for _, piece in zip(range(pieces), _pieces(body), strict=False):
+    for _, piece in zip(range(pieces), pieces_of(body), strict=False):
         steps = _steps(piece.outside)
         if depth + min(accumulate(steps), default=0) > 1:  # it is in the same field all over
             depth += sum(steps)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from gateway.api.json_text import load
+from gateway.api.json_parser import load
 from gateway.api.tooling import JsonSchemaObject, Schema, max_entries
 from gateway.config import DefaultSettings
 from gateway.errors import BadRequest, from_validation
