@@ -28,7 +28,7 @@ _PIECE_BYTES = 65_536
 """A piece takes at most some 2 ms."""
 _MOST_TIMES = 8.5
 _FREE_BYTES = 2 * 2**20
-"""A body may take so many times its own size when it is parsed, and 2 MiB more: with the body itself that makes 10 times.
+"""A body may take so many times its own size when it is parsed, and 2 MiB more: with the body itself, 10 times.
 The history of an agent with many short tool calls takes 8 times."""
 
 # Bytes that CPython on 64 bits allocates, as measured.
@@ -59,7 +59,7 @@ def check_size(body: bytes) -> None:
         if figures.parsed_bytes > most:
             if _unclosed(body):
                 raise BadRequest("The request body is not valid JSON: its brackets don't match.")
-            name = _field_at(body, number)
+            name = _field_at(body, number - 1) or _field_at(body, number)
             where = f", in '{name}'" if name else ""
             raise BadRequest(
                 f"The request body holds too many values for its size{where}. Send fewer and longer ones.",
@@ -183,7 +183,7 @@ def _steps(outside: list[bytes]) -> array[int]:
 
 
 def _field_at(body: bytes, pieces: int) -> str | None:
-    """Return the body's field that the last of so many pieces is in, or None where there is none."""
+    """Return the body's field that its first `pieces` pieces end in, or None where there is none."""
     depth, name, text = 0, b"", b""
     for _, piece in zip(range(pieces), pieces_of(body), strict=False):
         steps = _steps(piece.outside)

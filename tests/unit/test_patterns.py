@@ -11,10 +11,12 @@ import ast
 import importlib
 import itertools
 import pkgutil
+import random
 import re
 import time
 import types
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from re import _parser  # type: ignore[attr-defined]  # the only thing that knows what a pattern is made of
 from typing import Any
@@ -37,7 +39,7 @@ _FLOOR_S = 0.005
 _MOST_GROWTH = 8.0
 """From 2,000 to 8,000 characters, or from there to 32,000. Linear time grows by 4, quadratic by 16."""
 _TRIES = 3
-_MAX_BAITS = 400
+_MAX_BAITS = 150
 
 
 def modules() -> Iterator[types.ModuleType]:
@@ -91,7 +93,7 @@ PATTERNS = all_patterns()
 # What a pattern is made of.
 
 
-def _characters(node: Any, flags: int) -> str:
+def _characters(node: Any) -> str:
     """Return some characters that one step of a pattern takes, or nothing where it takes none by itself."""
     op, value = node
     name = str(op)
@@ -166,25 +168,33 @@ def _sample(parsed: Any, repeats: int = 1, pick: int = 0) -> str:
             text += _sample(value, repeats, pick)
         elif name == "BRANCH":
             text += _sample(value[1][pick % len(value[1])], repeats, pick)
-        elif chars := _characters(node, 0):
+        elif chars := _characters(node):
             text += chars[pick % len(chars)]
     return text
 
 
-def baits(pattern: re.Pattern[Any]) -> Iterator[Callable[[int], str]]:
-    """Yield functions from a length to a text of that length."""
+def baits(pattern: re.Pattern[Any]) -> list[Callable[[int], str]]:
+    """Return functions from a length to a text of about that length."""
     parsed = _parser.parse(pattern.pattern, pattern.flags & ~re.DEBUG)
-    units = dict.fromkeys(char for node in _steps(parsed) for char in _characters(node, pattern.flags))
-    heads = dict.fromkeys(["", *(_sample(parsed, repeats, pick) for repeats in (1, 2, 3) for pick in (0, 1))])
-    starts = dict.fromkeys(
-        head[:length] for head in heads for length in (0, 1, 2, 3, len(head) // 2, len(head) - 1, len(head))
-    )
-    repeated = [*units, *(head for head in heads if head), *(start for start in starts if len(start) > 1)]
-    repeated += [a + b for a, b in itertools.islice(itertools.permutations(units, 2), 40)]
-    tails = ["", "\x00", "\n", "x", "\nx", "!"]
-    combined = itertools.product(list(dict.fromkeys(repeated))[:60], list(starts)[:8], tails)
-    for unit, head, tail in itertools.islice(combined, 0, None):
-        yield lambda length, unit=unit, head=head, tail=tail: head + unit * (length // len(unit)) + tail
+    units = list(dict.fromkeys(char for node in _steps(parsed) for char in _characters(node)))
+    samples = list(dict.fromkeys(_sample(parsed, repeats, pick) for repeats in (1, 2, 3) for pick in range(3)))
+    heads = ["", *samples, *(text[:length] for text in samples for length in (1, 2, len(text) // 2, len(text) - 1))]
+    repeated = [*units, *samples, *(text[:-1] for text in samples), *(text[: len(text) // 2] for text in samples)]
+    repeated += [a + b for a, b in itertools.permutations(units, 2)]
+    rng = random.Random(str(pattern.pattern))
+    # What repeats one character behind a whole match, and ends in what does not match, finds most of them.
+    likely = list(itertools.product(units, ["", *samples], ["\nx", "\x00"]))
+    others = list(itertools.product(dict.fromkeys(repeated), dict.fromkeys(heads), ["", "\x00", "\n", "x", "\nx", "!"]))
+    chosen = [*_some(likely, rng), *_some(others, rng)]
+    return [partial(_bait, unit, head, tail) for unit, head, tail in chosen if unit]
+
+
+def _some(values: list[tuple[str, ...]], rng: random.Random) -> list[tuple[str, ...]]:
+    return values if len(values) <= _MAX_BAITS else rng.sample(values, _MAX_BAITS)
+
+
+def _bait(unit: str, head: str, tail: str, length: int) -> str:
+    return head + unit * (length // len(unit)) + tail
 
 
 def _seconds(use: Callable[[Any], Any], text: Any) -> float:
@@ -211,8 +221,7 @@ def _superlinear(use: Callable[[Any], Any], texts: list[Any]) -> bool:
 
 def worst_growth(pattern: re.Pattern[Any]) -> str | None:
     """Return a use and a bait for which a pattern takes more than linear time, or None."""
-    candidates = list(baits(pattern))
-    for make in candidates[:: max(1, len(candidates) // _MAX_BAITS)]:
+    for make in baits(pattern):
         texts: list[Any] = [make(length) for length in _LENGTHS]
         if isinstance(pattern.pattern, bytes):
             texts = [text.encode(errors="replace") for text in texts]
