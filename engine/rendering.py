@@ -7,11 +7,13 @@ Fails with InvalidRequest.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import logging
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
@@ -55,6 +57,9 @@ _CHAT_ONLY_FIELDS = frozenset(
 )
 COUNTED_CONTEXTS = 4
 """How many times its context a prompt may take and still be tokenized: one thread does it for everybody."""
+_LONG_CHARS = 131_072
+_CALL_CHARS = 200
+"""What a tool call costs beside its arguments, as if it were text."""
 _MAX_WHITE_SPACE = 20
 """Characters in one place: a new line, and an indentation that nobody exceeds."""
 _SOURCE = re.compile(r"\[[\d:]+\] \S+:\d+: ")
@@ -120,6 +125,7 @@ class Renderer:
         from vllm.renderers.online_renderer import OnlineRenderer
 
         self._config = llm.model_config
+        self._long_requests = ThreadPoolExecutor(1, thread_name_prefix="render")
         self._renderer = OnlineRenderer(
             llm.model_config,
             llm.renderer,
@@ -148,6 +154,27 @@ class Renderer:
         return list(rendered.engine_input["prompt_token_ids"])
 
     async def _render(self, request: GenerationRequest, *, contexts: int) -> Rendered:
+        self._refuse_what_can_not_fit(request, contexts)
+        if not _is_long(request):
+            return await self._render_here(request, contexts)
+        # vLLM checks and converts every message on the event loop: 100 ms per MiB of tool calls. Its renderer keeps
+        # nothing that belongs to a loop.
+        render = partial(asyncio.run, self._render_here(request, contexts))
+        return await asyncio.get_running_loop().run_in_executor(self._long_requests, render)
+
+    def _refuse_what_can_not_fit(self, request: GenerationRequest, contexts: int) -> None:
+        """Raise InvalidRequest on many more messages and calls than there may be tokens: vLLM checks each call, and
+        holds the GIL meanwhile, before it counts."""
+        most = contexts * self._config.max_model_len
+        if 2 * most < len(request.messages) + sum(len(m.get("tool_calls") or ()) for m in request.messages):
+            raise InvalidRequest(
+                f"This model's maximum context length is {self._config.max_model_len} tokens, but the messages have "
+                "many more than that. Shorten the messages.",
+                request.prompt_param,
+                "context_length_exceeded",
+            )
+
+    async def _render_here(self, request: GenerationRequest, contexts: int) -> Rendered:
         with invalid_request(request.prompt_param):
             if request.prompt is None:
                 return await self._render_chat(request, contexts)
@@ -370,6 +397,21 @@ def naming_constraint(param: str | None) -> Iterator[None]:
             raise
         reason = _SOURCE.sub("", str(error)).strip().rstrip(".")
         raise InvalidRequest(f"Invalid value for '{param}': {reason}.", param, error.code) from error
+
+
+def _is_long(request: GenerationRequest) -> bool:
+    """Tell whether rendering takes so long that it must not hold up the event loop. Images are few, and rendered
+    under locks of their own."""
+    if request.prompt is not None:
+        return len(request.prompt) > _LONG_CHARS
+    left = _LONG_CHARS
+    for message in request.messages:
+        content = message.get("content") or ""
+        if not isinstance(content, str):
+            return False
+        calls = message.get("tool_calls") or ()
+        left -= len(content) + sum(_CALL_CHARS + len(call["function"]["arguments"]) for call in calls)
+    return left < 0
 
 
 def _constraint(request: GenerationRequest) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 import uuid
 from typing import Any
 
@@ -182,3 +183,40 @@ async def test_engine_that_was_not_started_is_unavailable() -> None:
         await engine.prepare(request(STORY))
     with pytest.raises(EngineUnavailable):
         await engine.check_health()
+
+
+LONG = {
+    "turns": [{"role": role, "content": "word " * 100} for _ in range(1000) for role in ("user", "assistant")],
+    "calls": [
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [
+                {"id": f"c{turn}-{n}", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+                for n in range(20)
+            ],
+        }
+        for turn in range(150)
+    ],
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+async def test_long_request_is_rendered_beside_the_event_loop(engine: EmbeddedEngine, name: str) -> None:
+    here, everywhere = time.thread_time(), time.process_time()
+    with pytest.raises(InvalidRequest) as caught:
+        await engine.prepare(request(LONG[name]))
+    here, everywhere = time.thread_time() - here, time.process_time() - everywhere
+
+    assert caught.value.code == "context_length_exceeded"
+    assert here < everywhere / 4
+
+
+async def test_more_messages_than_tokens_are_refused_unrendered(engine: EmbeddedEngine) -> None:
+    """vLLM would check each of them first."""
+    calls = [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}] * 100
+    with pytest.raises(InvalidRequest) as caught:
+        await engine.prepare(request([{"role": "assistant", "content": None, "tool_calls": calls}] * 1000))
+
+    assert caught.value.code == "context_length_exceeded"
+    assert caught.value.param == "messages"
