@@ -103,6 +103,12 @@ bench: setup-dev $(LITELLM_VENV)/.installed ## Measure against bare vllm, LiteLL
 storm: setup-dev ## Play 10,000 requests with hang-ups, errors, limits and store freezes; the books must be exact after it
 	$(BIN)/python -m tests.chaos.storm --requests 10000
 
+FUZZ_S ?= 900
+FUZZ ?=
+.PHONY: fuzz
+fuzz: setup-dev ## Send hostile requests for FUZZ_S seconds; FUZZ="--seed N" repeats a run
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_S) $(FUZZ)
+
 .PHONY: pictures
 pictures: setup-dev ## Take the README's pictures anew, of the page in Debian's Chromium
 	$(BIN)/python -m tests.browser.take_pictures

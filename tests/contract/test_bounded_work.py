@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import orjson
 import pytest
+from pydantic import ValidationError
 
 from engine.mock import MockEngine
 from gateway.api.json_parser import LARGE_BYTES
@@ -18,7 +19,7 @@ from gateway.api.messages_schema import MessagesRequest
 from gateway.api.response_items import InputItem, messages_of
 from gateway.api.sampling import parse_body
 from gateway.api.schema import ChatCompletionRequest
-from gateway.errors import from_validation
+from gateway.errors import BadRequest, from_validation
 from gateway.prompt_size import WORK_BYTES
 from tests.conftest import HELLO, Gateway, Start
 
@@ -165,11 +166,13 @@ async def test_json_that_is_nested_less_is_served(start: Start, name: str) -> No
 async def test_first_of_very_many_faults_is_told(
     start: Start, path: str, body: dict[str, Any], param: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counts = []
-    monkeypatch.setattr(
-        "gateway.api.sampling.from_validation",
-        lambda error, data: counts.append(error.error_count()) or from_validation(error, data),
-    )
+    counts: list[int] = []
+
+    def counted(error: ValidationError, data: Any) -> BadRequest:
+        counts.append(error.error_count())
+        return from_validation(error, data)
+
+    monkeypatch.setattr("gateway.api.sampling.from_validation", counted)
     gateway = await start(config={"inspector": {"enabled": True}})
     response = await gateway.client.post(path, json=body)
 
@@ -271,8 +274,13 @@ async def test_model_that_a_bad_body_names_is_the_one_that_is_charged(gateway: G
 
 
 async def test_key_over_its_limit_gets_no_more_work_done(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    parsed = []
-    monkeypatch.setattr("gateway.api.sampling.load", lambda body: parsed.append(len(body)) or orjson.loads(body))
+    parsed: list[int] = []
+
+    def counted(body: bytes) -> Any:
+        parsed.append(len(body))
+        return orjson.loads(body)
+
+    monkeypatch.setattr("gateway.api.sampling.load", counted)
     models = {"shannon-chat": {"description": "Chat", "limits": {"requests_per_minute": 2}}}
     gateway = await start(config={"models": models})
     statuses = [(await gateway.chat(messages=[{"role": "user", "content": LONG}])).status_code for _ in range(5)]
@@ -357,7 +365,7 @@ def test_history_of_twice_the_length_takes_twice_the_time(make: Callable[[int], 
 
 async def test_history_of_calls_that_is_valid_is_served(start: Start) -> None:
     gateway = await start(mock=lambda: MockEngine(max_model_len=10**6))
-    turns = [{"role": "user", "content": "hi"}]
+    turns: list[dict[str, Any]] = [{"role": "user", "content": "hi"}]
     for turn in range(2000):
         made = [
             {"id": f"call_{turn}_{n}", "type": "function", "function": {"name": "f", "arguments": "{}"}}
@@ -368,7 +376,7 @@ async def test_history_of_calls_that_is_valid_is_served(start: Start) -> None:
     response = await gateway.chat(messages=turns, max_tokens=1)
 
     assert response.status_code == 200, response.text[:300]
-    assert gateway.mock.requests[-1].messages[1]["tool_calls"][0] == turns[1]["tool_calls"][0]  # type: ignore[index]
+    assert gateway.mock.requests[-1].messages[1]["tool_calls"][0] == turns[1]["tool_calls"][0]
 
 
 async def test_resumed_streams_of_a_key_are_bounded(serve: Start) -> None:

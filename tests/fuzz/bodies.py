@@ -51,7 +51,7 @@ class Route:
     def _below(self, path: Path, schema: dict[str, Any]) -> Iterator[tuple[Path, dict[str, Any]]]:
         if len(path) >= _MAX_DEPTH:
             return
-        for variant in self._variants(schema):
+        for variant in self.variants(schema):
             for name, inner in variant.get("properties", {}).items():
                 yield (*path, name), inner
                 yield from self._below((*path, name), inner)
@@ -59,13 +59,14 @@ class Route:
                 yield (*path, 0), variant["items"]
                 yield from self._below((*path, 0), variant["items"])
 
-    def _variants(self, schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def variants(self, schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yield what a schema may stand for, references followed."""
         if "$ref" in schema:
             schema = self.schemas[schema["$ref"].rpartition("/")[2]]
         yield schema
         for variant in (*schema.get("anyOf", ()), *schema.get("oneOf", ())):
             if "$ref" in variant or "items" in variant or "type" in variant:
-                yield from self._variants(variant)
+                yield from self.variants(variant)
 
     def example(self, schema: dict[str, Any]) -> Any:
         """Return a small value that a schema allows."""
@@ -98,7 +99,7 @@ class Route:
         if not path:
             return _HOLE
         step, *rest = path
-        for variant in self._variants(schema):
+        for variant in self.variants(schema):
             with contextlib.suppress(KeyError):  # another variant has it
                 if isinstance(step, int):
                     return [self._filled(tuple(rest), variant["items"])]
@@ -147,23 +148,23 @@ def routes_of(app: FastAPI) -> list[Route]:
 
 def bodies_for(route: Route) -> list[HostileBody]:
     """Return every hostile body for a route."""
-    bodies = []
+    bodies: list[HostileBody] = []
     for place, schema in route.places():
         before, behind = route.around(place)
         fillings = dict(FILLINGS)
-        for variant in route._variants(schema):
+        for variant in route.variants(schema):
             if "items" in variant:
                 item = json.dumps(route.example(variant["items"])).encode()
-                fillings["items"] = lambda size, item=item: _list(item, size)
+                fillings["items"] = _listed(item)
                 if item.startswith(b"{"):
-                    fillings["items_with_more"] = lambda size, item=item: _list(item[:-1] + b',"more":[1,[]]}', size)
+                    fillings["items_with_more"] = _listed(item[:-1] + b',"more":[1,[]]}')
         bodies += [HostileBody(route, place, name, make, before, behind) for name, make in fillings.items()]
     return bodies
 
 
 def sample(routes: list[Route], rng: random.Random, count: int) -> list[HostileBody]:
     """Return so many hostile bodies, spread over all routes."""
-    bodies = []
+    bodies: list[HostileBody] = []
     while len(bodies) < count:
         for route in rng.sample(routes, len(routes)):
             bodies.append(rng.choice(bodies_for(route)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import hypothesis
@@ -25,13 +25,12 @@ SIZE = 2**20
 
 
 @pytest.fixture
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut bodies of some bytes, and allow any size."""
     monkeypatch.setattr(json_text, "_PIECE_BYTES", 13)
     monkeypatch.setattr(json_text, "_FREE_BYTES", 10**9)
     monkeypatch.setattr(json_parser, "_CUT_BYTES", 17)
     monkeypatch.setattr(json_parser, "LARGE_BYTES", 0)
-    return
 
 
 _settings = hypothesis.settings(

@@ -18,7 +18,7 @@ import types
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from re import _parser  # type: ignore[attr-defined]  # the only thing that knows what a pattern is made of
+from re import _parser  # the only thing that knows what a pattern is made of
 from typing import Any
 
 import pytest
@@ -189,7 +189,7 @@ def baits(pattern: re.Pattern[Any]) -> list[Callable[[int], str]]:
     return [partial(_bait, unit, head, tail) for unit, head, tail in chosen if unit]
 
 
-def _some(values: list[tuple[str, ...]], rng: random.Random) -> list[tuple[str, ...]]:
+def _some(values: list[tuple[str, str, str]], rng: random.Random) -> list[tuple[str, str, str]]:
     return values if len(values) <= _MAX_BAITS else rng.sample(values, _MAX_BAITS)
 
 
