@@ -140,7 +140,7 @@ def create_app(
     metrics = store.metrics
     tracing = tracing or build_tracing(environment)
     drain = Drain()
-    logs = EventLogs(store)
+    logs = EventLogs(store, config.resume.max_bytes_per_key)
     fetcher = Fetcher(config.fetch)
     app.state.services = Services(
         config=config,
