@@ -250,16 +250,15 @@ async def test_large_responses_come_and_go_in_pieces(
         asked.append(f"{number} " + letter * (600_000 // len(letter.encode())))
         body = {"input": asked[-1], "stream": number == 1} | previous
         response = await gateway.client.post("/v1/responses", json=body)
-        response_id = re.search("resp_[0-9a-f]+", response.text)
-        assert response_id is not None
-        previous = {"previous_response_id": response_id[0]}
-    shown = (await gateway.client.get(f"/v1/responses/{response_id[0]}")).json()
+        response_id = re.findall("resp_[0-9a-f]+", response.text)[0]
+        previous = {"previous_response_id": response_id}
+    shown = (await gateway.client.get(f"/v1/responses/{response_id}")).json()
 
     assert shown["output"][0]["content"][0]["text"] == reply
     texts = [message["content"] for message in gateway.mock.requests[-1].messages]
     assert texts == [asked[0], reply, asked[1], reply, asked[2]]
     assert largest.bytes <= 1.1 * PIECE_BYTES, largest.command
-    items = (await gateway.client.get(f"/v1/responses/{response_id[0]}/input_items")).json()["data"]
+    items = (await gateway.client.get(f"/v1/responses/{response_id}/input_items")).json()["data"]
     assert items[0]["content"][0]["text"] == asked[2]
 
 
@@ -286,9 +285,8 @@ async def test_streams_and_jobs_travel_in_pieces(serve: Start, monkeypatch: pyte
 
 async def test_waiting_jobs_are_taken_over_in_pieces(serve: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     config: dict[str, Any] = {"limits": {"enabled": False}}
-    engine = {"mock": lambda: MockEngine(reply="yes", max_model_len=10**6), "config": config}
     gateway: Gateway = await serve(mock=lambda: MockEngine(reply="yes", token_s=60, max_model_len=10**6), config=config)
-    other: Gateway = await serve(**engine)
+    other: Gateway = await serve(mock=lambda: MockEngine(reply="yes", max_model_len=10**6), config=config)
     largest = [watch_store(each.services.store, monkeypatch) for each in (gateway, other)]
     client = JobClient("c")
     async with client.connected(gateway):

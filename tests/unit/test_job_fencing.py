@@ -202,7 +202,7 @@ async def test_check_that_gets_no_answer_confirms_nothing(pair: tuple[Gateway, G
     async def run(*_: Any) -> Any:
         raise StoreUnavailable("away")
 
-    former.writer._store = type("Away", (), {"run": staticmethod(run)})()  # type: ignore[assignment]
+    former.writer._store = type("Away", (), {"run": staticmethod(run)})()
     assert await former.writer.holds(), "the lease has not ended"
     former.clock.advance(LEASE_S)
     with pytest.raises(StoreUnavailable):
