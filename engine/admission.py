@@ -5,7 +5,8 @@ wait in a `FairQueue`, by flow and class of priority. Past it, the engine's own 
 cancelled while it waits costs nothing; one for which there is room passes without a turn of the event loop.
 
 It lives and dies with one engine: closing it fails those that wait with EngineUnavailable. Refuses with
-EngineOverloaded, at once where there is no place or no hope, else after `max_wait_s`.
+EngineOverloaded, at once where there is no place or no hope, else after `max_wait_s`. A request that waited is asked
+for its `recheck` before it runs; what that raises is passed on.
 """
 
 from __future__ import annotations
@@ -155,6 +156,8 @@ class QueuedEngine:
             prepared.queue_s += self._clock() - ticket.entered_at
         if ticket.admitted_at is None:  # woken by close
             raise EngineUnavailable("The engine is not running.")
+        if prepared.recheck is not None:
+            await prepared.recheck()
 
     async def tokenize(self, request: GenerationRequest) -> list[int]:
         return await self._engine.tokenize(request)

@@ -13,7 +13,7 @@ Names are vLLM's. An engine turns a `GenerationRequest` into a `Prepared` (the e
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -154,6 +154,8 @@ class Prepared:
     """Kept up to date while it waits for admission, None otherwise."""
     request: GenerationRequest | EmbeddingRequest | None = None
     """What it was prepared from, kept by the caller for itself; engines do without."""
+    recheck: Callable[[], Awaitable[None]] | None = None
+    """Asked once it has waited for admission, before it runs. Raises where it may not any more."""
     trace_headers: Mapping[str, str] | None = None
     """W3C trace context, in which the engine may tell of its own work."""
     payload: Any = None

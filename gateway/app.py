@@ -145,7 +145,7 @@ def create_app(
     metrics = store.metrics
     tracing = tracing or build_tracing(environment)
     drain = Drain()
-    logs = EventLogs(store.bulk)
+    logs = EventLogs(store.bulk, config.resume.max_bytes_per_key)
     limits, ledger = Limits(config.limits, store, metrics), Ledger(store, config.store.data_dir)
     ledger.on_charged = limits.charged
     fetcher = Fetcher(config.fetch)

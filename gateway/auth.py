@@ -34,6 +34,8 @@ _MAX_CACHED_KEYS = 10_000
 _MAX_ADDRESSES = 10_000
 _MAX_KNOWN = 64  # keys remembered per address
 _NO_DIGEST = digest("")
+_UNCHECKED = "API keys can't be checked at the moment. Try again shortly."
+_VOID = "The API key of this work was revoked or has expired before the work was done."
 PRIORITIES: dict[Priority, int] = {"high": -1, "normal": 0, "low": 1}
 """As engines know them, lower first."""
 
@@ -171,6 +173,36 @@ class Authenticator:
             address.known.add(fingerprint)
         return principal
 
+    async def renewed(self, principal: Principal) -> Principal:
+        """Return the caller of work that was accepted earlier as it is now. Its secret may have been rotated meanwhile.
+
+        Raises InvalidApiKey if the key was revoked, has expired or is gone, and Unavailable where a new request with
+        this key could not be checked either.
+        """
+        own = self.own.get(principal.key_id)
+        if own is not None:
+            fresh = own[1]
+        else:
+            try:
+                record = await self._keys.find(principal.key_id)
+            except StoreUnavailable:
+                fresh = self._last_seen(principal.key_id)
+            else:
+                if record is None or not record.usable(time.time()):
+                    raise InvalidApiKey(_VOID)
+                fresh = _principal(record)
+        if fresh.expires_at is not None and time.time() >= fresh.expires_at:
+            raise InvalidApiKey(_VOID)
+        return fresh
+
+    def _last_seen(self, key_id: str) -> Principal:
+        """Return a key of the cache while that is good without the store. Raises Unavailable."""
+        if time.monotonic() - self._confirmed_at <= self._cache_ttl_s:
+            for cached in self._cache.values():
+                if cached.key_id == key_id:
+                    return cached
+        raise Unavailable(_UNCHECKED, code="store_unavailable", retry_after_s=1.0)
+
     async def _identify(self, key: str, fingerprint: str) -> Principal | None:
         key_id, secret = split_key(key)
         # Compared even when the id is unknown, so that the time taken does not tell which ids exist.
@@ -192,9 +224,7 @@ class Authenticator:
         try:
             record = await self._keys.find(key_id)
         except StoreUnavailable:
-            raise Unavailable(
-                "API keys can't be checked at the moment. Try again shortly.", retry_after_s=1.0
-            ) from None
+            raise Unavailable(_UNCHECKED, retry_after_s=1.0) from None
         matches = hmac.compare_digest(digest(secret), record.secret_sha256 if record else _NO_DIGEST)
         if record is None or not matches or not record.usable(time.time()):
             self._cache.pop(fingerprint, None)

@@ -390,6 +390,9 @@ class ResumeSettings(_Settings):
     """Bytes kept of one stream, of the newest frames; a frame of plain text takes about 250."""
     max_streams_per_key: int = Field(64, ge=1)
     """Streams that one key may have taken up again and read at once from each gateway; each reads from the store."""
+    max_bytes_per_key: int = Field(64 * 2**20, ge=262_144)
+    """Bytes kept of all streams of one key, those of jobs included. Each has 256 KiB at least, so 64 MiB are 256 of
+    them; one that needs more gets it while there is room, else its oldest frames go."""
     keys: list[str] = Field(default_factory=list)
     """Ids of API keys (the part after `sk-shannon-`) whose streams are all resumable, unless a request says no."""
 
@@ -400,8 +403,10 @@ class JobSettings(_Settings):
     cancelled. 0 cancels them at once."""
     max_queued_per_client: int = Field(32, ge=1)
     """Jobs that one client may have, the running one included."""
-    max_job_bytes: int = Field(262_144, ge=1024)
-    """Largest job: jobs wait in the store."""
+    max_job_bytes: int = Field(262_144, ge=1024, le=262_144)
+    """Largest job: jobs wait in the store, which takes no larger values at once."""
+    max_queued_bytes_per_key: int = Field(8 * 2**20, ge=1024)
+    """Bytes of one key's jobs that wait, of all its clients: 8 MiB are 32 of the largest size."""
     max_streams_per_key: int = Field(128, ge=1)
     """Streams of jobs that one key may have open at each gateway."""
     max_idle_s: float = Field(600.0, gt=0)

@@ -31,13 +31,13 @@ _ID = re.compile(r"oai-([0-9a-f]{22})([0-9a-f]{10})")
 _REMEMBERED_S = 86_400
 """How long prompts are remembered, as digests: longer than the sessions, so that a conversation that was put aside is
 not taken for a later one that began alike."""
-_MAX_PROMPTS = 1024
-_MAX_SESSIONS = 1024
+_MAX_PROMPTS = 512
+_MAX_SESSIONS = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Transcript:
-    """Digests of a conversation, each 32 hexadecimal digits."""
+    """Digests of a conversation, each 16 hexadecimal digits."""
 
     prompt: str
     """All of it."""
@@ -53,11 +53,11 @@ class Transcript:
         before = answered = ""
         for message in messages:
             if message["role"] == "assistant":
-                before = digest.hexdigest()[:32]
+                before = digest.hexdigest()[:16]
             digest.update(_essence(message))
             if message["role"] == "assistant":
-                answered = digest.hexdigest()[:32]
-        return cls(digest.hexdigest()[:32], before, answered)
+                answered = digest.hexdigest()[:16]
+        return cls(digest.hexdigest()[:16], before, answered)
 
 
 def _essence(message: Message) -> bytes:

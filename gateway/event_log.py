@@ -272,6 +272,11 @@ class EventLogs:
         process: str | None = await self._store.run(*_CLOSE.call(log_keys(log_id), [token, reason, keep_ms]))
         return process
 
+    async def release_bytes(self, writer: LogWriter) -> None:
+        """Stop counting the bytes of a log that is closed."""
+        if writer.account is not None:
+            await self._bytes.release(writer.account.key_id, writer.log_id)
+
     async def forget(self, log_id: str) -> None:
         """Remove a log that nobody knows of."""
         await self._store.run("DEL", *log_keys(log_id))

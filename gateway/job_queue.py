@@ -1,8 +1,12 @@
 """The jobs of one client: run one after the other, in the order in which they were submitted.
 
-The queue itself lies in the store, with the job that runs at its head, so that it outlives its gateway. Whoever writes
-the client's log runs its jobs, and takes a job off the queue in one step with the event that tells its end. That a
-job has started is stored before it does, so no job ever runs twice. Leaves out how a job is done.
+The queue itself is in the store, with the job that runs at its head, so that it outlives its gateway. The gateway that
+writes the client's log runs its jobs, and takes a job off the queue in one step with the event that tells its end.
+
+No job runs twice. The log's writer is the fence: the store refuses what comes from a writer whose log another gateway
+has taken over. A job runs only after the store has accepted that it starts, however long that takes. A gateway that did
+not run for longer than its lease, by its own clock, asks the store whether it still has the log before the job
+continues. Not handled: how a job is done.
 """
 
 from __future__ import annotations
@@ -22,15 +26,14 @@ from gateway.auth import Principal
 from gateway.background import Detached, told
 from gateway.config import JobSettings
 from gateway.drain import Drain
-from gateway.errors import GatewayError, Unavailable
+from gateway.errors import GatewayError, StoreUnavailable, Unavailable
 from gateway.event_log import Opened
 from gateway.log_writer import LogWriter
 from gateway.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-_STORED_S = 1.0
-"""How long a job waits until the store knows that it has started; while the store is away it starts all the same."""
+_RETRY_S = 0.25
 _REMEMBERED = 64
 """Finished jobs whose ids are known, longer than the store can take to drop them from the queue."""
 
@@ -85,6 +88,10 @@ class ClientQueue:
         """Until when a reader in another process counts as there, on the loop's clock."""
         self.looking = self.look_again = False
         """Whether the store is being asked what is new, and whether it is to be asked once more after that."""
+        self.bytes: dict[str, int] = {}
+        """Size of each job in the queue."""
+        self.counted_bytes = 0
+        """Size of the queue as the key's account has it."""
         self._settings = settings
         self._run = run
         self._drain = drain
@@ -121,6 +128,7 @@ class ClientQueue:
         for text in texts:
             job = Job.from_text(text)
             if job.id not in self._marks and job.id not in self._remembered:
+                self.bytes[job.id] = len(text.encode())
                 self._marks[job.id] = self.writer.last
                 self.waiting.append(job)
                 self._tell("queued", job, {"position": len(self.waiting) - 1})
@@ -163,12 +171,15 @@ class ClientQueue:
         try:
             while self.waiting and not self.closing and not self._drain.draining:
                 job = self.waiting[0]
-                self._finish(job, await self._run_tracked(job))
+                outcome = await self._run_tracked(job)
+                if outcome is None:
+                    return  # the log is another gateway's, and the job with it
+                self._finish(job, outcome)
         finally:
             self._worker = None
 
-    async def _run_tracked(self, job: Job) -> GatewayError | dict[str, Any]:
-        """Run a job. Returns the fields of its `done`, or what cut it short."""
+    async def _run_tracked(self, job: Job) -> GatewayError | dict[str, Any] | None:
+        """Run a job. Returns the fields of its `done`, or what cut it short, or None if it is no longer ours."""
         task = asyncio.current_task()
         assert task is not None
         self._exchange = exchange = Detached(task)
@@ -176,9 +187,12 @@ class ClientQueue:
         try:
             with self._drain.track(exchange):
                 self._tell("started", job, {}, running=job.id)
-                await self.writer.flush(_STORED_S)
+                if not await self._may_start():
+                    return None
                 async with aclosing(self._run(job)) as events:
                     async for name, fields in events:
+                        if not await self._may_continue():
+                            return None
                         if name == "done":
                             done = fields
                         else:
@@ -194,10 +208,28 @@ class ClientQueue:
             self._exchange = None
         return done
 
+    async def _may_start(self) -> bool:
+        """Wait until the store knows that the job starts. Returns False if the log is another gateway's."""
+        if not await self.writer.stored():
+            return False
+        while True:
+            try:
+                return await self.writer.holds()
+            except StoreUnavailable:
+                await asyncio.sleep(_RETRY_S)
+
+    async def _may_continue(self) -> bool:
+        """Return False if the log is another gateway's. While the store is away nobody can have taken it over."""
+        try:
+            return await self.writer.holds()
+        except StoreUnavailable:
+            return True
+
     def _finish(self, job: Job, outcome: GatewayError | dict[str, Any]) -> None:
         self.waiting.popleft()
         self._marks.pop(job.id, None)
         self._remembered.append(job.id)
+        self.bytes.pop(job.id, None)
         self.finished += 1
         since = self.since if self.waiting else self.writer.last + 1
         name, fields = "done", outcome

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
@@ -24,11 +24,22 @@ from gateway.auth import Principal
 from gateway.config import JobSettings
 from gateway.drain import Drain
 from gateway.errors import NotFound, RateLimitExceeded, StoreUnavailable, Unavailable
-from gateway.event_log import LEASE_S, RENEW_S, EventLogs, LogClosed, LogGone, LogOrphaned, Opened, Renewal
+from gateway.event_log import (
+    LEASE_S,
+    RENEW_S,
+    EventLogs,
+    LogClosed,
+    LogGone,
+    LogOrphaned,
+    LogRefused,
+    Opened,
+    Renewal,
+)
 from gateway.job_queue import ClientQueue, Job, RunJob, event_frame
 from gateway.log_writer import Reader, log_keys
 from gateway.metrics import Metrics
 from gateway.store import Lane, Script
+from gateway.stored_bytes import StoredBytes
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +53,9 @@ _POKED_AT_ONCE = 1000
 _POKES_S = 60
 _SUBMIT = Script("job_submit")
 
+Renew = Callable[[Principal], Awaitable[Principal]]
+"""Returns a caller as it is now. Raises GatewayError if its key is no longer good."""
+
 
 class Jobs:
     """See the module."""
@@ -50,6 +64,7 @@ class Jobs:
         self._settings = settings
         self._logs = logs
         self._store = store
+        self._queued = StoredBytes(store, "jobs", settings.max_queued_bytes_per_key)
         self._drain = drain
         self._metrics = metrics
         self._process = secrets.token_hex(8)
@@ -64,11 +79,12 @@ class Jobs:
         self._renewed_at = 0.0
 
     async def stream(
-        self, principal: Principal, client_id: str, after: int | None, run: RunJob
+        self, principal: Principal, client_id: str, after: int | None, run: RunJob, renew: Renew
     ) -> AsyncGenerator[bytes, None]:
         """Register the client, and yield its events behind number `after`, or those of its unfinished jobs.
 
-        Raises RateLimitExceeded, and Unavailable while the store is away.
+        `renew` is asked before the client is registered again. Raises what that does, RateLimitExceeded, and
+        Unavailable while the store is away.
         """
         reader = Reader(_log_id(principal, client_id), principal.key_id, after or 0, secrets.token_hex(8))
         self._check_room(reader)
@@ -94,11 +110,18 @@ class Jobs:
                 except LogOrphaned:
                     pass
                 if not reader.stopped:
+                    await renew(principal)
                     opened = await self._attach(reader, run)
                     if lost or opened.how == "opened":
                         reader.after = opened.number
                         yield _hello(reader, client_id, resumed=False)
             yield event_frame("end", {"reason": reader.stopped})
+        except LogRefused:
+            raise RateLimitExceeded(
+                "The streams of this API key keep as many bytes as 'resume.max_bytes_per_key' allows. Close one first.",
+                code="too_many_streams",
+                retry_after_s=self._ttl_s,
+            ) from None
         except StoreUnavailable:
             message = "The store does not answer at the moment. Try again shortly."
             raise Unavailable(message, code="store_unavailable", retry_after_s=1.0) from None
@@ -131,6 +154,7 @@ class Jobs:
                 held=None if held is None else held.writer,
                 max_bytes=self._settings.max_log_bytes,
                 ttl_s=self._ttl_s,
+                payer=reader.owner,
             )
             queue = self._queues.get(reader.log_id)
             if writer is not None:
@@ -154,6 +178,8 @@ class Jobs:
                 self._watcher = asyncio.create_task(self._watch())
             if writer is not None and queue is not None:
                 queue.take_over(opened)
+                if opened.queue:
+                    self._spawn(self._look(queue))  # for the rest of them
         if opened.process != self._process:
             await self._poke(opened.process, reader.log_id)
         return opened
@@ -178,10 +204,20 @@ class Jobs:
         Raises NotFound while the client has no stream, RateLimitExceeded when its queue is full, StoreUnavailable.
         """
         self._drain.admit()
-        log_id = _log_id(job.principal, client_id)
+        key_id, log_id = job.principal.key_id, _log_id(job.principal, client_id)
         log, _, queue = log_keys(log_id)
-        most = self._settings.max_queued_per_client
-        outcome, before, process = await self._store.run(*_SUBMIT.call([log, queue], [job.text(), most]))
+        most, text = self._settings.max_queued_per_client, job.text()
+        size_bytes = len(text.encode())
+        if not await self._queued.add(key_id, log_id, size_bytes, self._ttl_s):
+            raise RateLimitExceeded(
+                f"The jobs of this API key that wait take as many bytes as 'jobs.max_queued_bytes_per_key' allows, "
+                f"{self._queued.most_bytes}. Wait until one is done.",
+                code="job_queue_full",
+                retry_after_s=1.0,
+            )
+        outcome, before, process = await self._store.run(*_SUBMIT.call([log, queue], [text, most]))
+        if outcome != "queued":
+            await self._queued.add(key_id, log_id, -size_bytes, self._ttl_s)
         if outcome == "absent":
             raise _not_connected(client_id)
         if outcome == "full":
@@ -192,6 +228,13 @@ class Jobs:
             )
         await self._poke(process, log_id)
         return int(before)
+
+    async def holds(self, job: Job) -> bool:
+        """Return whether a job that runs here is still this gateway's. Raises StoreUnavailable if that is unknown."""
+        for queue in self._queues.values():
+            if queue.waiting and queue.waiting[0] is job:
+                return not queue.closing and await queue.writer.holds()
+        return False
 
     async def leave(self, principal: Principal, client_id: str) -> None:
         """Close a client's stream, on whichever gateway it is, and cancel its jobs.
@@ -264,14 +307,24 @@ class Jobs:
                     if version == queue.version:
                         self._note_reader(queue, renewal)
                     queue.add(renewal.queue)
+                    await self._count(queue)
                     # Where the queue got shorter while it was read, its end may have been missed.
-                    queue.look_again = queue.look_again or finished != queue.finished
+                    queue.look_again = queue.look_again or renewal.more or finished != queue.finished
         except StoreUnavailable:
             return  # the next look is due soon
         except Exception:  # the leases of all other clients hang on the task that looks
             log.exception("the jobs of a client can't be looked after")
         finally:
             queue.looking = False
+
+    async def _count(self, queue: ClientQueue) -> None:
+        """Say how many bytes wait in a client's queue: those who submit only ever add."""
+        size_bytes = sum(queue.bytes.values())
+        if size_bytes:
+            await self._queued.charge(queue.writer.owner, queue.writer.log_id, size_bytes, self._ttl_s)
+        elif queue.counted_bytes:
+            await self._queued.release(queue.writer.owner, queue.writer.log_id)
+        queue.counted_bytes = size_bytes
 
     def _note_reader(self, queue: ClientQueue, renewal: Renewal) -> None:
         if renewal.reader == queue.local_reader:
@@ -298,6 +351,8 @@ class Jobs:
                 await self._logs.close_log(queue.writer.log_id, reason, queue.writer)
         await queue.cancel()
         self._end(queue, reader, reason)
+        if reason != "lost":
+            await self._forget_bytes(queue)
 
     async def _give_away(self, queue: ClientQueue) -> None:
         """Leave a client to the gateway that its stream comes to next, with the jobs that wait."""
@@ -317,6 +372,12 @@ class Jobs:
         """Take a client out of the books. Returns its stream in this process."""
         del self._queues[queue.writer.log_id]
         return self._readers.get(queue.writer.log_id)
+
+    async def _forget_bytes(self, queue: ClientQueue) -> None:
+        """Give back the room of a log and a queue that are closed for good."""
+        with suppress(StoreUnavailable):
+            await self._queued.release(queue.writer.owner, queue.writer.log_id)
+            await self._logs.release_bytes(queue.writer)
 
     def _end(self, queue: ClientQueue, reader: Reader | None, reason: str) -> None:
         if reader is not None:

@@ -241,7 +241,8 @@ class LogWriter:
                 break
             frames.append(self._frames[index])
         last = first + len(frames) - 1
-        done, fields = 0, {}
+        done = 0
+        fields: dict[str, str | int] = {}
         while self._changes and self._changes[0].number <= last:
             change = self._changes.popleft()
             done += change.done

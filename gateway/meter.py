@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, TypeVar
@@ -37,6 +37,8 @@ from gateway.sessions import Session, prepare_with_history
 from gateway.tracing import Tracing
 from gateway.usage import Entry, Ledger
 
+_CHECK_EVERY_S = 1.0
+"""How old the last check of the caller's key may be when a generation begins."""
 _NOTHING = Reservation(Standing(Allowance(0, 0), 0, 0, 0, 0), 0, 0)
 _Request = TypeVar("_Request", GenerationRequest, EmbeddingRequest)
 
@@ -75,6 +77,10 @@ class Meter:
         self.standing: Standing | None = None
         """Where the caller stands with its limits, as far as this request has seen."""
         self.request_id = request_id
+        self.recheck: Callable[[], Awaitable[None]] | None = None
+        """Raises where the caller may not use the model any more. Asked before what did not begin with the request:
+        generations that waited for admission, and later ones."""
+        self._checked_at = time.monotonic()
         self.first_token_at: float | None = None
         """When the first of all its tokens came, by time.perf_counter."""
         self.limited: Callable[[ModelSpec, RateLimitExceeded], None] = lambda model, error: None
@@ -306,6 +312,7 @@ class Meter:
 
     @contextlib.asynccontextmanager
     async def _metered(self, prepared: Prepared) -> AsyncIterator[_Course]:
+        prepared.recheck = self._check
         reservation = self._reserved.pop(id(prepared), None) or await self._reserve([prepared])
         course = _Course(time.perf_counter())
         failure: GatewayError | None = None
@@ -319,6 +326,9 @@ class Meter:
                 finally:
                     span.generated(prepared, course.finish_reasons, course.first_token_s)
             aborted = False
+        except GatewayError as error:  # the caller may not use the model any more
+            aborted, failure = False, error
+            raise
         except EngineError as error:
             aborted = False
             failure = from_engine(error)
@@ -330,6 +340,11 @@ class Meter:
             streaming_s = time.perf_counter() - course.first_at if course.first_at else 0.0
             await self._settle(prepared, reservation, failure, aborted, streaming_s)
 
+    async def _check(self) -> None:
+        if self.recheck is not None:
+            await self.recheck()
+            self._checked_at = time.monotonic()
+
     async def _reserve(self, several: list[Prepared]) -> Reservation:
         if self._counted:
             return await self._take(0, sum(map(_most_tokens, several)))
@@ -338,6 +353,8 @@ class Meter:
 
     async def _take(self, requests: int, tokens: int) -> Reservation:
         try:
+            if time.monotonic() - self._checked_at >= _CHECK_EVERY_S:
+                await self._check()
             reservation = await self._limits.reserve(
                 self.principal,
                 self.model,

@@ -31,7 +31,7 @@ from gateway.errors import (
     StoreUnavailable,
     Unavailable,
 )
-from gateway.event_log import LEASE_S, RENEW_S, EventLogs, LogClosed, LogGone, LogOrphaned, split_frames
+from gateway.event_log import LEASE_S, RENEW_S, EventLogs, LogClosed, LogGone, LogOrphaned, LogRefused, split_frames
 from gateway.log_writer import LogWriter, Reader
 from gateway.metrics import Metrics
 from gateway.response import render_openai
@@ -53,6 +53,8 @@ class Announced:
 
     id: str
     announced: bool = False
+    asked: bool = True
+    """The request itself wants it to be resumable, not only its key."""
     failed: bool = False
     """It ended before there was anything to take up."""
 
@@ -101,7 +103,16 @@ class ResumableStreams:
         """Make a completion in the background, and yield its numbered frames as they come."""
         reader = Reader(completion.id, principal.tenant)
         try:
-            live = await self._open(reader)
+            live = await self._open(reader, principal)
+        except RateLimitExceeded:
+            completion.failed = True
+            if completion.asked:
+                await chunks.aclose()
+                raise
+            async with aclosing(chunks):
+                async for chunk in chunks:
+                    yield chunk
+            return
         except GatewayError:
             completion.failed = True
             raise
@@ -117,7 +128,7 @@ class ResumableStreams:
             if not completion.announced:
                 live.exchange.interrupt(Cancelled("The client left before it was told the completion's id."))
 
-    async def _open(self, reader: Reader) -> _Live:
+    async def _open(self, reader: Reader, principal: Principal) -> _Live:
         if len(self._background) >= MAX_RESUMABLE:
             raise Overloaded("Too many resumable completions are being made. Try again shortly.")
         try:
@@ -126,7 +137,16 @@ class ResumableStreams:
                 process=self._process,
                 max_bytes=self._settings.max_bytes,
                 ttl_s=self._ttl_s,
+                payer=principal.key_id,
             )
+        except LogRefused:
+            raise RateLimitExceeded(
+                "The resumable streams of this API key keep as many bytes as 'resume.max_bytes_per_key' allows. Leave "
+                "'resumable' out, or wait until earlier ones are no longer kept.",
+                "resumable",
+                "too_many_streams",
+                self._ttl_s,
+            ) from None
         except StoreUnavailable:
             raise _away("A resumable stream can't be kept at the moment.") from None
         assert writer is not None  # nobody else has this id
@@ -150,9 +170,11 @@ class ResumableStreams:
                 live.writer.append(render_openai(failure, True))
                 failure = None
             live.writer.end(failure)
-            await live.writer.release()
-            if failure is not None:  # nobody knows of it but those who are told now
-                await self._forget(live.writer.log_id)
+            if failure is None:
+                await live.writer.release()
+            else:  # only those who get the failure now know of it; they cancel this task
+                live.writer.lost = True
+                await asyncio.shield(self._forget(live.writer))
         finally:
             self._live.discard(live)
             self._logs.release(live.writer)
@@ -172,11 +194,12 @@ class ResumableStreams:
             return told(error)
         return None
 
-    async def _forget(self, log_id: str) -> None:
+    async def _forget(self, writer: LogWriter) -> None:
         try:
-            await self._logs.forget(log_id)
+            await self._logs.forget(writer.log_id)
+            await self._logs.release_bytes(writer)
         except StoreUnavailable:
-            log.debug("the empty log of %s is left to run out", log_id)
+            log.debug("the empty log of %s is left to run out", writer.log_id)
 
     async def resume(self, principal: Principal, completion_id: str, after: int) -> AsyncGenerator[bytes, None]:
         """Return the frames of a completion behind number `after`, until it ends.

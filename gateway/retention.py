@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from gateway.pieces import places
 from gateway.store import Lane
-from gateway.stored_bytes import StoredBytes
+from gateway.stored_bytes import MEMBER_BYTES, StoredBytes
 
 
 class Retention(StoredBytes):
@@ -20,7 +20,7 @@ class Retention(StoredBytes):
         """Set the size of a member, and remove as many of those that were not used for longest as must go."""
         leaving = ["-"]
         while leaving:
-            _, leaving = await self._charge(key_id, member, size_bytes, ttl_s, "evict")
+            _, leaving = await self._charge(key_id, member, size_bytes + MEMBER_BYTES, ttl_s, "evict")
             for other, expiry in zip(leaving[::2], leaving[1::2], strict=True):
                 kind, _, other_id = other.partition(":")
                 await self._store.run("DEL", *(session_keys if kind == "s" else response_keys)(other_id))

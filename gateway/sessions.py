@@ -322,15 +322,17 @@ class Sessions:
                 self._metrics.session("unavailable")
 
     async def _append(self, session: Session, turn: list[Message]) -> None:
-        most = self._settings.derived_bytes_per_key if session.derived else self._settings.max_bytes
-        if len(orjson.dumps(turn)) > most // IMAGES_SHARE:
-            turn = [without_images(message) for message in turn]
         if session.derived:
+            if session.prompt and len(orjson.dumps(turn)) > self._settings.derived_bytes_per_key // IMAGES_SHARE:
+                turn = [without_images(message) for message in turn]
             await self._derived.keep(session.key_id, session.id, session.prompt, turn, int(time.time()))
             return
         # The number makes equal turns different members of the set.
-        text = orjson.dumps([session.number, turn]).decode()
-        pieces = pieces_of(session.number, text) if len(text.encode()) <= most else [""]
+        most = self._settings.max_bytes
+        text = orjson.dumps([session.number, turn])
+        if len(text) > most // IMAGES_SHARE:
+            text = orjson.dumps([session.number, [without_images(message) for message in turn]])
+        pieces = pieces_of(session.number, text.decode()) if len(text) <= most else [""]
         for number, piece in enumerate(pieces):
             arguments = [session.tenant, session.incarnation, self._settings.ttl_s, session.number, piece]
             arguments += [int(session.replaces), int(number == 0), self._settings.max_turns, most, session.key_id]

@@ -10,6 +10,7 @@ import contextlib
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, TypeVar
 
 from fastapi import Depends, Request
@@ -54,7 +55,18 @@ class Caller:
         """Return the model's engine as this caller may use it."""
         app = self.services
         salt = app.cache_salts.salt_of(self.principal.tenant)
-        return Meter(request_id, self.principal, model, app.limits, app.ledger, app.metrics, salt, app.tracing)
+        meter = Meter(request_id, self.principal, model, app.limits, app.ledger, app.metrics, salt, app.tracing)
+        meter.recheck = partial(self._recheck, model.id)
+        return meter
+
+    async def _recheck(self, model_id: str) -> None:
+        """Raise what a new request for the model would: its key was revoked meanwhile, or the model removed."""
+        now = self._services_now()
+        now.catalog.resolve(model_id, await now.authenticator.renewed(self.principal))
+
+    def _services_now(self) -> Services:
+        """Return the app's services after the last reload, where that can be told."""
+        return self.services
 
     def work(
         self,
@@ -105,6 +117,10 @@ class Call(Caller):
     """One HTTP request that generates."""
 
     request: Request
+
+    def _services_now(self) -> Services:
+        services: Services = self.request.app.state.services
+        return services
 
     def meter(self, request_id: str, model: ModelSpec) -> Meter:
         """Return the meter as a Caller does, and note it for the access log."""

@@ -83,7 +83,9 @@ async def open_job_stream(
     _check_client_id(client_id)
     after = number_of(last_event_id, "Last-Event-ID")
     return GenerationResponse(
-        services.jobs.stream(principal, client_id, after, partial(run_job, request.app)),
+        services.jobs.stream(
+            principal, client_id, after, partial(run_job, request.app), services.authenticator.renewed
+        ),
         stream=True,
         drain=services.drain,
         metrics=services.metrics,
@@ -138,14 +140,16 @@ async def close_job_stream(
 
 
 async def run_job(app: FastAPI, job: Job) -> AsyncGenerator[JobEvent, None]:
-    """Answer a job's prompt, as its submitter. Raises what chat completions raise."""
+    """Answer a job's prompt, as its submitter is now. Raises what chat completions raise."""
     services: Services = app.state.services  # of now: the stream may be older than the last reload
-    caller = Caller(job.principal, services)
+    principal = await services.authenticator.renewed(job.principal)
+    caller = Caller(principal, services)
     body = JobRequest.model_validate(job.request)
     model = await caller.admit(body.model)
     meter = caller.meter(job.id, model)
     generation = body.for_engine(job.id, model.settings.defaults)
-    session = await services.sessions.open(job.principal, job.session_id, generation.messages)
+    session = await services.sessions.open(principal, job.session_id, generation.messages)
+    session.may_store = partial(services.jobs.holds, job)
     events: AsyncGenerator[Event, None] = caller.work(generation, meter, session)
     if (chars := services.config.server.stream_chunk_chars) is not None:
         events = rechunk(events, chars)

@@ -44,7 +44,7 @@ async def create_chat_completion(call: Annotated[Call, Depends(call)]) -> Respon
     )
     if not resumable:
         return call.answer(events, frames, meter, streamed=bool(body.stream), session=session)
-    completion = Announced(completion_id)
+    completion = Announced(completion_id, asked=bool(body.resumable))
     chunks = call.encode(events, frames, streamed=True)
     return call.send(
         call.services.resumable.stream(call.principal, completion, chunks),

@@ -7,7 +7,7 @@
 --       or nothing for one that is too large to be kept: then those before it go as well
 --       6 whether it replaces all earlier turns (0 or 1)  7 whether it is the turn's first piece (0 or 1)
 --       8 most turns  9 most bytes  10 API key that pays for the session from now on
--- Returns  {1 if stored, bytes of all turns, API key that paid so far or ''}
+-- Returns  {1 if stored, bytes of all turns and of what the set needs for them, API key that paid so far or ''}
 
 local session = redis.call('HMGET', KEYS[1], 'tenant', 'incarnation', 'bytes', 'kept', 'payer')
 if session[1] ~= ARGV[1] or session[2] ~= ARGV[2] then return {0, 0, ''} end
@@ -40,4 +40,4 @@ end
 redis.call('HSET', KEYS[1], 'bytes', bytes, 'kept', kept, 'payer', ARGV[10])
 redis.call('EXPIRE', KEYS[1], ARGV[3])
 redis.call('EXPIRE', KEYS[2], ARGV[3])
-return {1, bytes, session[5] or ''}
+return {1, bytes + 128 * kept, session[5] or ''}

@@ -1,7 +1,7 @@
 -- Set how many bytes one member of a key's account takes, and name those that must go.
 --
 -- KEYS  members by expiry in ms, bytes by member ('' is the sum): both of one API key
--- ARGV  1 member  2 its bytes, or nothing to only renew its expiry if it is there  3 time to live in ms  4 most bytes
+-- ARGV  1 member  2 its bytes; with a sign, those to add or take; or nothing to only renew its expiry if it is there  3 time to live in ms  4 most bytes
 --       5 'evict' names the members that expire first, until the rest fits; 'refuse' changes nothing if it would not fit
 -- Returns  {1, or 0 if refused, bytes of all members, members that must go, each with its expiry as a string}
 
@@ -15,6 +15,7 @@ for _, expired in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now_ms, 'L
 end
 local before = tonumber(redis.call('HGET', KEYS[2], ARGV[1]) or '0')
 local bytes = tonumber(ARGV[2]) or before
+if string.match(ARGV[2], '^[+-]') then bytes = math.max(0, before + bytes) end
 local most = tonumber(ARGV[4])
 local absent = ARGV[2] == '' and not redis.call('ZSCORE', KEYS[1], ARGV[1])
 local refused = ARGV[5] == 'refuse' and bytes > before and total - before + bytes > most

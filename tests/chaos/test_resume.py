@@ -119,6 +119,7 @@ async def test_gateway_that_stopped_for_a_while_lets_its_clients_go(replicas: tu
     one, two = replicas
     client = JobClient("c")
     key = one.client.headers["Authorization"].removeprefix("Bearer ")
+    one.client.headers["X-Session-ID"] = two.client.headers["X-Session-ID"] = "talk"
     async with client.connected(one, key):
         jobs = [await submitted(one, "c", WORDS, key=key) for _ in range(2)]
         await until(lambda: len(client.text(jobs[0])) > 20)
@@ -138,3 +139,11 @@ async def test_gateway_that_stopped_for_a_while_lets_its_clients_go(replicas: tu
     async with asyncio.timeout(WITHIN_S):
         while (await asyncio.to_thread(one.process.metrics)).get(running, 0):
             await asyncio.sleep(0.05)
+    # It has seen the beginning of the first job and nothing of the second, and keeps nothing of either.
+    metrics = await asyncio.to_thread(one.process.metrics)
+    completed = sum(
+        value for name, value in metrics.items() if name[0] == "shannon_tokens_total" and "completion" in name
+    )
+    assert 0 < completed < len(WORDS.split())
+    messages = (await two.client.get("/v1/sessions/talk")).raise_for_status().json()["messages"]
+    assert [message["content"] for message in messages] == [WORDS, f"You said: {WORDS}"]

@@ -98,7 +98,7 @@ def test_no_request_is_a_server_error(api: schemathesis.BaseSchema, mode: Genera
     statuses: Counter[int] = Counter()
     chat = api["/v1/chat/completions"]["POST"]
 
-    @hypothesis.settings(max_examples=50, deadline=None, derandomize=True, database=None)
+    @hypothesis.settings(max_examples=100, deadline=None, derandomize=True, database=None)
     @hypothesis.given(case=chat.as_strategy(mode))
     def check(case: schemathesis.Case[Any]) -> None:
         case.body = as_written(case.body)

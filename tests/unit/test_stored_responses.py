@@ -84,3 +84,61 @@ async def test_large_turn_is_kept_without_its_images(store: Store) -> None:
 
     (kept,) = (await stored.conversation(OURS, "resp_1")).turns
     assert kept[0]["content"] == [{"type": "text", "text": "see"}, {"type": "text", "text": "[image]"}]
+
+
+async def test_deleted_response_is_not_brought_back_by_a_gateway_that_lost_its_lease(store: Store) -> None:
+    stored = StoredResponses(SessionSettings(), store, store.metrics)
+    for number, known in enumerate((True, False)):  # whether it knows that the store had it
+        id_ = f"resp_{number}"
+        await stored.keep(record(id_, "in_progress"))
+        await store.run("DEL", f"sh:{{r:{id_}}}:l")
+        await stored.delete(OURS, id_)
+        late = record(id_)
+        late.known = known
+        await stored.keep(late, TURN)
+
+        with pytest.raises(NotFound):
+            await stored.find(OURS, id_)
+        with pytest.raises(BadRequest, match="not found"):
+            await stored.conversation(OURS, id_)
+
+
+async def test_complete_response_that_was_deleted_is_not_brought_back(store: Store) -> None:
+    stored = StoredResponses(SessionSettings(), store, store.metrics)
+    await stored.keep(record("resp_1"), TURN)
+    await stored.delete(OURS, "resp_1")
+    again = record("resp_1")
+    again.known = True
+    await stored.keep(again, TURN)
+    with pytest.raises(NotFound):
+        await stored.find(OURS, "resp_1")
+
+
+async def test_response_is_only_changed_by_the_gateway_that_makes_it(store: Store) -> None:
+    one, other = (StoredResponses(SessionSettings(), store, store.metrics) for _ in range(2))
+    await one.keep(record("resp_1", "in_progress"))
+    await other.keep(record("resp_1"), TURN)
+    assert (await other.find(OURS, "resp_1")).status == "in_progress"
+
+
+async def test_cancellations_go_to_the_gateway_that_makes_the_response_and_expire(store: Store) -> None:
+    one, other = (StoredResponses(SessionSettings(), store, store.metrics) for _ in range(2))
+    await one.keep(record("resp_1", "in_progress"))
+    await other.keep(record("resp_2", "in_progress"))
+    for id_ in ("resp_1", "resp_2", "resp_3"):
+        await one.ask_to_cancel(id_)
+    keys = [f"sh:{{p:{each._process}}}:cancelled" for each in (one, other)]
+    assert all([0 < await store.run("TTL", key) <= 60 for key in keys])
+
+    assert await one.renew([]) == {"resp_1"}
+    assert await other.renew([]) == {"resp_2"}
+    assert [await store.run("EXISTS", key) for key in keys] == [0, 0]
+
+
+async def test_response_larger_than_the_keys_room_is_not_kept(store: Store) -> None:
+    stored = StoredResponses(SessionSettings(max_bytes=1024, max_bytes_per_key=2048), store, store.metrics)
+    large = record("resp_1")
+    large.response["output"] = "é" * 1024
+    assert not await stored.keep(large)
+    with pytest.raises(NotFound):
+        await stored.find(OURS, "resp_1")

@@ -1,0 +1,298 @@
+"""What one key may keep in the store, in the store's own figures."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+from typing import Any
+
+import pytest
+
+from engine.mock import MockEngine
+from gateway.config import JobSettings, ResumeSettings, SessionSettings, StoreSettings
+from gateway.keys import KeySpec
+from gateway.metrics import Metrics
+from gateway.pieces import PIECE_BYTES
+from gateway.store import Store
+from gateway.stored_bytes import MEMBER_BYTES, StoredBytes
+from tests.conftest import KEY_ID, ROOT, Gateway, Start, until
+from tests.contract.test_jobs import JobClient, submit, submitted
+from tests.store_commands import watch_store
+from tests.store_server import StoreServer
+
+pytestmark = pytest.mark.anyio
+
+LETTERS = "xé中😀"
+ROOM = 2**20
+CONFIG: dict[str, Any] = {
+    "limits": {"enabled": False},
+    "sessions": {"max_bytes": 65_536, "max_bytes_per_key": ROOM, "derived_bytes_per_key": 65_536},
+    "resume": {"max_bytes": 2**20, "max_bytes_per_key": 2 * ROOM},
+    "jobs": {"max_queued_bytes_per_key": ROOM},
+}
+
+
+def taken(server: StoreServer, *parts: str) -> int:
+    """Return the bytes that the store says its keys take whose names hold one of `parts`."""
+    with server.client() as raw:
+        keys = [key for key in raw.keys("*") if any(part in key for part in parts)]
+        return sum(int(raw.memory_usage(key, samples=0) or 0) for key in keys)
+
+
+def words(chosen: random.Random) -> str:
+    return chosen.choice(LETTERS) * int(10 ** chosen.uniform(0, 4.2))
+
+
+def echoing() -> MockEngine:
+    return MockEngine(reply="certainly so", max_model_len=10**6)
+
+
+def accounted(server: StoreServer, kind: str, key_id: str = KEY_ID) -> int:
+    """Return the bytes in a key's account, which must be the sum of its members'."""
+    with server.client() as raw:
+        members = raw.hgetall(f"sh:{{k:{key_id}}}:{kind}:b")
+        total = int(members.pop("", 0))
+        assert total == sum(map(int, members.values()))
+        assert set(members) == set(raw.zrange(f"sh:{{k:{key_id}}}:{kind}", 0, -1))
+        return total
+
+
+@pytest.mark.parametrize("size", ["tiny", "mixed"])
+async def test_sessions_and_responses_of_a_key_stay_within_its_room(
+    start: Start, store_server: StoreServer, size: str
+) -> None:
+    gateway = await start(mock=echoing, config=CONFIG)
+    chosen = random.Random(3)
+    count = 1200 if size == "tiny" else 300
+
+    async def one(number: int) -> None:
+        text = "hi" if size == "tiny" else words(chosen)
+        body: dict[str, Any] = {"messages": [{"role": "user", "content": text}]}
+        if number % 3 == 0:
+            (await gateway.client.post("/v1/responses", json={"input": text})).raise_for_status()
+        elif number % 3 == 1:
+            headers = {"X-Session-ID": f"s{number if size == 'tiny' else chosen.randrange(60)}"}
+            await gateway.client.post("/v1/chat/completions", json=body, headers=headers)
+        else:
+            await gateway.client.post("/v1/chat/completions", json=body)
+
+    for first in range(0, count, 20):
+        await asyncio.gather(*(one(number) for number in range(first, first + 20)))
+
+    assert accounted(store_server, "kept") <= ROOM
+    assert taken(store_server, "{s:", "{r:", ":kept") <= 1.25 * ROOM
+    assert taken(store_server, ":derived") <= 1.25 * 65_536 + 180_000, "and digests"
+
+
+async def test_every_key_of_the_store_expires_or_is_bounded(serve: Start, store_server: StoreServer) -> None:
+    """After everything that writes to it: whatever has no expiry is one of a few that don't grow with use."""
+    gateway = await serve(mock=lambda: MockEngine(token_s=0.002), config=CONFIG)
+    client = JobClient("c")
+    async with client.connected(gateway):
+        job_id = await submitted(gateway, "c", "hello")
+        for headers in ({}, {"X-Session-ID": "named"}):
+            body = {"messages": [{"role": "user", "content": "hello"}]}
+            session = (await gateway.client.post("/v1/chat/completions", json=body, headers=headers)).headers
+        await gateway.client.post("/v1/chat/completions", json=body, headers={"X-Session-ID": session["x-session-id"]})
+        await gateway.client.delete("/v1/sessions/named")
+        await gateway.chat(stream=True, resumable=True)
+        for background in (False, True):
+            created = await gateway.client.post("/v1/responses", json={"input": "x " * 500, "background": background})
+            path = f"/v1/responses/{created.json()['id']}"
+            await gateway.client.post(f"{path}/cancel")
+            await gateway.client.delete(path)
+        await until(lambda: client.ended(job_id))
+        with store_server.client() as raw:
+            kept = {key for key in raw.keys("*") if int(str(raw.ttl(key))) < 0}
+    assert {re.sub(r"\{k:[^}]*\}", "{k}", key) for key in kept} <= {"sh:schema", "sh:cache-salt", "sh:keys:used"}
+
+
+async def test_least_recently_used_go_first(start: Start) -> None:
+    gateway = await start(mock=echoing, config=CONFIG)
+
+    async def say(session: str) -> None:
+        body = {"messages": [{"role": "user", "content": "é" * 25_000}]}
+        headers = {"X-Session-ID": session}
+        (await gateway.client.post("/v1/chat/completions", json=body, headers=headers)).raise_for_status()
+
+    async def there(session: str) -> bool:
+        return (await gateway.client.get(f"/v1/sessions/{session}")).status_code == 200
+
+    for number in range(18):
+        await say(f"s{number}")
+    assert all([await there(f"s{number}") for number in range(18)])
+    await say("s0")
+    for number in range(18, 36):
+        await say(f"s{number}")
+        await say("s0")
+    assert await there("s0")
+    assert not await there("s1")
+    assert await there("s35")
+
+
+async def test_last_writer_of_a_shared_session_pays(start: Start, store_server: StoreServer) -> None:
+    gateway = await start(mock=echoing, config=CONFIG)
+    record, other = await gateway.services.keys.create(KeySpec(name="other"))
+    body = {"messages": [{"role": "user", "content": "x" * 5000}]}
+    headers = {"X-Session-ID": "shared"}
+    await gateway.client.post("/v1/chat/completions", json=body, headers=headers)
+    assert accounted(store_server, "kept") > 5000
+    await gateway.client.post("/v1/chat/completions", json=body, headers=headers | {"Authorization": f"Bearer {other}"})
+    assert accounted(store_server, "kept") == 0
+    assert accounted(store_server, "kept", record.id) > 10_000
+    await gateway.client.delete("/v1/sessions/shared")
+    assert accounted(store_server, "kept", record.id) == 0
+
+
+async def test_deleted_responses_are_no_longer_counted(start: Start, store_server: StoreServer) -> None:
+    gateway = await start(mock=echoing, config=CONFIG)
+    body = (await gateway.client.post("/v1/responses", json={"input": "hello"})).json()
+    assert accounted(store_server, "kept") > MEMBER_BYTES
+    await gateway.client.delete(f"/v1/responses/{body['id']}")
+    assert accounted(store_server, "kept") == 0
+
+
+@pytest.mark.parametrize("letter", LETTERS)
+async def test_streams_of_a_key_stay_within_their_room(serve: Start, store_server: StoreServer, letter: str) -> None:
+    config = CONFIG | {"resume": {"max_bytes": 2**20, "max_bytes_per_key": ROOM}}
+    gateway = await serve(
+        mock=lambda: MockEngine(reply=letter * (4000 // len(letter.encode())), max_model_len=8192), config=config
+    )
+
+    async def one(asked: bool) -> int:
+        fields = {"resumable": True, "ignore_eos": True, "max_tokens": 200}
+        response = await gateway.chat(stream=True, **fields)
+        return response.status_code
+
+    statuses = await asyncio.gather(*(one(True) for _ in range(8)))
+    assert set(statuses) == {200, 429}, "each has 256 KiB at least, or is refused"
+    await until(lambda: accounted(store_server, "logs") <= ROOM)
+    assert taken(store_server, "{l:", ":logs") <= 1.25 * ROOM
+
+
+async def test_stream_too_many_is_refused_by_name_or_not_resumable(serve: Start, store_server: StoreServer) -> None:
+    config = CONFIG | {"resume": {"max_bytes_per_key": 300_000}}
+    gateway = await serve(mock=lambda: MockEngine(token_s=0.2), config=config)
+    by_key = await serve(config=config | {"resume": {"max_bytes_per_key": 300_000, "keys": [KEY_ID]}})
+    async with gateway.stream(resumable=True) as response:
+        await anext(response.aiter_lines())
+        refused = await gateway.chat(stream=True, resumable=True)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "too_many_streams")
+        assert "resume.max_bytes_per_key" in refused.json()["error"]["message"]
+        plain = await by_key.chat(stream=True)
+        assert plain.status_code == 200
+        assert plain.text.endswith("data: [DONE]\n\n")
+        assert "X-Shannon-Resume" not in plain.headers
+    await until(lambda: accounted(store_server, "logs") < 10_000)
+    assert (await gateway.chat(stream=True, resumable=True)).status_code == 200
+
+
+async def test_jobs_of_a_key_that_wait_stay_within_their_room(serve: Start, store_server: StoreServer) -> None:
+    room = 300_000
+    gateway = await serve(
+        mock=lambda: MockEngine(token_s=0.05, reply="x " * 200),
+        config=CONFIG | {"jobs": {"max_queued_bytes_per_key": room}},
+    )
+    clients = [JobClient(f"c{number}") for number in range(2)]
+    async with clients[0].connected(gateway), clients[1].connected(gateway):
+        answers = [await submit(gateway, f"c{number % 2}", "中" * 20_000) for number in range(12)]
+        refused = [answer for answer in answers if answer.status_code == 429]
+        assert len(refused) == 12 - 4
+        assert {answer.json()["error"]["code"] for answer in refused} == {"job_queue_full"}
+        assert "jobs.max_queued_bytes_per_key" in refused[0].json()["error"]["message"]
+        assert accounted(store_server, "jobs") <= room + MEMBER_BYTES * 2
+    for client in clients:
+        await gateway.client.delete(f"/api/v1/chat/stream/{client.id}")
+    await until(lambda: accounted(store_server, "jobs") == 0)
+    async with clients[0].connected(gateway):
+        await submitted(gateway, "c0", "中" * 20_000)
+
+
+async def test_members_of_an_account_expire(store_server: StoreServer) -> None:
+    store_server.client().flushall()
+    store = Store(StoreSettings(command_timeout_ms=2000), {"SHANNON_REDIS_URL": store_server.url}, Metrics())
+    await store.start()
+    account = StoredBytes(store, "kept", 10_000)
+    assert await account.charge("Key", "a", 5000, 0.01)
+    await asyncio.gather(*(account.charge("Key", f"m{number}", 100, 60) for number in range(3)))
+    await until(lambda: True)
+    async with asyncio.timeout(5):
+        while not await account.charge("Key", "b", 5500, 60):
+            pass
+    assert await account.total("Key") == 3 * (100 + MEMBER_BYTES) + 5500 + MEMBER_BYTES
+    assert not await account.charge("Key", "c", 5000, 60)
+    assert await account.add("Key", "b", -5000, 60)
+    assert await account.charge("Key", "c", 4000, 60)
+    await store.close()
+
+
+async def test_readme_names_the_sum_of_the_bounds() -> None:
+    sessions, resume, jobs = SessionSettings(), ResumeSettings(), JobSettings()
+    digests = 256 * 1024
+    total = sessions.derived_bytes_per_key + digests + sessions.max_bytes_per_key
+    total += resume.max_bytes_per_key + jobs.max_queued_bytes_per_key
+    text = (ROOT / "README.md").read_text()
+    assert f"**{total / 2**20:g} MiB** of values" in text
+
+
+@pytest.mark.parametrize("letter", ["x", "中"])
+async def test_large_responses_come_and_go_in_pieces(
+    start: Start, monkeypatch: pytest.MonkeyPatch, letter: str
+) -> None:
+    config = {"limits": {"enabled": False}, "sessions": {"max_bytes": 4 * 2**20}}
+    reply = letter * (900_000 // len(letter.encode()))
+    gateway = await start(mock=lambda: MockEngine(reply=reply, max_model_len=10**7), config=config)
+    largest = watch_store(gateway.services.store, monkeypatch)
+    previous: dict[str, Any] = {}
+    asked = []
+    for number in range(3):
+        asked.append(f"{number} " + letter * (600_000 // len(letter.encode())))
+        body = {"input": asked[-1], "stream": number == 1} | previous
+        response = await gateway.client.post("/v1/responses", json=body)
+        response_id = re.findall("resp_[0-9a-f]+", response.text)[0]
+        previous = {"previous_response_id": response_id}
+    shown = (await gateway.client.get(f"/v1/responses/{response_id}")).json()
+
+    assert shown["output"][0]["content"][0]["text"] == reply
+    texts = [message["content"] for message in gateway.mock.requests[-1].messages]
+    assert texts == [asked[0], reply, asked[1], reply, asked[2]]
+    assert largest.bytes <= 1.1 * PIECE_BYTES, largest.command
+    items = (await gateway.client.get(f"/v1/responses/{response_id}/input_items")).json()["data"]
+    assert items[0]["content"][0]["text"] == asked[2]
+
+
+async def test_streams_and_jobs_travel_in_pieces(serve: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frame of a MiB, a backlog of several, and a queue of several are read by another gateway."""
+    config: dict[str, Any] = {"limits": {"enabled": False}, "resume": {"max_bytes": 2**24}}
+    reply = " ".join(["中" * 400_000, *("é" * 3000 for _ in range(300))])
+    gateway, other = (
+        await serve(mock=lambda: MockEngine(reply=reply, max_model_len=10**6), config=config),
+        await serve(),
+    )
+    largest = [watch_store(each.services.store, monkeypatch) for each in (gateway, other)]
+    async with gateway.stream(resumable=True) as response:
+        path = response.headers["X-Shannon-Resume"]
+        whole = await response.aread()
+    assert (await other.client.get(path)).content == whole
+    assert (await gateway.client.get(path)).content == whole
+    for after in (1, 2, 3, 150):
+        rest = (await other.client.get(path, params={"starting_after": after})).content
+        assert whole.endswith(rest)
+        assert rest.startswith(b"id: %d\n" % (after + 1))
+    assert max(each.bytes for each in largest) <= 1.1 * PIECE_BYTES, [each.command for each in largest]
+
+
+async def test_waiting_jobs_are_taken_over_in_pieces(serve: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    config: dict[str, Any] = {"limits": {"enabled": False}}
+    gateway: Gateway = await serve(mock=lambda: MockEngine(reply="yes", token_s=60, max_model_len=10**6), config=config)
+    other: Gateway = await serve(mock=lambda: MockEngine(reply="yes", max_model_len=10**6), config=config)
+    largest = [watch_store(each.services.store, monkeypatch) for each in (gateway, other)]
+    client = JobClient("c")
+    async with client.connected(gateway):
+        jobs = [await submitted(gateway, "c", f"{number} " + "x" * 200_000) for number in range(12)]
+        await gateway.services.jobs.close()
+    async with client.connected(other):
+        await until(lambda: len(client.in_order()) == len(jobs), within_s=10)
+    assert client.in_order() == jobs
+    assert max(each.bytes for each in largest) <= 1.1 * PIECE_BYTES, [each.command for each in largest]
