@@ -260,8 +260,8 @@ def _listed(url: str) -> str:
 def _numbers(marker: re.Match[str]) -> list[int]:
     """Return the numbers that a marker names, ranges written out."""
     numbers: list[int] = []
-    for part in re.split("[,;]", marker[1] or marker[2]):
-        first, *rest = (int(number) for number in re.split("[–-]", part))
+    for part in (marker[1] or marker[2]).replace(";", ",").split(","):
+        first, *rest = (int(number) for number in part.replace("–", "-").split("-"))
         last = rest[-1] if rest else first
         numbers += range(first, min(last, first + 20) + 1)
     return list(dict.fromkeys(numbers))

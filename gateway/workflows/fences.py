@@ -52,11 +52,11 @@ class Fences:
 
     def may_matter(self, line: str) -> bool:
         """Return whether a line that has only begun may yet open or close a block, or leave one."""
+        if len(line) > MAX_LINE_CHARS:
+            return False
         text = line.lstrip(" \t")
         if not text:
             return True
-        if len(line) > MAX_LINE_CHARS:
-            return False
         if self._fence is not None:
             return not text.strip(self._fence.mark + " \t")
         mark = text[0]

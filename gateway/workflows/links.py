@@ -281,8 +281,9 @@ class LinkFilter:
         if link is None:
             return None
         if not link.ok:
-            gap = "" if following == ":" or link.empty else " "
-            return self._pass(at + 2, f"]{gap}{following}", " ")
+            if following == ":":
+                return self._pass(at + 2, "]\\:" if link.nested else "]:", " ")
+            return self._pass(at + 2, "](" if link.empty else "] (", " ")
         if following == ":":
             return self._definition(text, at, link, final)
         if link.end is None:
@@ -326,9 +327,9 @@ class LinkFilter:
             return (at + 1, "!") if final else None
         if text[at + 1] != "[":
             return self._pass(at + 1, "!", "!")
-        window = text[at + 1 : at + 1 + _MAX_ALT_CHARS]
+        window = text[at + 1 : at + 1 + _MAX_ALT_CHARS]  # from its opening bracket on
         whole = final or len(window) == _MAX_ALT_CHARS
-        closing = closing_bracket(window)
+        closing = closing_bracket(window) if "]" in window else None
         if closing is None or closing + 1 == len(window):
             return self._pass(at + 1, "! ", " ") if whole else None
         following = window[closing + 1]
@@ -392,7 +393,7 @@ class LinkFilter:
         bare, end = split_end(unescapeAll(written))
         if not bare[start - at :].strip(":/."):
             return self._pass(rest, written, written)  # a scheme and nothing else
-        url = self._addresses.live(bare)
+        url = self._addresses.live(bare) if self._prose else self._addresses.given(bare)
         if url is None:
             return self._pass(rest, self._shown(bare, text[rest : rest + 1]) + end, " ")
         ends = ends_there(text, rest, final)
@@ -415,7 +416,9 @@ class LinkFilter:
         """Take a character that may stand within an address whose beginning was sent already."""
         if sign == "@":
             return self._at_sign(text, at, end, final)
-        window, ends, whole = reading(text, at, _MAX_HOST_CHARS, final)
+        window, ends, whole = reading(text, at, 4 if sign == ":" else 2, final)
+        if window == "//":
+            window, ends, whole = reading(text, at, _MAX_HOST_CHARS, final, "/?#")
         if len(window) == 1 and not whole:
             return None
         if sign == ":":
@@ -439,7 +442,7 @@ class LinkFilter:
         """Take an at sign, which may be within a mail address."""
         if not self._tail[-1:].isalnum() and self._tail[-1:] not in ("_", ".", "-", "+", "%"):
             return self._pass(end, text[at:end], "@")
-        window, _, whole = reading(text, at, _MAX_HOST_CHARS, final)
+        window, _, whole = reading(text, at, _MAX_HOST_CHARS, final, "@/?#:,;!\"'()[]<>&`|*")
         domain = _DOMAIN.match(window)
         if not domain or (domain.end() == len(window) and not whole):
             return None

@@ -83,6 +83,8 @@ def unsafe(markdown: str, *, partial: bool = False) -> list[tuple[str, str]]:
     bad = []
     for kind, url in live(markdown):
         bare = url.rstrip(".,;:!?*_~)\"'")
+        if kind == "bare" and re.fullmatch(r"(?i)(?:\w+://|www\.)[_.-]*", bare):
+            continue  # no host
         if kind == "link" and re.fullmatch(r"(?![A-Za-z][A-Za-z0-9+.-]*:)[^/\\?]*", url):
             continue  # it names no host
         if kind == "image" and url.startswith(f"https://{PICTURES}/"):
