@@ -121,7 +121,7 @@ class Fences:
         self._looks += 1
         tokens = _parser.parse(f"{self._context}{line}\n")
         last = next((token for token in reversed(tokens) if token.map is not None and token.nesting >= 0), None)
-        return last is not None and last.type == "fence" and last.map[0] == self._context.count("\n")
+        return last is not None and last.type == "fence" and (last.map or [-1])[0] == self._context.count("\n")
 
 
 def _indent(line: str) -> int:

@@ -10,7 +10,7 @@ import re
 
 _MAX_HELD_CHARS = 800
 # Possessive, and not from within white space: in each of many places it would look through what follows once more.
-MARKUP = r"(?<!\s)\s*+(?:>\s*+)*+(?:[-*+]\s++)?+(?:#{1,6}+\s*+)?+(?:\*\*|__)?+"
+MARKUP = r"(?<![\s>])\s*+(?:>\s*+)*+(?:[-*+]\s++)?+(?:#{1,6}+\s*+)?+(?:\*\*|__)?+"
 _LIST_NUMBER = re.compile(rf"{MARKUP}\d{{1,2}}[.)](?=\s|\*|_|$)")
 _ONLY_A_NUMBER = re.compile(rf"{MARKUP}\d{{1,2}}")
 _END = re.compile(r"[.!?][\"')*_]*(?:[ \t]*\[R[\dR,; ]*\])*[ \t]+(?=[^\s\[]|\[[^R])|[\u3002\uff01\uff1f]+|\n")
