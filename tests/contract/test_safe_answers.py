@@ -113,7 +113,7 @@ def named(events: list[dict[str, Any]]) -> set[str]:
 
 
 async def test_a_model_uses_only_its_tools(start: Start) -> None:
-    here = await place(start, "quick_research", settings={"tools": ["web_search"]}, tools=[FakeTool("local_search")])
+    here = await place(start, "quick_research", settings={"tools": ["web_search"]}, tools=(FakeTool("local_search"),))
     body = (await here.gateway.chat()).json()
     assert named(body["shannon_events"]) == {"web_search"}
 
@@ -121,7 +121,7 @@ async def test_a_model_uses_only_its_tools(start: Start) -> None:
 @pytest.mark.parametrize("wanted", ["local_search", "web_fetch"])
 async def test_a_request_only_narrows_the_tools_of_its_model(start: Start, wanted: str) -> None:
     here = await place(
-        start, "quick_research", settings={"tools": ["web_search"]}, tools=[FakeTool("local_search", Address)]
+        start, "quick_research", settings={"tools": ["web_search"]}, tools=(FakeTool("local_search", Address),)
     )
     response = await here.gateway.chat(shannon_options={"tools": [wanted]})
     assert response.status_code == 400

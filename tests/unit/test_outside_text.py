@@ -150,7 +150,7 @@ async def test_no_word_of_a_tool_is_outside_the_tags(
 ) -> None:
     model = Parrot(takes_schemas=takes_schemas)
     over = await metered(MockEngine(reply=model, max_model_len=65_536))
-    fields = {"messages": CONVERSATION} if earlier else {}
+    fields: dict[str, Any] = {"messages": CONVERSATION} if earlier else {}
     await outcome_of(WORKFLOWS[workflow], make_run(over.meter, *tools(fails=fails), **fields))
 
     seen = 0
