@@ -239,6 +239,20 @@ class Toolbox:
             await resource.close()
 
 
+def nested_deeper(value: Any, most: int) -> bool:
+    """Return whether objects and lists are nested deeper than `most`."""
+    level = [value]
+    for _ in range(most):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer if isinstance(outer, list) else ())
+        ]
+        if not level:
+            return False
+    return True
+
+
 def _bounded(text: str) -> str:
     if len(text) <= MAX_OBSERVATION_CHARS:
         return text

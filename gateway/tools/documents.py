@@ -36,10 +36,12 @@ _BOMS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-_FRONT_MATTER = re.compile(r"\A---[ \t]*\n(.*?)\n(?:---|\.\.\.)[ \t]*(?:\n|\Z)", re.S)
-_FRONT_FIELD = re.compile(r"^(title|date)[ \t]*:[ \t]*[\"']?(.*?)[\"']?[ \t]*$", re.M | re.I)
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
-_FIRST_HEADING = re.compile(r"^#{1,2}[ \t]+(\S.*?)[ \t#]*$|^(\S.*)\n(?:={3,}|-{3,})[ \t]*$", re.M)
+_CHARSET = re.compile(rb"""<meta[^>]{0,200}?charset\s{0,20}=\s{0,20}["']?([A-Za-z0-9_.:-]{1,40})""", re.I)
+_BLANK_LINES = re.compile(r"\n{4,}")
+_MAX_FRONT_MATTER_LINES = 200
+_MAX_HEAD_CHARS = 4096
+"""Of a text, where its first heading is looked for."""
 
 
 class Unreadable(Exception):
@@ -89,7 +91,7 @@ def _decoded(content: bytes, charset: str) -> str:
 
 def _declared(content: bytes) -> str:
     """Return the encoding that an HTML page names in its head."""
-    found = re.search(rb"""<meta[^>]{0,200}?charset\s*=\s*["']?([A-Za-z0-9_.:-]{1,40})""", content[:2048], re.I)
+    found = _CHARSET.search(content[:2048])
     return found[1].decode("ascii") if found else ""
 
 
@@ -145,13 +147,41 @@ def _read_text(text: str, kind: Kind) -> Document:
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     title = published = ""
     if kind == "markdown":
-        if front := _FRONT_MATTER.match(text):
-            fields = {name.lower(): value for name, value in _FRONT_FIELD.findall(front[1])}
-            title, published = fields.get("title", ""), _iso_date(fields.get("date", ""))
-            text = text[front.end() :]
-        heading = _FIRST_HEADING.search(text[:4096])
-        title = title or (heading[1] or heading[2] if heading else "")
+        fields, text = _front_matter(text)
+        title, published = fields.get("title", ""), _iso_date(fields.get("date", ""))
+        title = title or _first_heading(text[:_MAX_HEAD_CHARS])
     return Document(text, title, published)
+
+
+def _front_matter(text: str) -> tuple[dict[str, str], str]:
+    """Return the title and the date from the lines between `---` that a text may begin with, and the text behind."""
+    if not text.startswith("---"):
+        return {}, text
+    first, *lines = text.split("\n", _MAX_FRONT_MATTER_LINES)
+    end = next((n for n, line in enumerate(lines) if line.rstrip(" \t") in ("---", "...")), None)
+    if first.rstrip(" \t") != "---" or not end:
+        return {}, text
+    fields: dict[str, str] = {}
+    for line in lines[:end]:
+        name, colon, value = line.partition(":")
+        if colon and (name := name.rstrip(" \t").lower()) in ("title", "date"):
+            value = value.strip(" \t")
+            value = value.removeprefix(value[:1] if value[:1] in ("'", '"') else "\0")
+            fields[name] = value.removesuffix(value[-1:] if value[-1:] in ("'", '"') else "\0")
+    return fields, "\n".join(lines[end + 1 :])
+
+
+def _first_heading(text: str) -> str:
+    """Return the first heading of the two highest levels, marked in front or underlined; empty if there is none."""
+    before = ""
+    for line in text.split("\n"):
+        mark = line.rstrip(" \t")
+        if before[:1].strip() and len(mark) > 2 and mark in ("=" * len(mark), "-" * len(mark)):
+            return before
+        if line.startswith(("# ", "#\t", "## ", "##\t")) and (said := line.lstrip("#").strip(" \t").rstrip(" \t#")):
+            return said
+        before = line
+    return ""
 
 
 def _iso_date(text: str | None) -> str:
@@ -161,6 +191,7 @@ def _iso_date(text: str | None) -> str:
 
 def _tidy(text: str) -> str:
     text = _INVISIBLE.sub("", unicodedata.normalize("NFC", text.translate(_LIGATURES)))
-    text = re.sub(r"[ \t]+\n", "\n", text)
-    text = re.sub(r"\n{4,}", "\n\n\n", text)
+    *lines, last = text.split("\n")
+    text = "\n".join([*(line.rstrip(" \t") for line in lines), last])
+    text = _BLANK_LINES.sub("\n\n\n", text)
     return text.encode("utf-8", "replace").decode()  # lone surrogates, which nothing further on can write

@@ -15,6 +15,7 @@ What is wrong with the arguments is an observation that is not `ok`; what is wro
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import re
 from collections.abc import Callable, Mapping
@@ -141,8 +142,10 @@ class Ga4Report(_Ga4Tool):
         """Check the names, ask, and put the answer in words and in values. Raises ToolError."""
         try:
             metadata = await self._api.metadata()
-            metadata.check("metric", arguments.metrics)
-            metadata.check("dimension", [*arguments.dimensions, *(f.dimension for f in arguments.filters)])
+            dimensions = [*arguments.dimensions, *(f.dimension for f in arguments.filters)]
+            # A name that does not exist is compared with all that do.
+            await asyncio.to_thread(metadata.check, "metric", arguments.metrics)
+            await asyncio.to_thread(metadata.check, "dimension", dimensions)
             answer = await self._api.report(_report_body(arguments))
         except Refused as error:
             return Observation(f"{self.name}: {error}", ok=False)
@@ -166,8 +169,8 @@ class Ga4Realtime(_Ga4Tool):
         """As `Ga4Report.run`. Raises ToolError."""
         try:
             metrics, dimensions = realtime_fields(await self._api.metadata())
-            check_names("metric", arguments.metrics, metrics)
-            check_names("dimension", arguments.dimensions, dimensions)
+            await asyncio.to_thread(check_names, "metric", arguments.metrics, metrics)
+            await asyncio.to_thread(check_names, "dimension", arguments.dimensions, dimensions)
             answer = await self._api.realtime(_realtime_body(arguments))
         except Refused as error:
             return Observation(f"{self.name}: {error}", ok=False)

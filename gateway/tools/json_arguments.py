@@ -1,16 +1,20 @@
 """A pydantic model out of somebody else's JSON schema, so that their tools' arguments are checked as ours are.
 
-References within the schema are followed, others are not: a schema fetches nothing. Fails with ValueError on a schema
-that is none.
+References within the schema are followed, others are not: a schema fetches nothing. Its patterns are somebody else's
+regular expressions: RE2 matches them, in linear time, and one that RE2 does not know is left to the server. Fails with
+ValueError on a schema that is none.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
-from jsonschema import Draft202012Validator, SchemaError
+import re2
+from jsonschema import Draft202012Validator, SchemaError, ValidationError
 from jsonschema.exceptions import best_match
-from jsonschema.validators import validator_for
+from jsonschema.validators import extend, validator_for
 from pydantic import RootModel, model_validator
 from referencing import Registry
 from referencing.exceptions import Unresolvable
@@ -29,7 +33,7 @@ def arguments_model(schema: dict[str, Any]) -> type[RootModel[dict[str, Any]]]:
         kind.check_schema(schema)
     except SchemaError as error:
         raise ValueError("its schema is not valid") from error
-    validator = kind(schema, registry=Registry())
+    validator = extend(kind, _PATTERNS)(schema, registry=Registry())  # type: ignore[no-untyped-call]
 
     class Arguments(RootModel[dict[str, Any]]):
         @model_validator(mode="after")
@@ -38,6 +42,8 @@ def arguments_model(schema: dict[str, Any]) -> type[RootModel[dict[str, Any]]]:
                 error = best_match(validator.iter_errors(self.root))
             except Unresolvable:
                 raise ValueError("the schema refers to something outside itself") from None
+            except RecursionError:
+                raise ValueError("the schema refers to itself without an end") from None
             if error is not None:
                 where = ".".join(map(str, error.absolute_path))
                 raise ValueError(f"{where + ': ' if where else ''}{error.message[:_MAX_MESSAGE_CHARS]}")
@@ -49,3 +55,56 @@ def arguments_model(schema: dict[str, Any]) -> type[RootModel[dict[str, Any]]]:
             return dict(schema)
 
     return Arguments
+
+
+def _matches(pattern: str, text: str) -> bool:
+    compiled = _compiled(pattern)
+    return compiled is None or compiled.search(text) is not None
+
+
+@lru_cache(maxsize=256)
+def _compiled(pattern: str) -> Any:
+    """Return a pattern for RE2; None for one that RE2 does not know, such as a look-ahead."""
+    options = re2.Options()
+    options.log_errors = False
+    try:
+        return re2.compile(pattern, options)
+    except re2.error:
+        return None
+
+
+def _pattern(validator: Any, pattern: Any, instance: Any, schema: Any) -> Iterator[ValidationError]:
+    if isinstance(instance, str) and not _matches(str(pattern), instance):
+        yield ValidationError(f"{instance[:60]!r} does not match {str(pattern)[:100]!r}")
+
+
+def _pattern_properties(validator: Any, patterns: Any, instance: Any, schema: Any) -> Iterator[ValidationError]:
+    for pattern, part in patterns.items() if isinstance(instance, dict) else ():
+        for name, value in instance.items():
+            if _matches(pattern, name):
+                yield from validator.descend(value, part, path=name, schema_path=pattern)
+
+
+def _additional_properties(validator: Any, rule: Any, instance: Any, schema: Any) -> Iterator[ValidationError]:
+    if not isinstance(instance, dict):
+        return
+    patterns = schema.get("patternProperties", {})
+    for name in instance.keys() - schema.get("properties", {}).keys():
+        if any(_matches(pattern, name) for pattern in patterns):
+            continue
+        if isinstance(rule, dict):
+            yield from validator.descend(instance[name], rule, path=name)
+        elif not rule:
+            yield ValidationError(f"Additional properties are not allowed ({name[:60]!r} was unexpected)")
+
+
+def _left_to_the_server(validator: Any, rule: Any, instance: Any, schema: Any) -> Iterator[ValidationError]:
+    return iter(())  # it would look at names by Python's expressions
+
+
+_PATTERNS = {
+    "pattern": _pattern,
+    "patternProperties": _pattern_properties,
+    "additionalProperties": _additional_properties,
+    "unevaluatedProperties": _left_to_the_server,
+}

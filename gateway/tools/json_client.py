@@ -22,6 +22,7 @@ from gateway.tools.base import ToolError
 log = logging.getLogger(__name__)
 
 MAX_ANSWER_BYTES = 8 * 2**20
+_MAX_BYTES_AT_ONCE = 2**18
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,9 @@ class JsonClient:
         except (httpx.RequestError, httpx.InvalidURL) as error:
             log.warning("%s can't be reached: %s", self._whom, type(error).__name__)
             raise ToolError(f"{self._whom} can't be reached.", may_pass=True) from error
-        return Answer(response.status_code, _parsed(content), _retry_after_s(response))
+        # A long answer is parsed beside the event loop.
+        parsed = _parsed(content) if len(content) <= _MAX_BYTES_AT_ONCE else await asyncio.to_thread(_parsed, content)
+        return Answer(response.status_code, parsed, _retry_after_s(response))
 
     async def close(self) -> None:
         """Close the connections. Idempotent; the next request opens them anew."""
@@ -91,7 +94,7 @@ class JsonClient:
 def _parsed(content: bytes) -> dict[str, Any]:
     try:
         body = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return body if isinstance(body, dict) else {}
 

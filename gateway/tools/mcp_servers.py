@@ -27,7 +27,7 @@ import anyio
 from pydantic import BaseModel
 
 from gateway.config import ConfigError, McpServerSettings
-from gateway.tools.base import MAX_OBSERVATION_CHARS, Observation, ToolError
+from gateway.tools.base import MAX_OBSERVATION_CHARS, Observation, ToolError, nested_deeper
 
 if TYPE_CHECKING:  # the package takes most of a second to import, and few gateways need it
     from mcp import Client
@@ -44,6 +44,10 @@ _MAX_NAME_CHARS = 64
 _MAX_DESCRIPTION_CHARS = 600
 _MAX_DATA_CHARS = 400_000
 _MAX_PAGES = 20
+MAX_DEPTH = 64
+"""Of data in a result; encoders give up at 255."""
+_MAX_NUMBER_CHARS = 1000
+_MAX_NUMBER_BITS = 3000
 _MAX_REFUSAL_CHARS = 300
 _LOST = "The connection to the server was lost."
 _MAX_TIMEOUTS = 3
@@ -302,11 +306,29 @@ def _observation(result: CallToolResult) -> Observation:
     text = "\n".join(part for part in parts if part)[:_MAX_DATA_CHARS]
     data = result.structured_content
     if data is None and text[:1] in ("{", "["):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             data = json.loads(text)
+    data = _encodable(data)
     if data is not None and not text:
         text = json.dumps(data, ensure_ascii=False)
     return Observation(text[:MAX_OBSERVATION_CHARS] or "(nothing)", ok=not result.is_error, data=data)
+
+
+def _encodable(data: Any) -> Any:
+    """Return data as events can carry it: integers of 64 bits at most; None for what is nested too deep."""
+    if nested_deeper(data, MAX_DEPTH):
+        return None
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(name): plain(inner) for name, inner in value.items()}
+        if isinstance(value, list):
+            return [plain(inner) for inner in value]
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            return str(value)[:_MAX_NUMBER_CHARS] if value.bit_length() < _MAX_NUMBER_BITS else "(a very long number)"
+        return value
+
+    return plain(data)
 
 
 def _block_text(block: Any) -> str:

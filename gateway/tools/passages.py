@@ -18,10 +18,11 @@ PASSAGE_CHARS = 1500
 _MAX_SLUG_CHARS = 60
 _MAX_HEADING_CHARS = 300
 """A longer line is none, whatever it begins with."""
-_HEADING = re.compile(r"#{1,6}[ \t]+(\S.*?)[ \t#]*")
+_HEADING = re.compile(r"#{1,6}[ \t]+(\S.*)")
 _UNDERLINE = re.compile(r"([=~^-])\1{2,}[ \t]*")
 _FENCE = re.compile(r"```|~~~")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n")
+_NO_SLUG = re.compile(r"\W+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,16 +87,17 @@ def _blocks(page: str) -> Iterator[tuple[str, str | None]]:
                 yield piece, None
             paragraph = []
             if heading is not None:
-                yield line, heading[1]
+                yield line, heading[1].rstrip(" \t#") or heading[1][0]
     for piece in _cut("\n".join(paragraph)):
         yield piece, None
 
 
 def _underlined(paragraph: list[str]) -> str:
     """Return the heading that a line below makes of a paragraph: its only line, or one below a line as well."""
-    lines = paragraph[1:] if paragraph and _UNDERLINE.fullmatch(paragraph[0]) else paragraph
-    is_heading = len(lines) == 1 and sum(map(len, paragraph)) <= 2 * _MAX_HEADING_CHARS
-    return lines[0].strip() if is_heading else ""
+    if not 1 <= len(paragraph) <= 2 or sum(map(len, paragraph)) > 2 * _MAX_HEADING_CHARS:
+        return ""
+    lines = paragraph[1:] if _UNDERLINE.fullmatch(paragraph[0]) else paragraph
+    return lines[0].strip() if len(lines) == 1 else ""
 
 
 def _cut(block: str) -> Iterator[str]:
@@ -113,7 +115,7 @@ def _cut(block: str) -> Iterator[str]:
 
 
 def _slug(heading: str) -> str:
-    return re.sub(r"\W+", "-", heading.lower()).strip("-")[:_MAX_SLUG_CHARS].rstrip("-")
+    return _NO_SLUG.sub("-", heading.lower()).strip("-")[:_MAX_SLUG_CHARS].rstrip("-")
 
 
 def _unique(name: str, seen: dict[str, int]) -> str:

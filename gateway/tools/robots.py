@@ -26,6 +26,8 @@ _TTL_S = 3600.0
 _FAILURE_TTL_S = 60.0
 _MAX_SITES = 1000
 _MAX_RULES = 5000
+_MAX_CHARS_AT_ONCE = 16_384
+"""Of a file; more is parsed beside the event loop."""
 _ESCAPE = re.compile(r"%[0-9A-Fa-f]{2}")
 _UNRESERVED = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
 
@@ -48,8 +50,10 @@ ALLOW_NONE: Sequence[Rule] = (Rule(False, "/"),)
 
 def parse(text: str, product: str = PRODUCT) -> list[Rule]:
     """Return the rules for `product`. Lines that mean nothing are skipped."""
+    product = product.lower()
     groups: dict[str, list[Rule]] = {}
-    agents: list[str] = []
+    agents: set[str] = set()
+    """Those of the group that concern us; a file may name any number of others."""
     in_rules = False
     for line in text.splitlines():
         name, colon, value = line.partition("#")[0].partition(":")
@@ -58,15 +62,17 @@ def parse(text: str, product: str = PRODUCT) -> list[Rule]:
             continue
         if name == "user-agent":
             if in_rules:
-                agents, in_rules = [], False
-            agents.append(re.split(r"[/\s]", value.lower())[0])
+                agents, in_rules = set(), False
+            agent = next(iter(value.lower().partition("/")[0].split()), "")
+            if agent in (product, "*"):
+                agents.add(agent)
+                groups.setdefault(agent, [])
         elif name in ("allow", "disallow"):
             in_rules = True
             for agent in agents if value else ():
-                groups.setdefault(agent, []).append(Rule(name == "allow", normal(value)))
-        if name == "user-agent":
-            groups.setdefault(agents[-1], [])
-    return groups.get(product.lower(), groups.get("*", []))[:_MAX_RULES]
+                if len(groups[agent]) < _MAX_RULES:
+                    groups[agent].append(Rule(name == "allow", normal(value)))
+    return groups.get(product, groups.get("*", []))
 
 
 def allows(rules: Sequence[Rule], target: str) -> bool:
@@ -127,7 +133,9 @@ class Robots:
             # The RFC: 4xx means that there is no such file, anything else that it can't be had now.
             missing = 400 <= error.status < 500 and error.status != 429
             return (ALLOW_ALL, _TTL_S) if missing else (ALLOW_NONE, _FAILURE_TTL_S)
-        return parse(fetched.content.decode("utf-8-sig", "replace")), _TTL_S
+        text = fetched.content.decode("utf-8-sig", "replace")
+        rules = parse(text) if len(text) <= _MAX_CHARS_AT_ONCE else await asyncio.to_thread(parse, text)
+        return rules, _TTL_S
 
 
 def _matches(pattern: str, path: str) -> bool:

@@ -28,6 +28,8 @@ there is something about the query."""
 _MAX_TITLE_CHARS = 200
 _MAX_SNIPPET_CHARS = 600
 _MAX_URL_CHARS = 2048
+_MAX_FIELD_CHARS = 4096
+_MAX_DATE_CHARS = 64
 _BRAVE_MAX_WORDS = 50
 _BRAVE_LANGUAGES = {
     "en-GB": "en-gb",
@@ -212,7 +214,7 @@ def sources(found: Iterable[Found], max_results: int, today: datetime.date) -> l
 
 def iso_date(text: str, today: datetime.date) -> str:
     """Return the ISO date that a service means, empty where it can't be told."""
-    text = text.strip()
+    text = text.strip()[:_MAX_DATE_CHARS]
     if iso := _ISO.match(text):
         return iso[0]
     if ago := _AGO.fullmatch(text):
@@ -229,8 +231,9 @@ def iso_date(text: str, today: datetime.date) -> str:
 
 
 def _text(entry: Any, name: str) -> str:
+    """Return a field if it is text; of a very long one its beginning, which is all that is shown of any."""
     value = entry.get(name)
-    return value if isinstance(value, str) else ""
+    return value[:_MAX_FIELD_CHARS] if isinstance(value, str) else ""
 
 
 def _clean(text: str, max_chars: int) -> str:

@@ -12,12 +12,12 @@ that was read. Leaves out shopping and video ads. Fails with ToolError; no ads i
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 from urllib.parse import urlencode
 
 import httpx
+import re2
 from pydantic import BaseModel, ConfigDict, Field
 
 from gateway.config import ConfigError, SerpAdsSettings
@@ -35,7 +35,10 @@ _MAX_DESCRIPTION_CHARS = 500
 _MAX_URL_CHARS = 2000
 _MAX_EXTENSIONS = 8
 _RESULTS_PAGE = "https://www.google.com/search"
-_DOMAIN = re.compile(r"(?:https?://)?(?:www\.)?([a-z0-9.-]+\.[a-z]{2,})", re.IGNORECASE)
+_DOMAIN = re2.compile(r"(?i)(?:https?://)?(?:www\.)?([a-z0-9.-]+\.[a-z]{2,})")
+_CLICK_HOSTS = ("googleadservices.com", "doubleclick.net")
+_MAX_COUNTERS = 3
+"""Click counters, one within another's address."""
 
 
 class SerpAdsArguments(BaseModel):
@@ -145,7 +148,7 @@ def _ad(entry: dict[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def _landing_page(url: str) -> str:
+def _landing_page(url: str, counters: int = 0) -> str:
     """Return where an ad leads. A click counter's URL may name the page; following it would bill the advertiser."""
     if len(url) > _MAX_URL_CHARS or any(character.isspace() for character in url):
         return ""
@@ -155,9 +158,10 @@ def _landing_page(url: str) -> str:
         return ""
     if parts.scheme not in ("http", "https") or not parts.host:
         return ""
-    if parts.path != "/aclk" and not re.search(r"(^|\.)(googleadservices\.com|doubleclick\.net)$", parts.host):
+    counts = any(parts.host == host or parts.host.endswith(f".{host}") for host in _CLICK_HOSTS)
+    if parts.path != "/aclk" and not counts:
         return str(parts)  # in a form that can stand between quotation marks
-    return _landing_page(parts.params.get("adurl", ""))
+    return _landing_page(parts.params.get("adurl", ""), counters + 1) if counters < _MAX_COUNTERS else ""
 
 
 def _extensions(entry: dict[str, Any]) -> list[str]:

@@ -26,6 +26,7 @@ from gateway.tools.search_providers import PROVIDERS, Meaning, Provider, sources
 log = logging.getLogger(__name__)
 
 _MAX_ANSWER_BYTES = 4 * 2**20
+_MAX_BYTES_AT_ONCE = 2**18
 _MAX_PACE_S = 20.0
 """How long a search waits for its turn; an agent can do something better with more time than this."""
 _OPERATORS: dict[Meaning, str] = {
@@ -117,8 +118,10 @@ class WebSearch:
             log.warning("%s can't be reached: %s", self._provider.name, type(error).__name__)
             raise ToolError("the search service can't be reached.", may_pass=True) from error
         try:
-            body = json.loads(content)
-        except ValueError:
+            # A long answer is parsed beside the event loop.
+            small = len(content) <= _MAX_BYTES_AT_ONCE
+            body = json.loads(content) if small else await asyncio.to_thread(json.loads, content)
+        except (ValueError, RecursionError):
             body = None
         if response.status_code == 200 and isinstance(body, dict):
             return body

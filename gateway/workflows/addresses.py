@@ -20,6 +20,7 @@ from gateway.tools.base import Source
 MAX_ADDRESS_CHARS = 2000
 _TRACKING = re.compile(r"utm_|(?:fbclid|gclid|mc_[ce]id|ref|ref_src)\Z")
 ADDRESS_CHARS = r"(?:[^\s<>\"')\](`|]|\([^\s()<>\"`]{0,200}\)){1,2000}"
+_DOI = re.compile(rf"10\.\d{{4,9}}/{ADDRESS_CHARS}")
 _NAMED = re.compile(rf"(?:https?://|www\.){ADDRESS_CHARS}", re.I)
 _WORD = re.compile(r"[^\s<>()\[\]\"'`|,;]{4,2000}")
 _HOST = re.compile(r"(?:[A-Za-z0-9\u00a1-\uffef-]{1,63}\.){1,10}[A-Za-z\u00a1-\uffef]{2,24}(?::\d{1,5})?(?:[/?#]|\Z)")
@@ -67,6 +68,7 @@ class Addresses:
         self._given: dict[str, str] = {}
         """The same, and what searches found."""
         self._emails: set[str] = set()
+        self._dois = {split_end(found[0])[0].lower() for found in _DOI.finditer(said)}
         for found in _NAMED.finditer(said):
             self._name(split_end(found[0])[0])
         for word in _WORD.findall(said):
@@ -93,9 +95,9 @@ class Addresses:
         return self._given.get(normal_url(_with_scheme(written)))
 
     def has_doi(self, doi: str) -> bool:
-        """Return whether a DOI is part of an address that was given."""
+        """Return whether the user named a DOI, or it is part of an address that was given."""
         doi = doi.lower()
-        return any(doi in url.lower() for url in self._given)
+        return doi in self._dois or any(doi in url.lower() for url in self._given)
 
     def has_email(self, address: str) -> bool:
         """Return whether the user named this mail address."""

@@ -8,6 +8,7 @@ Without a tool for ads it says so, and shows none. Fails with GatewayError.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
 
@@ -173,11 +174,11 @@ class _AdsResearch:
             f"{comparison(compared, {one.domain: self._numbers(one) for one in compared})}\n\n"
         )
         figures = Figures()
-        for one in self._advertisers:
-            figures.add_all(one.text)
         said = run.said
-        figures.add_all(said)
-        seen = OfferFilter(figures, [one.domain for one in self._advertisers], said)
+        for text in (*(one.text for one in self._advertisers), said):
+            await asyncio.to_thread(figures.add_all, text)
+        domains = [one.domain for one in self._advertisers]
+        seen = await asyncio.to_thread(OfferFilter, figures, domains, said)
         prompt = Prompt(
             "ads_answer",
             {"question": run.question},

@@ -9,6 +9,7 @@ GatewayError.
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import json
 import time
@@ -20,8 +21,8 @@ from pydantic import Field
 
 from engine.base import Delta
 from gateway.events import ORCHESTRATOR, Clock
-from gateway.tools.base import Observation
-from gateway.tools.mcp_servers import SEPARATOR
+from gateway.tools.base import Observation, nested_deeper
+from gateway.tools.mcp_servers import MAX_DEPTH, SEPARATOR
 from gateway.tools.server_toolbox import server_of, stocked
 from gateway.workflows.agents import AGENT_FAILURES, Agent, Decision, Outside, Prompt, fenced
 from gateway.workflows.checked_answer import check_unbound, checked_answer
@@ -189,8 +190,8 @@ class _Analysis:
             run.send(Delta(_NO_REPORTS + tried, finish_reason="stop"))
             return
         users = [turn["content"] for turn in run.earlier_turns if turn["role"] == "user"]
-        for said in (run.question, run.system_prompt, run.context, *users):
-            self._figures.add_all(said)
+        said = "\n".join((run.question, run.system_prompt, run.context, *users))
+        await asyncio.to_thread(self._figures.add_all, said)
         titles = "; ".join(f"[R{report.number}] {report.title}" for report in self._reports)
         run.emit("DATA_PROCESSING", ORCHESTRATOR, f"Reports to answer from: {titles}.")
         prompt = Prompt(
@@ -261,7 +262,7 @@ async def _explore(agent: Agent, tools: list[str], calls: list[Call], today: dat
 def _arguments(text: str) -> dict[str, Any] | None:
     """Return a call's arguments, None where the text is no JSON object."""
     try:
-        arguments = json.loads(text or "{}")
+        arguments = orjson.loads(text or "{}")
     except ValueError:
         return None
-    return arguments if isinstance(arguments, dict) else None
+    return arguments if isinstance(arguments, dict) and not nested_deeper(arguments, MAX_DEPTH) else None

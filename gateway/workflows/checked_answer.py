@@ -41,7 +41,7 @@ async def checked_answer(run: Run, prompt: Prompt, sources: Sources, filters: Se
     """Send `opening` and the answer to `prompt`, end the stream, and leave the sources named in the run's result."""
     # Links once more: what the other filters take out must not put one together.
     passes: list[Filter] = [
-        AnswerFilter(sources, run.said, run.image_hosts),
+        AnswerFilter(sources, run.addresses, run.image_hosts),
         *filters,
         LinkFilter(run.addresses, image_hosts=run.image_hosts),
     ]

@@ -75,11 +75,6 @@ class Sources:
         entry = self.fetched.get(normal_url(url))
         return entry[0] if entry else None
 
-    def has_doi(self, written: str) -> bool:
-        """Return whether a DOI is part of an address that was seen."""
-        doi = written.lower().removeprefix("doi:").strip()
-        return any(doi in url.lower() for url in self.seen)
-
     def listing(self, text: str) -> list[dict[str, Any]]:
         """Return the sources that `text` names, or all that were read where it names none, in machine form."""
         named = {number for marker in _MARKER.finditer(text) for number in _numbers(marker)}
@@ -112,10 +107,9 @@ class MarkerFilter:
     `flush` at the end returns what is held.
     """
 
-    def __init__(self, sources: Sources, said: str = "") -> None:
-        """DOIs that stand in `said` are the user's own and may be repeated."""
+    def __init__(self, sources: Sources, addresses: Addresses) -> None:
         self._sources = sources
-        self._own = {split_end(match[0])[0] for match in _DOI.finditer(said)}
+        self._addresses = addresses
         self._held = ""
         self._before = ""
         """The character before what is held."""
@@ -220,18 +214,17 @@ class MarkerFilter:
 
     def _doi(self, written: str) -> str:
         doi, end = split_end(written)
-        known = doi in self._own or self._sources.has_doi(doi)
-        return written if known else REMOVED + end
+        return written if self._addresses.has_doi(doi.lower().removeprefix("doi:").strip()) else REMOVED + end
 
 
 class AnswerFilter:
     """Lets an answer through piece by piece, but for what the module says. `flush` at the end returns what is held."""
 
-    def __init__(self, sources: Sources, said: str = "", image_hosts: Collection[str] = ()) -> None:
+    def __init__(self, sources: Sources, said: str | Addresses = "", image_hosts: Collection[str] = ()) -> None:
         """Addresses that stand in `said` are the user's own and may be repeated."""
-        addresses = Addresses(said)
+        addresses = Addresses(said) if isinstance(said, str) else said
         addresses.add([*sources.seen.values(), *(source for _, source in sources.fetched.values())])
-        self._markers = MarkerFilter(sources, said)
+        self._markers = MarkerFilter(sources, addresses)
         self._links = LinkFilter(addresses, image_hosts=image_hosts)
 
     def __call__(self, piece: str) -> str:
@@ -260,8 +253,8 @@ def _listed(url: str) -> str:
 def _numbers(marker: re.Match[str]) -> list[int]:
     """Return the numbers that a marker names, ranges written out."""
     numbers: list[int] = []
-    for part in re.split("[,;]", marker[1] or marker[2]):
-        first, *rest = (int(number) for number in re.split("[–-]", part))
+    for part in (marker[1] or marker[2]).replace(";", ",").split(","):
+        first, *rest = (int(number) for number in part.replace("–", "-").split("-"))
         last = rest[-1] if rest else first
         numbers += range(first, min(last, first + 20) + 1)
     return list(dict.fromkeys(numbers))

@@ -14,7 +14,10 @@ from gateway.tools.passages import passages
 _GAP = "\n\n[...]\n\n"
 _UNSPACED = re.compile("[\u0e00-\u0eff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]{2,}")
 """Scripts that put nothing between words: pairs of characters stand for them."""
+_MAX_QUESTION_CHARS = 2000
+"""Each of its words is looked for in each passage."""
 _MIN_WORD_CHARS = 3
+_WORD = re.compile(r"\w+")
 _MOST_OF_A_WORD = 3
 """Occurrences of one word in a passage that count: more of them say nothing more."""
 
@@ -23,6 +26,7 @@ def excerpt(text: str, question: str, most_chars: int) -> str:
     """Return the passages of `text` that bear most on `question`, in their order, `most_chars` in all at most."""
     if len(text) <= most_chars:
         return text
+    question = question[:_MAX_QUESTION_CHARS]
     pieces = [passage.text for passage in passages(text)]
     weights = _weights(pieces, question)
     chosen: dict[int, str] = {}
@@ -64,4 +68,4 @@ def _window(piece: str, question: str, most_chars: int) -> str:
 
 def _words(text: str) -> set[str]:
     pairs = {run[place : place + 2] for run in _UNSPACED.findall(text) for place in range(len(run) - 1)}
-    return pairs | {word for word in re.findall(r"\w+", _UNSPACED.sub(" ", text)) if len(word) >= _MIN_WORD_CHARS}
+    return pairs | {word for word in _WORD.findall(_UNSPACED.sub(" ", text)) if len(word) >= _MIN_WORD_CHARS}

@@ -52,11 +52,11 @@ class Fences:
 
     def may_matter(self, line: str) -> bool:
         """Return whether a line that has only begun may yet open or close a block, or leave one."""
+        if len(line) > MAX_LINE_CHARS:
+            return False
         text = line.lstrip(" \t")
         if not text:
             return True
-        if len(line) > MAX_LINE_CHARS:
-            return False
         if self._fence is not None:
             return not text.strip(self._fence.mark + " \t")
         mark = text[0]
@@ -121,7 +121,7 @@ class Fences:
         self._looks += 1
         tokens = _parser.parse(f"{self._context}{line}\n")
         last = next((token for token in reversed(tokens) if token.map is not None and token.nesting >= 0), None)
-        return last is not None and last.type == "fence" and last.map[0] == self._context.count("\n")
+        return last is not None and last.type == "fence" and (last.map or [-1])[0] == self._context.count("\n")
 
 
 def _indent(line: str) -> int:

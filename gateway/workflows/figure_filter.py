@@ -22,7 +22,9 @@ _MOST_PLAIN_WORDS = 10
 _MOST_NAME_DIGITS = 2
 _TOKEN = re.compile(TOKEN, re.IGNORECASE | re.VERBOSE)
 _GOES_ON = re.compile(r"[^\W_]|%|[.,]\d")
-_TAIL = re.compile(r"(?:[.!?:;,\u3002\uff01\uff1f]+[\"')*_]*)?\s*$")
+_DIGITS = re.compile(r"\d+")
+_POINTS = ".!?:;,\u3002\uff01\uff1f"
+_CLOSERS = "\"')*_"
 _CHOICE = re.compile(r"(?:top|bottom|first|last|best|worst)[\s-]+(?:the\s+)?$", re.IGNORECASE)
 _REPORT = re.compile(r"reports?\s+(?:R\d+\s*(?:,|and)\s*)*(?:no\.\s*)?$", re.IGNORECASE)
 _SPAN = re.compile(r"[\s-](?P<unit>days?|weeks?|minutes?)\b|\s?(?P<cjk>日|分|週)", re.IGNORECASE)
@@ -72,9 +74,11 @@ class FigureFilter(SentenceFilter):
         marker = " " + "".join(f"[R{number}]" for number in sorted(missing))
         if (row := sentence.rstrip()).endswith("|"):  # of a table: within its last cell
             return f"{row[:-1].rstrip()}{marker} |{sentence[len(row) :]}"
-        tail = _TAIL.search(sentence)
-        assert tail is not None  # it may be empty
-        return sentence[: tail.start()] + marker + tail[0]
+        end = len(sentence.rstrip())
+        closed = len(sentence[:end].rstrip(_CLOSERS).rstrip(_POINTS))
+        if closed < len(sentence[:end].rstrip(_CLOSERS)):  # there is a full stop, or the like
+            end = closed
+        return sentence[:end] + marker + sentence[end:]
 
     def _looked_up(self, match: re.Match[str]) -> str:
         """Return what stands in the place of a figure: itself, if it can be found."""
@@ -89,7 +93,7 @@ class FigureFilter(SentenceFilter):
         return match[0]
 
     def _marker(self, text: str) -> str:
-        named = [int(number) for number in re.findall(r"\d+", text)]
+        named = [int(number) for number in _DIGITS.findall(text)]
         kept = [number for number in dict.fromkeys(named) if number in self._figures.reports]
         self._marked.update(kept)
         space = " " if text.startswith(" ") else ""
@@ -145,7 +149,7 @@ class FigureFilter(SentenceFilter):
         return value * (7 if weeks else 1) in self._figures.spans
 
     def _name(self, text: str) -> set[int] | None:
-        runs = re.findall(r"\d+", text)
+        runs = _DIGITS.findall(text)
         if sum(map(len, runs)) <= _MOST_NAME_DIGITS:
             return set()
         found: set[int] = set()

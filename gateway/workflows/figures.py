@@ -37,7 +37,7 @@ _MONTH = (
 _DAY = r"(?:0?[1-9]|[12]\d|3[01])"
 _YEAR = r"(?:19|20)\d{2}"
 _CURRENCIES = r"(?:USD|EUR|GBP|JPY|CHF|AUD|CAD|CNY)"
-_DIGITS = r"\d{1,3}(?:[\ \u00a0\u202f]\d{3})+(?!\d)(?:[.,]\d+)?|\d+(?:[.,'\u2019]\d+)*"
+_DIGITS = r"\d{1,3}(?:[\ \u00a0\u202f]\d{3}){1,8}(?!\d)(?:[.,]\d+)?|\d+(?:[.,'\u2019]\d+)*"
 _PERCENT = r"(?:%|\uff05|per\ ?cent\b|percentage\ points?\b|pp\b|パーセント|ポイント)"
 TOKEN = rf"""
       (?P<marker>\ ?\[\ *R\d{{1,2}}(?:\ *[,;]\ *R?\d{{1,2}})*\ *\])
@@ -53,7 +53,7 @@ TOKEN = rf"""
     | (?P<clock>(?<![\d:])\d{{1,2}}:\d{{2}}(?::\d{{2}})?(?![\d:]))
     | (?P<span>(?<![A-Za-z\d.,])(?:(?P<hours>\d+)\ ?(?:h|hrs?|hours?)(?:,|\ and)?\ )?
         (?P<minutes>\d+)\ ?(?:m|mins?|minutes?)(?:,|\ and)?\ (?P<seconds>\d+)\ ?(?:s|secs?|seconds?)\b)
-    | (?P<name>(?<![A-Za-z0-9_])(?!{_CURRENCIES}\d)[A-Za-z_\u00c0-\u024f][A-Za-z_-]*\d[A-Za-z0-9_-]*(?:\.\d+)*)
+    | (?P<name>(?<![A-Za-z0-9_])(?!{_CURRENCIES}\d)[A-Za-z_\u00c0-\u024f][A-Za-z_-]{{0,60}}\d[A-Za-z0-9_-]*(?:\.\d+)*)
     | (?P<number>(?P<currency>(?:{_CURRENCIES}\ ?)?[$\u20ac\u00a3\u00a5\uffe5\u20b9]?)(?P<digits>{_DIGITS})
         (?P<ordinal>(?:st|nd|rd|th)(?![A-Za-z]))?
         (?:(?P<scale>[kmb](?![A-Za-z0-9])|[\ -]?(?:thousand|tsd|mn|millions?|mio|bn|billions?|mrd)\b|[千万億]))?
@@ -62,7 +62,15 @@ TOKEN = rf"""
 """
 """What may be a figure; compile with IGNORECASE and VERBOSE."""
 _TOKEN = re.compile(TOKEN, re.IGNORECASE | re.VERBOSE)
-_WORD_WITH_DIGITS = re.compile(r"(?=[^\s\d]*\d)[^\s\"'()\[\]{}<>|,;]+")
+_WORD = re.compile(r"[^\s\"'()\[\]{}<>|,;]+")
+_COMPACT_DAY = re.compile(r"(?:19|20)\d{6}")
+"""The form of GA4's dates."""
+_GAP = re.compile(r"[\s=|]+")
+_GROUPING = re.compile("[ \u00a0\u202f'\u2019]")
+_MOST_TEXTS = 20_000
+"""Texts with digits that are looked for in each sentence of an answer."""
+_MOST_ZEROS = 15
+"""Of a number's step: floats have no more digits."""
 
 _PUNCTUATION = "\"'()[]{}<>,;:.!?*~"
 
@@ -114,9 +122,9 @@ class Figures:
 
     def add_text(self, text: str, report: int) -> None:
         """Note what a report says in words, with the dates and numbers that are words of it, not parts of words."""
-        if re.fullmatch(r"(?:19|20)\d{6}", text):  # the form of GA4's dates
+        if _COMPACT_DAY.fullmatch(text):
             text = f"{text[:4]}-{text[4:6]}-{text[6:]}"
-        for word in re.split(r"[\s=|]+", text):
+        for word in _GAP.split(text):
             if match := _TOKEN.fullmatch(word.strip(_PUNCTUATION)):
                 self._add_match(match, report)
         self._add_words(text, report)
@@ -131,13 +139,15 @@ class Figures:
                 self.add(value, report, percent=True)
 
     def _add_words(self, text: str, report: int) -> None:
-        for word in {text, *(word.strip(_PUNCTUATION) for word in _WORD_WITH_DIGITS.findall(text))}:
-            if 2 < len(word) <= 200 and any(character.isdigit() for character in word) and not _is_plain(word):
+        for word in {text, *(word.strip(_PUNCTUATION) for word in _WORD.findall(text))}:
+            if not 2 < len(word) <= 200 or not any(character.isdigit() for character in word) or _is_plain(word):
+                continue
+            if len(self.texts) < _MOST_TEXTS or word.lower() in self.texts:
                 self.texts.setdefault(word.lower(), set()).add(report)
 
     def holds(self, value: float, *, percent: bool = False) -> bool:
         """Tell whether any report holds just this number."""
-        return any(math.isclose(value, known, rel_tol=1e-9) for known in (self.percents if percent else self.plain))
+        return any(math.isclose(value, known, rel_tol=1e-9) for known in self._near(value, percent))
 
     def find(self, value: float, grid: float, *, percent: bool = False) -> set[int]:
         """Return the reports that hold a number, or one that is rounded to it in steps of `grid`."""
@@ -193,7 +203,7 @@ def values_of(match: re.Match[str]) -> list[tuple[float, float]]:
 
 
 def _readings(digits: str) -> list[tuple[float, float]]:
-    digits = re.sub("[ \u00a0\u202f'\u2019]", "", digits)
+    digits = _GROUPING.sub("", digits)
     commas, points = digits.count(","), digits.count(".")
     if commas and points:  # the last one is the decimal sign
         group, sign = (",", ".") if digits.rfind(".") > digits.rfind(",") else (".", ",")
@@ -212,10 +222,10 @@ def _readings(digits: str) -> list[tuple[float, float]]:
 def _reading(digits: str, sign: str) -> tuple[float, float]:
     if sign:
         whole, _, decimals = digits.partition(sign)
-        return float(f"{whole}.{decimals}"), 10.0 ** -len(decimals)
+        return float(f"{whole}.{decimals}"), 10.0 ** -min(len(decimals), _MOST_ZEROS)
     stripped = digits.rstrip("0")
     # 12,000 may well be 12,345, in thousands.
-    return float(digits), 10.0 ** (len(digits) - len(stripped)) if stripped else 1.0
+    return float(digits), 10.0 ** min(len(digits) - len(stripped), _MOST_ZEROS) if stripped else 1.0
 
 
 def _is_rounding(value: float, grid: float, known: float) -> bool:

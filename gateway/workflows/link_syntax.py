@@ -59,6 +59,7 @@ _FILES = frozenset("py rs sh md pl cc so ps js ts cs go hs kt rb vb tf mk ml gz 
 """Two letters that end names of files, and abbreviations, more often than hosts."""
 _REST = re.compile(ADDRESS_CHARS)
 _REST_GOES_ON = re.compile(r"(?:\([^\s()<>\"`]{0,200})?\Z")
+_SPACE = re.compile(r"\s")
 _FAR_END = re.compile(r"[\s)]")
 _ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
 _ENTITY_BEGINNING = re.compile(r"&(?:#[xX]?[0-9a-fA-F]{0,7}|[A-Za-z][A-Za-z0-9]{0,31})?\Z")
@@ -69,11 +70,13 @@ _MAX_SPACE_CHARS = 80
 class Link:
     """What stands behind `](` or `]:`: a destination, perhaps a title, and for a link a closing parenthesis."""
 
-    __slots__ = ("destination", "destination_end", "destination_start", "empty", "end", "ok")
+    __slots__ = ("destination", "destination_end", "destination_start", "empty", "end", "nested", "ok")
 
     def __init__(self) -> None:
         self.ok = False
         self.empty = False
+        self.nested = False
+        """Another link begins before this destination has ended."""
         self.destination = ""
         self.destination_start = self.destination_end = 0
         self.end: int | None = None
@@ -88,13 +91,20 @@ class Link:
         start = _behind_space(text, at, limit)
         if open_ended and (start == limit or (text[start] != "<" and not _FAR_END.search(text, start, limit))):
             return None
-        found = parseLinkDestination(text, start, limit)
+        nested = text.find("](", start, limit)
+        if nested >= 0 and _space_in(text, start, nested):
+            nested = -1
+        found = parseLinkDestination(text, start, limit if nested < 0 else nested)
+        if nested >= 0 and (found.pos == nested if found.ok else text[start] not in ")\n"):
+            # One link within another's destination: to read on from each of many would be quadratic.
+            link.nested = True
+            return link
         if not found.ok:
             angle = (
                 text[start : start + 1] == "<" and "\n" not in text[start:limit] and "<" not in text[start + 1 : limit]
             )
-            nested = text[start:limit].count("(") > text[start:limit].count(")") and not _space_in(text, start, limit)
-            if open_ended and (angle or nested):
+            deeper = text[start:limit].count("(") > text[start:limit].count(")") and not _space_in(text, start, limit)
+            if open_ended and (angle or deeper):
                 return None
             link.empty = text[start : start + 1] in (")", "")
             return link
@@ -130,7 +140,7 @@ def _behind_space(text: str, at: int, limit: int) -> int:
 
 
 def _space_in(text: str, start: int, end: int) -> bool:
-    return any(character.isspace() for character in text[start:end])
+    return _SPACE.search(text, start, end) is not None
 
 
 def closing_bracket(text: str) -> int | None:
@@ -173,8 +183,10 @@ def unfinished(text: str, at: int) -> bool:
     return text[at:] == "\\" or (text[at] == "&" and _ENTITY_BEGINNING.match(text, at) is not None)
 
 
-def reading(text: str, at: int, most: int, final: bool) -> tuple[str, list[int], bool]:
+def reading(text: str, at: int, most: int, final: bool, until: str = "") -> tuple[str, list[int], bool]:
     """Return what a reader sees from `at` to the next white space, at most so many characters.
+
+    Behind the second one, those in `until` end it as well, and are still in it.
 
     Also where each of them ends in the source, and whether more text could not add to it.
     """
@@ -188,6 +200,8 @@ def reading(text: str, at: int, most: int, final: bool) -> tuple[str, list[int],
             return "".join(seen), ends, True
         seen.append(meant[:1])
         ends.append(at)
+        if len(seen) > 2 and seen[-1] in until:
+            return "".join(seen), ends, True
     return "".join(seen), ends, final or len(seen) == most
 
 

@@ -21,7 +21,6 @@ from urllib.parse import urlsplit
 from markdown_it.common.utils import unescapeAll
 
 from gateway.workflows.addresses import MAX_ADDRESS_CHARS, Addresses, in_markdown, split_end
-from gateway.workflows.fences import Fences
 from gateway.workflows.link_syntax import (
     MAX_LINK_CHARS,
     Link,
@@ -36,17 +35,12 @@ from gateway.workflows.link_syntax import (
     reading,
     unfinished,
 )
+from gateway.workflows.markdown_stream import MarkdownStream, Step
 
 REMOVED = "[address removed]"
-_MAX_SPAN_CHARS = 400
-"""Of a code span; a longer one is treated as text."""
 _MAX_ALT_CHARS = 400
 """Of a picture's description."""
 _MAX_HOST_CHARS = 260
-_MAX_TAIL_CHARS = 320
-_RUN = re.compile(r"[A-Za-z0-9]+")
-_PLAIN = re.compile(r"[^A-Za-z0-9\\&`<!\]:/?#@$\n]+")
-_TICKS = re.compile(r"`+")
 _TAG = re.compile(r"[A-Za-z/!?]")
 _DOMAIN = re.compile(r"@[A-Za-z0-9_.-]*")
 _NO_WORDS = re.compile(r"[^\w ,.;-]")
@@ -55,7 +49,7 @@ _HARMLESS = re.compile(r"#?[\w,+*=-]*")
 """A destination of one word, such as the `x` of `f[i](x)`, or a place on the same page: it names no host."""
 
 
-class LinkFilter:
+class LinkFilter(MarkdownStream):
     """See the module. `flush` at the end returns what is held, and closes a block of code that was left open."""
 
     def __init__(
@@ -76,111 +70,24 @@ class LinkFilter:
         self._addresses = addresses
         self._image_hosts = frozenset(image_hosts)
         self._less_than = less_than
-        self._prose = prose
+        super().__init__(prose=prose)
         self._bare = bare
-        self._held = ""
-        self._line = ""
-        """What was sent of the line, as far as blocks of code need to know it."""
-        self._at_line_start = True
-        self._in_code_line = False
-        self._fences = Fences()
-        self._spans = prose
-        """Code spans can be told: no backtick of this paragraph is still without its partner."""
-        self._tail = ""
-        """The end of what was sent, back to the last white space, as a reader sees it."""
         self._removed_last = False
-        self._dollar = False
-        self._formula = False
 
-    def __call__(self, piece: str) -> str:
-        """Return what may be sent by now."""
-        self._held += piece
-        return self._release(final=False)
+    def _within(self, text: str, at: int, final: bool) -> Step:
+        removed, self._removed_last = self._removed_last, False
+        if removed and text[at] in "([:":  # behind our own brackets this would be a link or a definition
+            return self._pass(at, " ", " ")
+        return super()._within(text, at, final)
 
-    def flush(self) -> str:
-        """Return the rest."""
-        rest = self._release(final=True)
-        if not self._fences.inside:
-            return rest
-        return f"{rest}\n{self._fences.closing}"
+    def _pass(self, end: int, said: str, meant: str) -> tuple[int, str]:
+        self._removed_last = said.endswith(REMOVED)
+        meant = "`" if said.endswith("`") else meant
+        # With a colon it would be a definition.
+        return super()._pass(end, said.replace(f"{REMOVED}:", f"{REMOVED} :"), meant)
 
-    def _release(self, *, final: bool) -> str:
-        text, at = self._held, 0
-        out: list[str] = []
-        while at < len(text):
-            step = self._begin_line(text, at, final) if self._at_line_start else self._within(text, at, final)
-            if step is None:
-                break
-            at, said = step
-            self._note(said)
-            out.append(said)
-        self._held = text[at:]
-        return "".join(out)
-
-    def _note(self, said: str) -> None:
-        *whole, last = said.split("\n")
-        for line in whole:
-            self._end_line(self._line + line)
-            self._line = ""
-        if len(self._line) < MAX_LINK_CHARS:
-            self._line += last
-
-    def _end_line(self, line: str) -> None:
-        self._fences.note(line)
-        if not line.strip():
-            self._spans = self._prose  # a paragraph has ended
-
-    # Lines
-
-    def _begin_line(self, text: str, at: int, final: bool) -> tuple[int, str] | None:
-        """Look at a line's beginning: it may be the edge of a block of code.
-
-        Returns where to continue and what may be sent, None to wait for more.
-        """
-        end = text.find("\n", at)
-        line = text[at:] if end < 0 else text[at:end]
-        whole = end >= 0 or final
-        if not self._prose:
-            self._at_line_start = False
-            return at, ""
-        if not whole and self._fences.may_matter(line):
-            return None
-        if self._fences.inside and not self._fences.leaves(line):
-            self._in_code_line = True
-            if whole and self._fences.closes(line):
-                return (len(text) if end < 0 else end), line
-        elif whole and not self._formula and self._fences.opens(line):
-            self._in_code_line = True
-        elif whole and self._formula and line.lstrip()[:3] in ("```", "~~~"):
-            self._fences.certain = False
-        self._at_line_start = False
-        return at, ""
-
-    def _within(self, text: str, at: int, final: bool) -> tuple[int, str] | None:
-        """Take what comes next within a line. Returns what `_begin_line` does."""
+    def _text(self, text: str, at: int, final: bool) -> Step:
         character = text[at]
-        if character == "\n":
-            self._at_line_start, self._in_code_line, self._tail = True, False, ""
-            self._removed_last = False
-            return at + 1, character
-        if self._removed_last:
-            self._removed_last = False
-            if character in "([:":  # behind our own brackets this would be a link or a definition
-                return self._pass(at, " ", " ")
-        if self._in_code_line:
-            end = text.find("\n", at)
-            end = len(text) if end < 0 else end
-            return end, text[at:end]
-        if run := _RUN.match(text, at):
-            return self._word(text, run, final) if self._bare else self._pass(run.end(), run[0], run[0])
-        if plain := _PLAIN.match(text, at):
-            return self._pass(plain.end(), plain[0], plain[0])
-        return self._special(text, at, final)
-
-    def _special(self, text: str, at: int, final: bool) -> tuple[int, str] | None:
-        character = text[at]
-        if character == "`":
-            return self._code_span(text, at, final)
         if character == "<":
             return self._angle(text, at, final)
         if character == "!":
@@ -193,7 +100,7 @@ class LinkFilter:
         if self._bare and meant in (":", "/", "?", "#", "@"):
             return self._address_sign(meant, text, at, end, final)
         if text.startswith("$$", at):
-            self._formula = not self._formula
+            self._formula, self._dollar = not self._formula, True
             return self._pass(at + 2, "$$", "$$")
         if meant == "$" and end == at + 1:
             if end == len(text) and not final:
@@ -205,51 +112,15 @@ class LinkFilter:
             return self._pass(at + 1, "" if meant == "<" else "\\", "\\")
         return self._pass(end, text[at:end], meant)
 
-    def _pass(self, end: int, said: str, meant: str) -> tuple[int, str]:
-        """Send something, and remember how it reads."""
-        self._removed_last = said.endswith(REMOVED)
-        said = said.replace(f"{REMOVED}:", f"{REMOVED} :")  # with the colon it would be a definition
-        pieces = (self._tail + meant).split()
-        self._tail = pieces[-1][-_MAX_TAIL_CHARS:] if pieces and not meant[-1:].isspace() else ""
-        return end, said
-
-    # Code spans
-
-    def _code_span(self, text: str, at: int, final: bool) -> tuple[int, str] | None:
-        ticks = _TICKS.match(text, at)
-        assert ticks is not None
-        if ticks.end() == len(text) and not final:
-            return None if len(ticks[0]) < _MAX_SPAN_CHARS else self._pass(ticks.end(), ticks[0], "`")
-        if not self._spans:
-            return self._pass(ticks.end(), ticks[0], "`")
-        limit = ticks.end() + _MAX_SPAN_CHARS
-        newline = text.find("\n", at, limit)
-        end = newline if newline >= 0 else min(len(text), limit)
-        closer = next((run for run in _TICKS.finditer(text, ticks.end(), end) if len(run[0]) == len(ticks[0])), None)
-        open_ended = end == len(text) and end < limit and not final
-        if (closer is None or closer.end() == end) and open_ended:
-            return None
-        content = text[ticks.end() : closer.start()] if closer else ""
-        if closer is None or not self._is_certain(content):
-            self._spans = False  # its partner may come in another line; until the paragraph ends, nothing is sure
-            return self._pass(ticks.end(), ticks[0], "`")
-        return self._pass(closer.end(), f"{ticks[0]}{self._checked_code(content)}{ticks[0]}", "`")
-
     def _checked_code(self, content: str) -> str:
         """Return a code span's content. Before its end has arrived, a renderer takes it for text."""
         within = LinkFilter(self._addresses, less_than="<", prose=False)
         checked = within(content) + within.flush()
         return checked if REMOVED in checked or ("![" in content and "://" in content) else content
 
-    def _is_certain(self, content: str) -> bool:
-        """Return whether a pair of backticks is a code span even where cells or formulas bind tighter."""
-        if "|" in content.replace("\\|", ""):
-            return False
-        return not ("$" in content and self._dollar) and not ("\\)" in content or "\\]" in content)
-
     # HTML and autolinks
 
-    def _angle(self, text: str, at: int, final: bool) -> tuple[int, str] | None:
+    def _angle(self, text: str, at: int, final: bool) -> Step:
         if at + 1 == len(text):
             return (at + 1, "<") if final else None
         if not _TAG.match(text, at + 1):
@@ -271,7 +142,7 @@ class LinkFilter:
 
     # Links, definitions and pictures
 
-    def _bracket(self, text: str, at: int, final: bool) -> tuple[int, str] | None:
+    def _bracket(self, text: str, at: int, final: bool) -> Step:
         if at + 1 == len(text) and not final:
             return None
         following = text[at + 1 : at + 2]
@@ -281,8 +152,9 @@ class LinkFilter:
         if link is None:
             return None
         if not link.ok:
-            gap = "" if following == ":" or link.empty else " "
-            return self._pass(at + 2, f"]{gap}{following}", " ")
+            if following == ":":
+                return self._pass(at + 2, "]\\:" if link.nested else "]:", " ")
+            return self._pass(at + 2, "](" if link.empty else "] (", " ")
         if following == ":":
             return self._definition(text, at, link, final)
         if link.end is None:
@@ -302,7 +174,7 @@ class LinkFilter:
             return self._pass(end, f"] ({self._shown(link.destination)}{closing}", " ")
         return self._pass(end, f"]({REMOVED}{closing}", " ")
 
-    def _definition(self, text: str, at: int, link: Link, final: bool) -> tuple[int, str] | None:
+    def _definition(self, text: str, at: int, link: Link, final: bool) -> Step:
         end = text.find("\n", link.destination_end, link.destination_end + MAX_LINK_CHARS)
         more = end < 0 and not final and len(text) < link.destination_end + MAX_LINK_CHARS
         if more and not text[link.destination_end :].strip():
@@ -321,14 +193,14 @@ class LinkFilter:
             return self._pass(at + 2, "]:", "]")
         return self._pass(link.destination_end, f"{text[at : link.destination_start]}{REMOVED}", " ")
 
-    def _picture(self, text: str, at: int, final: bool) -> tuple[int, str] | None:
+    def _picture(self, text: str, at: int, final: bool) -> Step:
         if at + 1 == len(text):
             return (at + 1, "!") if final else None
         if text[at + 1] != "[":
             return self._pass(at + 1, "!", "!")
-        window = text[at + 1 : at + 1 + _MAX_ALT_CHARS]
+        window = text[at + 1 : at + 1 + _MAX_ALT_CHARS]  # from its opening bracket on
         whole = final or len(window) == _MAX_ALT_CHARS
-        closing = closing_bracket(window)
+        closing = closing_bracket(window) if "]" in window else None
         if closing is None or closing + 1 == len(window):
             return self._pass(at + 1, "! ", " ") if whole else None
         following = window[closing + 1]
@@ -358,9 +230,11 @@ class LinkFilter:
 
     # Addresses in the text
 
-    def _word(self, text: str, run: re.Match[str], final: bool) -> tuple[int, str] | None:
+    def _word(self, text: str, run: re.Match[str], final: bool) -> Step:
         """Take a word, which may be how an address begins."""
         at, word = run.start(), run[0].lower()
+        if not self._bare:
+            return self._pass(run.end(), run[0], run[0])
         begins = not self._tail[-1:].isalnum() or not self._tail[-1:].isascii()
         if self._tail.lower().endswith("www."):  # its beginning was sent with the word before it
             return self._removed(text, at, final)
@@ -380,7 +254,7 @@ class LinkFilter:
                 return self._address(text, at, run.end(), final)
         return self._pass(run.end(), run[0], run[0])
 
-    def _address(self, text: str, at: int, start: int, final: bool) -> tuple[int, str] | None:
+    def _address(self, text: str, at: int, start: int, final: bool) -> Step:
         """Take the address that begins at `at`; what leads nowhere is behind `start`."""
         rest = end_of_address(text, start, final)
         if rest is None:
@@ -392,7 +266,7 @@ class LinkFilter:
         bare, end = split_end(unescapeAll(written))
         if not bare[start - at :].strip(":/."):
             return self._pass(rest, written, written)  # a scheme and nothing else
-        url = self._addresses.live(bare)
+        url = self._addresses.live(bare) if self._prose else self._addresses.given(bare)
         if url is None:
             return self._pass(rest, self._shown(bare, text[rest : rest + 1]) + end, " ")
         ends = ends_there(text, rest, final)
@@ -400,6 +274,8 @@ class LinkFilter:
             return None
         if ends:
             return self._pass(rest, in_markdown(url) + end, " ")
+        if text[rest:] == "]" and not final:
+            return None
         if text.startswith("](", rest) and self._tail.endswith("[") and not self._tail.endswith("\\["):
             link = Link.read(text, rest + 2, final, titled=True)
             if link is None:
@@ -411,11 +287,13 @@ class LinkFilter:
         shown = self._unescaped(f"<{in_markdown(url)}>") if self._prose else self._removal()
         return self._pass(rest, shown + end, " ")
 
-    def _address_sign(self, sign: str, text: str, at: int, end: int, final: bool) -> tuple[int, str] | None:
+    def _address_sign(self, sign: str, text: str, at: int, end: int, final: bool) -> Step:
         """Take a character that may stand within an address whose beginning was sent already."""
         if sign == "@":
             return self._at_sign(text, at, end, final)
-        window, ends, whole = reading(text, at, _MAX_HOST_CHARS, final)
+        window, ends, whole = reading(text, at, 4 if sign == ":" else 2, final)
+        if window == "//":
+            window, ends, whole = reading(text, at, _MAX_HOST_CHARS, final, "/?#")
         if len(window) == 1 and not whole:
             return None
         if sign == ":":
@@ -435,11 +313,11 @@ class LinkFilter:
             return self._removed(text, at, final, known_as=self._tail.lstrip("([{*_~\"'"))
         return self._pass(end, text[at:end], sign)
 
-    def _at_sign(self, text: str, at: int, end: int, final: bool) -> tuple[int, str] | None:
+    def _at_sign(self, text: str, at: int, end: int, final: bool) -> Step:
         """Take an at sign, which may be within a mail address."""
         if not self._tail[-1:].isalnum() and self._tail[-1:] not in ("_", ".", "-", "+", "%"):
             return self._pass(end, text[at:end], "@")
-        window, _, whole = reading(text, at, _MAX_HOST_CHARS, final)
+        window, _, whole = reading(text, at, _MAX_HOST_CHARS, final, "@/?#:,;!\"'()[]<>&`|*")
         domain = _DOMAIN.match(window)
         if not domain or (domain.end() == len(window) and not whole):
             return None
@@ -449,7 +327,7 @@ class LinkFilter:
             return self._pass(end, "(at)", " ")
         return self._pass(end, text[at:end], "@")
 
-    def _removed(self, text: str, at: int, final: bool, known_as: str = "") -> tuple[int, str] | None:
+    def _removed(self, text: str, at: int, final: bool, known_as: str = "") -> Step:
         """Take the rest of an address whose beginning was sent already. `known_as` is that beginning."""
         rest = end_of_address(text, at, final)
         if rest is None:

@@ -20,6 +20,7 @@ _SMALL = {
         strict=True,
     )
 }
+_WORD = re.compile(r"[a-z]+")
 _LARGE = {"thousand": 10**3, "million": 10**6, "billion": 10**9}
 _ANY = "|".join((*sorted(_SMALL, key=len, reverse=True), "hundred", *_LARGE))
 NUMBER_WORDS = rf"(?:a\ (?=hundred|thousand|million|billion))?(?:{_ANY})(?:(?:\ and\ |[\ -])(?:{_ANY}))*"
@@ -29,7 +30,7 @@ NUMBER_WORDS = rf"(?:a\ (?=hundred|thousand|million|billion))?(?:{_ANY})(?:(?:\ 
 def word_value(words: str) -> int:
     """Return the number that words stand for, as `NUMBER_WORDS` finds them."""
     total = part = 0
-    for word in re.findall(r"[a-z]+", words.lower()):
+    for word in _WORD.findall(words.lower()):
         if word in _SMALL:
             part += _SMALL[word]
         elif word == "hundred":

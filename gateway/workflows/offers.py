@@ -24,6 +24,7 @@ _FOUND_SHARE = 0.6
 """Of a note's words, that must stand in the ads or the page."""
 _UNSPACED = re.compile("[\u0e00-\u0eff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]{2,}")
 """Scripts that put nothing between words: pairs of characters stand for them."""
+_WORD = re.compile(r"[^\W\d_]+")
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 
 Short = Annotated[str, Field(max_length=120)]
@@ -114,7 +115,7 @@ def stands_in(note: str, text: str) -> bool:
 def _words(text: str) -> list[str]:
     pairs = [run[place : place + 2] for run in _UNSPACED.findall(text) for place in range(len(run) - 1)]
     rest = _UNSPACED.sub(" ", text)
-    words = [word for word in re.findall(r"[^\W\d_]+", rest) if len(word) > 2]
+    words = [word for word in _WORD.findall(rest) if len(word) > 2]
     # Their stems, so that a plural is found as well.
     return pairs + [word[: max(4, len(word) - 2)] for word in words]
 

@@ -38,6 +38,9 @@ _USUAL_DAYS = ("28daysAgo", "yesterday")
 _FIRST_DAY = datetime.date(2015, 8, 14)
 """Earliest that the Data API takes."""
 _RELATIVE = re.compile(r"([0-9]{1,3})daysAgo")
+_WORD = re.compile(r"[^\W\d_]{4,}")
+_MAX_QUESTION_CHARS = 2000
+"""Each of its words is looked for in each name."""
 _FIRST_METRICS = ("activeUsers", "sessions", "screenPageViews")
 
 Compare = Literal["nothing", "previous_period", "previous_year"]
@@ -212,7 +215,7 @@ def _year_before(day: datetime.date) -> datetime.date:
 
 def _shortlist(entries: list[dict[str, Any]], usual: tuple[str, ...], question: str, most: int) -> list[dict[str, Any]]:
     """Return the entries for the menu: those the question has words of, those of the property's own, the usual ones."""
-    words = set(re.findall(r"[^\W\d_]{4,}", question.casefold()))
+    words = set(_WORD.findall(question[:_MAX_QUESTION_CHARS].casefold()))
     by_name = {entry["name"]: entry for entry in entries}
 
     def weight(entry: dict[str, Any]) -> int:

@@ -43,7 +43,7 @@ _LEAST_S = 0.01
 _CONVERSATION_CHARS = 2000
 """Of the earlier turns, for prompts that only need to know of them."""
 _OWN_HEADING = "\n\n## Sources\n\n"
-_OWN_ENTRY = re.compile(r"\[\d{1,4}\] ")
+_OWN_ENTRY = re.compile(r"\[\d{1,4}\] [^\n]*")
 _MOST_CHARS_AT_ONCE = 65_536
 """Of what the user wrote; addresses in more are looked for beside the event loop."""
 _AS_THEY_ARE = frozenset({"model", "role", "tool", "params", "sources", "ads", "reports"})
@@ -89,7 +89,7 @@ class Run:
         """More completion tokens for each of them, where a model can't help thinking."""
         self.holds_to_schemas = True
         """The model's server takes JSON schemas, as far as is known."""
-        self.has_outside = bool(self.earlier_turns)
+        self.has_outside = any(message["role"] not in ("user", "system", "developer") for message in self.messages)
         """Text from outside may be in a prompt by now, so what models write may repeat it. An earlier answer may."""
         self.private = self.has_outside or self._has_files
         """Agents may know something that is not public: a document, what an MCP server said, a file of the user's, or
@@ -127,7 +127,7 @@ class Run:
         users = [message for message in self.messages if message["role"] == "user"]
         return (users or self.messages)[-1]
 
-    @property
+    @cached_property
     def earlier_turns(self) -> list[dict[str, Any]]:
         """The conversation before the question, as text. Sources of earlier answers are left out: they are numbered
         otherwise."""
@@ -324,6 +324,7 @@ async def conduct(workflow: Workflow, run: Run) -> AsyncGenerator[Event, None]:
     await run.meter.prepare(run.request, run.session)
     if len(said := run.said) > _MOST_CHARS_AT_ONCE:
         run.addresses = await asyncio.to_thread(Addresses, said)
+        await asyncio.to_thread(lambda: run.earlier_turns)  # which is kept
     run.emit("WORKFLOW_STARTED", ORCHESTRATOR, f"{model_id} has started.", deferrable=True, model=model_id)
     task = asyncio.create_task(to_the_end(), name=f"workflow {run.meter.request_id}")
     try:
@@ -354,6 +355,6 @@ def _as_turn(turn: dict[str, Any]) -> str:
     if turn["role"] == "user":
         return text
     before, heading, entries = text.rpartition(_OWN_HEADING)
-    if heading and all(map(_OWN_ENTRY.match, entries.rstrip().split("\n\n"))):
+    if heading and all(map(_OWN_ENTRY.fullmatch, entries.rstrip().split("\n\n"))):
         text = _OWN_MARKERS.sub("", before).rstrip()
     return without_control_tokens(text)

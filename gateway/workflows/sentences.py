@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 
 _MAX_HELD_CHARS = 800
-MARKUP = r"\s*(?:>\s*)*(?:[-*+]\s+)?(?:#{1,6}\s*)?(?:\*\*|__)?"
+# Possessive, and not from within white space: in each of many places it would look through what follows once more.
+MARKUP = r"(?<![\s>])\s*+(?:>\s*+)*+(?:[-*+]\s++)?+(?:#{1,6}+\s*+)?+(?:\*\*|__)?+"
 _LIST_NUMBER = re.compile(rf"{MARKUP}\d{{1,2}}[.)](?=\s|\*|_|$)")
 _ONLY_A_NUMBER = re.compile(rf"{MARKUP}\d{{1,2}}")
 _END = re.compile(r"[.!?][\"')*_]*(?:[ \t]*\[R[\dR,; ]*\])*[ \t]+(?=[^\s\[]|\[[^R])|[\u3002\uff01\uff1f]+|\n")
@@ -31,9 +32,11 @@ class SentenceFilter:
         """Return what may be sent by now."""
         self._held += piece
         out: list[str] = []
-        while (end := self._end()) is not None:
-            out.append(self._checked(self._held[:end]))
-            self._held = self._held[end:]
+        begin = 0
+        while (end := self._end(begin)) is not None:
+            out.append(self._checked(self._held[begin:end]))
+            begin = end
+        self._held = self._held[begin:]
         return "".join(out)
 
     def flush(self) -> str:
@@ -41,14 +44,18 @@ class SentenceFilter:
         rest, self._held = self._held, ""
         return self._checked(rest) if rest else ""
 
-    def _end(self) -> int | None:
-        for match in _END.finditer(self._held):
-            before = self._held[: match.start()]
+    def _end(self, begin: int) -> int | None:
+        """Return where the sentence ends that begins at `begin`, None while it has not."""
+        limit = begin + _MAX_HELD_CHARS
+        for match in _END.finditer(self._held, begin):
+            if match.end() > limit + 1:
+                break
+            before = self._held[begin : match.start()]
             numbered = self._line_start and _ONLY_A_NUMBER.fullmatch(before) is not None
             if match[0] == "\n" or not (numbered or _ABBREVIATION.search(before)):
                 return match.end()
-        if len(self._held) > _MAX_HELD_CHARS:
-            return self._held.rfind(" ", 0, _MAX_HELD_CHARS) + 1 or _MAX_HELD_CHARS
+        if len(self._held) > limit:
+            return self._held.rfind(" ", begin, limit) + 1 or limit
         return None
 
     def _checked(self, sentence: str) -> str:

@@ -32,7 +32,7 @@ async def answer(
 
     `opening` is put before it, what `closing` makes of it behind it. `instead` is what was found, as text.
     """
-    answer_filter = AnswerFilter(sources, run.said, run.image_hosts)
+    answer_filter = AnswerFilter(sources, run.addresses, run.image_hosts)
     text, tail = "", ""
     async with Agent(run, "synthesis", "writer") as writer:
         writer.think("Pulling it all together.")
@@ -49,7 +49,7 @@ async def answer(
         tail = answer_filter.flush()
         text += tail
         # What is put behind may be of a model's making as well.
-        last_filter = AnswerFilter(sources, run.said, run.image_hosts)
+        last_filter = AnswerFilter(sources, run.addresses, run.image_hosts)
         tail += last_filter(closing(text)) + last_filter.flush()
     listing = sources.listing(text) if sources.fetched else []
     if listing:

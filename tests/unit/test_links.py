@@ -83,6 +83,8 @@ def unsafe(markdown: str, *, partial: bool = False) -> list[tuple[str, str]]:
     bad = []
     for kind, url in live(markdown):
         bare = url.rstrip(".,;:!?*_~)\"'")
+        if kind == "bare" and re.fullmatch(r"(?i)(?:[a-z]+://|www\.)[\W_]*", url):
+            continue  # no host
         if kind == "link" and re.fullmatch(r"(?![A-Za-z][A-Za-z0-9+.-]*:)[^/\\?]*", url):
             continue  # it names no host
         if kind == "image" and url.startswith(f"https://{PICTURES}/"):
@@ -340,7 +342,7 @@ PARTS = [
 ]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(st.sampled_from(PARTS), max_size=10))
 def test_nothing_is_put_together_from_parts(parts: list[str]) -> None:
     check("".join(parts))
@@ -349,10 +351,54 @@ def test_nothing_is_put_together_from_parts(parts: list[str]) -> None:
 @pytest.mark.slow
 def test_nothing_is_put_together_from_many_parts() -> None:
     chosen = random.Random(7)
-    for _ in range(6000):
+    for _ in range(2500):
         text = "".join(chosen.choice(PARTS) for _ in range(chosen.randint(1, 14)))
         out = filtered(text)
         assert not unsafe(out), (text, out, unsafe(out))
         assert filtered(text, pieces=chosen.randint(1, 9)) == out, text
         for end in chosen.sample(range(len(out) + 1), min(12, len(out) + 1)):
             assert not unsafe(out[:end], partial=True), (text, out[:end])
+
+
+def test_a_block_of_code_that_is_left_open_is_closed_once() -> None:
+    links = LinkFilter(addresses())
+    assert links("```\nx") + links.flush() + links.flush() == "```\nx\n```"
+    assert links("y") + links.flush() == "y"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```html\n<img src=x> [9] https://any.example/x\n```\nText.",
+        "1. Do:\n\n   ```bash\n   curl https://any.example/x | sh\n   ```\n\n2. Done.",
+        "- a\n  - b\n\n    ~~~\n    <b>[x](//any.example/x)</b>\n    ~~~\n- c",
+        "Use `<br>` and `a[i](x.y)`, `List<int>`, `me@any.example`, `![a](b.png)` there.",
+        "a < b, x <= 3, <3, 5 > 4, f[i](x, y), and/or, Node.js/Express, e.g./i.e., 7//2, v1.2/v1.3, @user, a@b",
+        "**Bold**, _it_, ~~no~~, # x, $5 and `code`, a|b, C:\\dir, 10:30, ratio 3:1, [note]: The text.",
+        "| a | b |\n|---|---|\n| 1 | `x` |\n\n> quote\n\n## Head\n\n- item [1]\n\n[^1]: See there, p. 5.",
+        "redis://localhost:6379 and s3://bucket/key are not links; Booking.com and python.org are names.",
+        f"See {READ}, ({READ}) and <{READ}>. [It]({READ}), [{READ}]({READ}) and {NAMED}\n\n[r]: {READ}\n\n[x][r]",
+        "Price: $5 to $10. \\(x^2\\) and $$\\frac{1}{2}$$ hold.",
+    ],
+)
+def test_what_leads_nowhere_stays_as_it_is(text: str) -> None:
+    assert check(text) == text
+
+
+def test_pieces_are_sent_as_soon_as_they_can_be() -> None:
+    words = "Rome is the capital of Italy. It has two rivers: the Tiber, and another (see below), as they say!\n\n- One\n- Two\n"
+    links, sent = LinkFilter(addresses()), 0
+    for number, character in enumerate(words, 1):
+        sent += len(links(character))
+        assert number - sent <= 5, words[sent:number]
+
+
+@pytest.mark.parametrize(
+    "begin", ["[x](", "![x](", "<https://", "https://", "`", "![", "[r]: <", "[x](a '", "&", "www."]
+)
+def test_what_is_held_back_is_bounded(begin: str) -> None:
+    links = LinkFilter(addresses())
+    links(begin)
+    for _ in range(700):
+        links("aaaaaaa")
+    assert len(links._held) < 2600

@@ -1,0 +1,178 @@
+"""Markdown that grows, read piece by piece: which of it is code, and which is text that somebody looks at.
+
+A subclass says what becomes of text and of the content of code spans; blocks of code pass as they are. What counts as
+code is only what every renderer takes for code, whatever comes later: see `gateway.workflows.fences` for blocks. A code
+span is sure if both of its runs of backticks are on one line, no run before them in the paragraph is still without its
+partner, and neither cells of tables nor formulas can bind tighter.
+"""
+
+from __future__ import annotations
+
+import re
+
+from gateway.workflows.fences import Fences
+
+Step = tuple[int, str] | None
+"""Where to continue and what may be sent by then; None to wait for more."""
+
+_MAX_SPAN_CHARS = 400
+"""Of a code span; a longer one is treated as text."""
+_MAX_LINE_CHARS = 2400
+"""Kept of a line, to tell blocks of code."""
+_MAX_TAIL_CHARS = 320
+_TICKS = re.compile(r"`+")
+_RUN = re.compile(r"[A-Za-z0-9]+")
+_PLAIN = re.compile(r"[^A-Za-z0-9\\&`<!\]:/?#@$\n]+")
+
+
+class MarkdownStream:
+    """See the module. `flush` at the end returns what is held, and closes a block of code that was left open."""
+
+    def __init__(self, *, prose: bool = True) -> None:
+        """`prose` False says that there is no code in the text."""
+        self._prose = prose
+        self._held = ""
+        self._line = ""
+        """What was sent of the line, as far as blocks of code need to know it."""
+        self._at_line_start = True
+        self._in_code_line = False
+        self._fences = Fences()
+        self._spans = prose
+        """Code spans can be told: no backtick of this paragraph is still without its partner."""
+        self._tail = ""
+        """The end of what was sent, back to the last white space, as a reader sees it."""
+        self._dollar = False
+        self._formula = False
+
+    def _text(self, text: str, at: int, final: bool) -> Step:
+        """Take what comes next of the text, but for backticks and plain characters."""
+        raise NotImplementedError
+
+    def _word(self, text: str, run: re.Match[str], final: bool) -> Step:
+        """Take a word."""
+        raise NotImplementedError
+
+    def _checked_code(self, content: str) -> str:
+        """Return what is sent for the content of a code span."""
+        raise NotImplementedError
+
+    def __call__(self, piece: str) -> str:
+        """Return what may be sent by now."""
+        self._held += piece
+        return self._release(final=False)
+
+    def flush(self) -> str:
+        """Return the rest."""
+        rest = self._release(final=True)
+        if not self._fences.inside:
+            return rest
+        closing, self._fences = self._fences.closing, Fences()
+        return f"{rest}\n{closing}"
+
+    def _release(self, *, final: bool) -> str:
+        text, at = self._held, 0
+        out: list[str] = []
+        while at < len(text):
+            step = self._begin_line(text, at, final) if self._at_line_start else self._within(text, at, final)
+            if step is None:
+                break
+            at, said = step
+            self._note(said)
+            out.append(said)
+        self._held = text[at:]
+        return "".join(out)
+
+    def _note(self, said: str) -> None:
+        *whole, last = said.split("\n")
+        for line in whole:
+            self._end_line(self._line + line)
+            self._line = ""
+        if len(self._line) < _MAX_LINE_CHARS:
+            self._line += last
+
+    def _end_line(self, line: str) -> None:
+        self._fences.note(line)
+        if not line.strip():
+            self._spans = self._prose  # a paragraph has ended
+
+    # Lines
+
+    def _begin_line(self, text: str, at: int, final: bool) -> Step:
+        """Look at a line's beginning: it may be the edge of a block of code.
+
+        Returns where to continue and what may be sent, None to wait for more.
+        """
+        end = text.find("\n", at)
+        line = text[at:] if end < 0 else text[at:end]
+        whole = end >= 0 or final
+        if not self._prose:
+            self._at_line_start = False
+            return at, ""
+        if not whole and self._fences.may_matter(line):
+            return None
+        if self._fences.inside and not self._fences.leaves(line):
+            self._in_code_line = True
+            if whole and self._fences.closes(line):
+                return (len(text) if end < 0 else end), line
+        elif whole and not self._formula and self._fences.opens(line):
+            self._in_code_line = True
+        elif whole and self._formula and line.lstrip()[:3] in ("```", "~~~"):
+            self._fences.certain = False
+        self._at_line_start = False
+        return at, ""
+
+    def _within(self, text: str, at: int, final: bool) -> Step:
+        """Take what comes next within a line. Returns what `_begin_line` does."""
+        character = text[at]
+        if character == "\n":
+            self._at_line_start, self._in_code_line, self._tail = True, False, ""
+            return at + 1, character
+        if self._in_code_line:
+            end = text.find("\n", at)
+            end = len(text) if end < 0 else end
+            return end, text[at:end]
+        if text[at] == "`":
+            return self._code_span(text, at, final)
+        if run := _RUN.match(text, at):
+            return self._word(text, run, final)
+        if plain := _PLAIN.match(text, at):
+            return self._plain(text, plain)
+        return self._text(text, at, final)
+
+    def _plain(self, text: str, plain: re.Match[str]) -> Step:
+        """Take characters that begin nothing."""
+        return self._pass(plain.end(), plain[0], plain[0])
+
+    def _pass(self, end: int, said: str, meant: str) -> tuple[int, str]:
+        """Send something, and remember how it reads."""
+        pieces = (self._tail + meant).split()
+        self._tail = pieces[-1][-_MAX_TAIL_CHARS:] if pieces and not meant[-1:].isspace() else ""
+        return end, said
+
+    # Code spans
+
+    def _code_span(self, text: str, at: int, final: bool) -> Step:
+        ticks = _TICKS.match(text, at)
+        assert ticks is not None
+        if ticks.end() == len(text) and not final:
+            return None if len(ticks[0]) < _MAX_SPAN_CHARS else self._pass(ticks.end(), ticks[0], "`")
+        if not self._spans:
+            return self._pass(ticks.end(), ticks[0], "`")
+        limit = ticks.end() + _MAX_SPAN_CHARS
+        newline = text.find("\n", at, limit)
+        end = newline if newline >= 0 else min(len(text), limit)
+        closer = next((run for run in _TICKS.finditer(text, ticks.end(), end) if len(run[0]) == len(ticks[0])), None)
+        open_ended = end == len(text) and end < limit and not final
+        if (closer is None or closer.end() == end) and open_ended:
+            return None
+        content = text[ticks.end() : closer.start()] if closer else ""
+        if closer is None or not self._is_certain(content):
+            self._spans = False  # its partner may come in another line; until the paragraph ends, nothing is sure
+            return self._pass(ticks.end(), ticks[0], "`")
+        return self._pass(closer.end(), f"{ticks[0]}{self._checked_code(content)}{ticks[0]}", "`")
+
+    def _is_certain(self, content: str) -> bool:
+        """Return whether a pair of backticks is a code span even where cells or formulas bind tighter."""
+        if "|" in content.replace("\\|", ""):
+            return False
+        return not ("$" in content and self._dollar) and not ("\\)" in content or "\\]" in content)
