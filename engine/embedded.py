@@ -7,6 +7,7 @@ Leaves out embeddings (`engine.pooling`). Fails as `engine.base` says.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,7 +16,6 @@ from engine.async_llm import AsyncLLMEngine
 from engine.base import (
     Delta,
     EmbeddingRequest,
-    EngineDied,
     EngineError,
     EngineOverloaded,
     GenerationRequest,
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 # Of the two backends that can forbid it, only xgrammar binds forced tool calls to the model's own format.
 _ARGS: dict[str, Any] = {"structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True}}
 _T = TypeVar("_T")
-_IMAGE_PLACES = 2
-"""Prompts with images that are rendered at once."""
+_IMAGE_PLACES = max(2, min(8, (os.cpu_count() or 2) // 4))
+"""Prompts with images that are rendered at once: decoding takes a thread each, and holds the pixels meanwhile."""
 
 
 @dataclass(slots=True)
@@ -94,8 +94,8 @@ class EmbeddedEngine(AsyncLLMEngine):
         return llm
 
     async def prepare(self, request: GenerationRequest) -> Prepared:
-        self._running()
-        rendered = await self._with_images(request, self._renderer.render)
+        with self._while_running():
+            rendered = await self._with_images(request, self._renderer.render)
         max_tokens = resolve_max_tokens(request, rendered.prompt_tokens, self.max_model_len)
         sampling_params = self._renderer.sampling_params(rendered, max_tokens)
         return Prepared(
@@ -124,18 +124,19 @@ class EmbeddedEngine(AsyncLLMEngine):
 
         llm = self._running()
         job: _Job = prepared.payload
-        collector = None
+        collector: Any = None
         finished = False
         try:
             readers = self._readers(prepared)
             with naming_constraint(job.rendered.constraint):
-                collector = await llm.add_request(
-                    prepared.request_id,
-                    job.rendered.engine_input,
-                    job.sampling_params,
-                    trace_headers=self._trace_headers(prepared),
-                    **job.rendered.reasoning,
-                )
+                async with self._core_answer():
+                    collector = await llm.add_request(
+                        prepared.request_id,
+                        job.rendered.engine_input,
+                        job.sampling_params,
+                        trace_headers=self._trace_headers(prepared),
+                        **job.rendered.reasoning,
+                    )
             self._collectors.add(collector)
             while not finished:
                 output: Any = collector.get_nowait() or await collector.get()  # a RequestOutput: we never pool
@@ -144,23 +145,20 @@ class EmbeddedEngine(AsyncLLMEngine):
                 for choice in output.outputs:
                     yield readers[choice.index].read(choice, output.prompt_token_ids, stream=job.stream)
         except GracefulHTTPError as error:  # vLLM's own admission control
-            finished = True
             raise EngineOverloaded(str(error)) from error
         except Unreadable as error:
             raise EngineError("What the model wrote can't be read.") from error
         except EngineError:
-            finished = True
             raise
         except Exception as error:  # what the core died of arrives here, in any type
-            finished = True
-            raise EngineDied("The engine failed during generation.") from error
+            raise self._failure(llm, error) from error
         finally:
-            if collector is not None:
-                self._collectors.discard(collector)
-            if not finished and not llm.errored:
-                # By the id we chose, not the collector's: a cancellation inside add_request leaves no collector.
-                await llm.abort(prepared.request_id)
-                if collector is not None and (rest := collector.get_nowait()) is not None:
+            self._collectors.discard(collector)
+            if not finished:
+                # By the id we chose, not the collector's: a cancellation inside add_request leaves no collector, and
+                # the failure of one choice leaves its siblings.
+                rest = await self._abort(llm, prepared.request_id, collector)
+                if rest is not None:
                     self._count(prepared, rest)
 
     def _readers(self, prepared: Prepared) -> list[ChoiceReader]:
@@ -187,12 +185,12 @@ class EmbeddedEngine(AsyncLLMEngine):
         raise no_embeddings()
 
     async def tokenize(self, request: GenerationRequest) -> list[int]:
-        self._running()
-        return await self._with_images(request, self._renderer.tokenize)
+        with self._while_running():
+            return await self._with_images(request, self._renderer.tokenize)
 
     async def detokenize(self, token_ids: list[int]) -> str:
-        self._running()
-        return await self._renderer.detokenize(token_ids)
+        with self._while_running():
+            return await self._renderer.detokenize(token_ids)
 
 
 def _image_parts(request: GenerationRequest) -> Iterator[str]:

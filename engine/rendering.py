@@ -17,8 +17,8 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import orjson
+from pydantic import ValidationError
 
-from engine.async_llm import invalid_request
 from engine.base import (
     Delta,
     EngineDied,
@@ -30,6 +30,7 @@ from engine.base import (
     ToolCallDelta,
     Usage,
 )
+from engine.client_errors import client_errors
 from engine.parsers import find_reasoning_parser, find_tool_parser
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ class Renderer:
         return list(rendered.engine_input["prompt_token_ids"])
 
     async def _render(self, request: GenerationRequest, *, contexts: int) -> Rendered:
-        with invalid_request(request.prompt_param):
+        with client_errors(request.prompt_param):
             if request.prompt is None:
                 return await self._render_chat(request, contexts)
             return await self._render_prompt(request, contexts)
@@ -160,8 +161,10 @@ class Renderer:
 
         if request.tools and not self._takes_tools:
             raise InvalidRequest("This model can't call tools. Leave 'tools' out.", "tools")
-        chat = _of_contexts(ChatCompletionRequest, contexts)(**_fields(request, frozenset()))
-        rendered = await self._renderer.render_chat(chat)
+        chat = _vllm_request(ChatCompletionRequest, contexts, **_fields(request, frozenset()))
+        # vLLM's own cache of images assumes that each one rendered reaches the core, in that order. Here a request may
+        # be refused, left, reordered or only counted first, and the core would then miss an image for everybody.
+        rendered = await self._renderer.render_chat(chat, skip_mm_cache=True)
         if isinstance(rendered, ErrorResponse):
             raise InvalidRequest(rendered.error.message, rendered.error.param or "messages")
         (engine_input,) = rendered[1]
@@ -183,7 +186,7 @@ class Renderer:
 
         logprobs = request.top_logprobs if request.logprobs else None
         fields = _fields(request, _CHAT_ONLY_FIELDS)
-        completion = _of_contexts(CompletionRequest, contexts)(prompt=request.prompt, logprobs=logprobs, **fields)
+        completion = _vllm_request(CompletionRequest, contexts, prompt=request.prompt, logprobs=logprobs, **fields)
         if isinstance(request.prompt, list):
             self._renderer.renderer.validate_token_ids(request.prompt, parameter="prompt")
         rendered = await self._renderer.render_completion(completion)
@@ -197,7 +200,7 @@ class Renderer:
         """Return vLLM's sampling parameters: only after rendering, where its parsers may change the request."""
         _bound_white_space(rendered.request)
         try:
-            with invalid_request():
+            with client_errors():
                 params: SamplingParams = rendered.request.to_sampling_params(max_tokens, self._default_sampling_params)
         except InvalidRequest as error:
             if str(error).startswith("n must be 1"):
@@ -352,7 +355,7 @@ async def detokenize(renderer: Any, token_ids: list[int]) -> str:
     from vllm.inputs import TokensPrompt
     from vllm.renderers import TokenizeParams
 
-    with invalid_request():
+    with client_errors():
         renderer.validate_token_ids(token_ids, parameter="tokens")
         params = TokenizeParams(max_total_tokens=None, needs_detokenization=True)
         prompt = await renderer.tokenize_prompt_async(TokensPrompt(prompt_token_ids=token_ids), params)
@@ -363,7 +366,7 @@ async def detokenize(renderer: Any, token_ids: list[int]) -> str:
 def naming_constraint(param: str | None) -> Iterator[None]:
     """Name `param` in what vLLM says about a grammar that can't be compiled, and keep its own source out of it."""
     try:
-        with invalid_request():
+        with client_errors():
             yield
     except InvalidRequest as error:
         if error.param is not None or param is None:
@@ -405,6 +408,17 @@ def _bound_white_space(request: Any) -> None:
     tag = orjson.loads(bound.structural_tag)
     walk(tag)
     request.structured_outputs = dataclasses.replace(bound, structural_tag=orjson.dumps(tag).decode())
+
+
+def _vllm_request(request_class: Any, contexts: int, **fields: Any) -> Any:
+    """Return vLLM's form of a request. Raises InvalidRequest for a field that vLLM's own schema refuses."""
+    try:
+        return _of_contexts(request_class, contexts)(**fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        param = str(first["loc"][0]) if first["loc"] else None
+        what = str(first["msg"]).removeprefix("Value error, ").rstrip(".")
+        raise InvalidRequest(f"Invalid value for '{param}': {what}." if param else f"{what}.", param) from error
 
 
 @cache
