@@ -24,7 +24,7 @@ from engine.base import (
     no_embeddings,
     resolve_max_tokens,
 )
-from engine.rendering import ChoiceReader, Rendered, Renderer, Unreadable, find_parsers, naming_constraint
+from engine.rendering import ChoiceReader, Rendered, Renderer, Unreadable, find_parsers, keep_images, naming_constraint
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -67,6 +67,7 @@ class EmbeddedEngine(AsyncLLMEngine):
         super().__init__(model, _ARGS | (args or {}), revision=revision, trust_remote_code=trust_remote_code)
         # Decoded images are large, and rendering keeps the event loop's threads busy.
         self._image_places = asyncio.Semaphore(_IMAGE_PLACES)
+        self._image_cache_gb: float | None = self._args.pop("mm_processor_cache_gb", None)
         self._tool_parser = tool_parser
         self._reasoning_parser = reasoning_parser
 
@@ -85,7 +86,9 @@ class EmbeddedEngine(AsyncLLMEngine):
         config = self._args["structured_outputs_config"]
         if isinstance(config, dict):  # vLLM writes the parser's name into it
             self._args["structured_outputs_config"] = StructuredOutputsConfig(**config)
+        self._args["mm_processor_cache_gb"] = 0  # see keep_images
         llm = super()._build()
+        keep_images(llm, self._image_cache_gb)
         try:
             self._renderer = Renderer(llm, tool_parser, reasoning_parser)
         except BaseException:

@@ -87,6 +87,24 @@ def find_parsers(model_config: ModelConfig, tool: str | None, reasoning: str | N
     return tool, reasoning
 
 
+def keep_images(llm: AsyncLLM, cache_gb: float | None) -> None:
+    """Give the renderer a cache of processed images of its own; None takes vLLM's default size.
+
+    vLLM's cache is in two halves, here and in the core, and the core is sent each image once. That assumes that every
+    image rendered reaches the core, in that order. Here a request may be refused, left, reordered or only counted
+    after it was rendered, and then the core misses the image for everybody who sends it. So the engine is built
+    without that cache, and images are kept here whole, as vLLM does for several front ends.
+    """
+    from vllm.config.multimodal import MultiModalConfig
+    from vllm.multimodal.cache.factories import processor_only_cache_from_config
+
+    config = llm.model_config.multimodal_config
+    if config is None:
+        return
+    config.mm_processor_cache_gb = MultiModalConfig.mm_processor_cache_gb if cache_gb is None else cache_gb
+    llm.renderer._mm_processor_only_cache = processor_only_cache_from_config(llm.vllm_config)
+
+
 def _find_parsers(model_config: ModelConfig, tokenizer: Any) -> tuple[str | None, str | None]:
     template = getattr(tokenizer, "chat_template", None) or ""
     if isinstance(template, dict):  # several by name
@@ -162,8 +180,7 @@ class Renderer:
         if request.tools and not self._takes_tools:
             raise InvalidRequest("This model can't call tools. Leave 'tools' out.", "tools")
         chat = _vllm_request(ChatCompletionRequest, contexts, **_fields(request, frozenset()))
-        # vLLM's own cache of images assumes that each one rendered reaches the core, in that order. Here a request may
-        # be refused, left, reordered or only counted first, and the core would then miss an image for everybody.
+        # Into the cache of this process alone, see keep_images.
         rendered = await self._renderer.render_chat(chat, skip_mm_cache=True)
         if isinstance(rendered, ErrorResponse):
             raise InvalidRequest(rendered.error.message, rendered.error.param or "messages")
