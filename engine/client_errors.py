@@ -30,6 +30,7 @@ _DECLARED: tuple[tuple[type[Exception], str, str | None], ...] = (
     (NotImplementedError, "vllm.multimodal.media", "Images must be data URLs in base64."),
     # Encoders of prompts that are code, where other models have a template. They refuse messages by ValueError.
     (ValueError, "vllm.tokenizers.deepseek_v", None),
+    (ValueError, "vllm.tokenizers.mistral", None),
     (ValueError, "vllm.renderers.cohere", None),
     (ValueError, "vllm.renderers.inkling", None),
 )
@@ -87,16 +88,18 @@ def _refusal(error: Exception, prompt_param: str) -> EngineError | None:
             return InvalidRequest(message, prompt_param, "context_length_exceeded")
         return InvalidRequest(message, prompt_param if parameter == "image" else parameter)
     for cause in _causes(error):
-        if type(cause).__module__ == "mistral_common.exceptions" or _asserted_by_mistral(cause):
+        module, _ = _origin(cause.__traceback__)
+        if type(cause).__module__ == "mistral_common.exceptions" or (
+            isinstance(cause, AssertionError) and module.startswith("mistral_common.")  # it also refuses by assertions
+        ):
             return InvalidRequest(_cut(str(cause)) or "The model's tokenizer refuses these messages.", prompt_param)
-    module, _ = _origin(error.__traceback__)
-    if isinstance(error, TimeoutError) and module.startswith("vllm.renderers"):
-        return EngineOverloaded("The prompt could not be rendered in time.")
-    if isinstance(error, ValueError) and module.startswith(_GRAMMARS):
-        return InvalidRequest(_cut(str(error)))
-    for kind, origin, words in _DECLARED:
-        if isinstance(error, kind) and module.startswith(origin):
-            return InvalidRequest(words or _cut(str(error)), prompt_param)
+        if isinstance(cause, TimeoutError) and module.startswith("vllm.renderers"):
+            return EngineOverloaded("The prompt could not be rendered in time.")
+        if isinstance(cause, ValueError) and module.startswith(_GRAMMARS):
+            return InvalidRequest(_cut(str(cause)))
+        for kind, origin, words in _DECLARED:
+            if isinstance(cause, kind) and module.startswith(origin):
+                return InvalidRequest(words or _cut(str(cause)), prompt_param)
     return None
 
 
@@ -124,11 +127,6 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
             return
         yield cause
         cause = cause.__cause__
-
-
-def _asserted_by_mistral(error: BaseException) -> bool:
-    """Tell whether mistral-common refused a message: in places it does so by an assertion."""
-    return isinstance(error, AssertionError) and _origin(error.__traceback__)[0].startswith("mistral_common.")
 
 
 def _origin(trace: TracebackType | None) -> tuple[str, int]:

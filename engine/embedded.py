@@ -24,7 +24,8 @@ from engine.base import (
     no_embeddings,
     resolve_max_tokens,
 )
-from engine.rendering import ChoiceReader, Rendered, Renderer, Unreadable, find_parsers, keep_images, naming_constraint
+from engine.parsers import find_parsers
+from engine.rendering import ChoiceReader, Rendered, Renderer, Unreadable, keep_images, naming_constraint
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM

@@ -22,7 +22,6 @@ from pydantic import ValidationError
 from engine.base import (
     Delta,
     EngineDied,
-    EngineError,
     FinishReason,
     GenerationRequest,
     InvalidRequest,
@@ -31,7 +30,6 @@ from engine.base import (
     Usage,
 )
 from engine.client_errors import client_errors
-from engine.parsers import find_reasoning_parser, find_tool_parser
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -62,31 +60,6 @@ _SOURCE = re.compile(r"\[[\d:]+\] \S+:\d+: ")
 """Where in its own source a compiler of grammars gave up."""
 
 
-def find_parsers(model_config: ModelConfig, tool: str | None, reasoning: str | None) -> tuple[str | None, str | None]:
-    """Return the names of the tool parser and the reasoning parser of a model.
-
-    None finds it from the model's own files, "" does without. Raises EngineError about one that vLLM does not know or
-    the model can't use: better now than when its weights are loaded.
-    """
-    from vllm.parser import ParserManager
-    from vllm.tokenizers import cached_tokenizer_from_config
-
-    tokenizer: Any = cached_tokenizer_from_config(model_config)
-    found = _find_parsers(model_config, tokenizer)
-    tool = found[0] if tool is None else tool or None
-    reasoning = found[1] if reasoning is None else reasoning or None
-    harmony = model_config.hf_config.model_type == "gpt_oss"
-    try:
-        parser_cls: Any = ParserManager.get_parser(
-            tool, reasoning, enable_auto_tools=bool(tool), is_harmony=harmony, tokenizer=tokenizer
-        )
-        if parser_cls is not None:
-            parser_cls(tokenizer, None, model_config=model_config)
-    except Exception as error:  # parsers raise all sorts on tokens that a vocabulary lacks
-        raise EngineError(f"tool_parser {tool!r} with reasoning_parser {reasoning!r}: {error}") from error
-    return tool, reasoning
-
-
 def keep_images(llm: AsyncLLM, cache_gb: float | None) -> None:
     """Give the renderer a cache of processed images of its own; None takes vLLM's default size.
 
@@ -103,15 +76,6 @@ def keep_images(llm: AsyncLLM, cache_gb: float | None) -> None:
         return
     config.mm_processor_cache_gb = MultiModalConfig.mm_processor_cache_gb if cache_gb is None else cache_gb
     llm.renderer._mm_processor_only_cache = processor_only_cache_from_config(llm.vllm_config)
-
-
-def _find_parsers(model_config: ModelConfig, tokenizer: Any) -> tuple[str | None, str | None]:
-    template = getattr(tokenizer, "chat_template", None) or ""
-    if isinstance(template, dict):  # several by name
-        template = template.get("tool_use") or template.get("default") or ""
-    model_type = str(model_config.hf_config.model_type)
-    vocabulary = tokenizer.get_vocab()
-    return find_tool_parser(model_type, template), find_reasoning_parser(model_type, template, vocabulary)
 
 
 @dataclass(slots=True)
@@ -193,7 +157,9 @@ class Renderer:
             "reasoning_parser_kwargs": {"chat_template_kwargs": kwargs} if parser is not None else None,
         }
         prompt_tokens = extract_prompt_len(self._config, engine_input)
-        thoughtless = partial(self._make_parser, chat, reasons=False) if reasoning["reasoning_ended"] else None
+        # Mistral's parser makes a grammar that covers the thought too: it says "ended" though the prompt closed nothing.
+        closed = parser is not None and reasoning["reasoning_ended"] and not chat._grammar_from_parser
+        thoughtless = partial(self._make_parser, chat, reasons=False) if closed else None
         return Rendered(engine_input, prompt_tokens, chat, True, reasoning, _constraint(request), thoughtless)
 
     async def _render_prompt(self, request: GenerationRequest, contexts: int) -> Rendered:
@@ -321,7 +287,8 @@ class ChoiceReader:
         if delta.reasoning and not self._thought:
             # Where vLLM merged deltas, some of its parsers leave in what opens the thought.
             self._thought = True
-            delta.reasoning = delta.reasoning.removeprefix(self._parser.reasoning_parser.reasoning_start_str or "")
+            if (reasoning_parser := self._parser.reasoning_parser) is not None:
+                delta.reasoning = delta.reasoning.removeprefix(reasoning_parser.reasoning_start_str or "")
         delta.tool_calls = [
             ToolCallDelta(
                 call.index,
