@@ -20,10 +20,10 @@ import shutil
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from prometheus_client import CollectorRegistry
 
@@ -66,6 +66,7 @@ _LOOK_EVERY_S = 5.0
 _MAX_QUIET_START_S = 300.0
 """A start whose processes use no CPU time for so long is given up. vLLM waits for its core's first word for ever."""
 
+_T = TypeVar("_T")
 log = logging.getLogger(__name__)
 _claimed: weakref.WeakSet[Any] = weakref.WeakSet()
 """Core processes of engines that were built: another's failed start must not take them along."""
@@ -172,7 +173,7 @@ class AsyncLLMEngine:
     async def start(self) -> None:
         """Build the AsyncLLM in a thread, so that the event loop serves others meanwhile (10 s to minutes)."""
         before = set(multiprocessing.active_children()) | set(_claimed)
-        build = asyncio.ensure_future(asyncio.to_thread(self._build))
+        build = _in_thread(self._build)
         try:
             await self._watch_build(build, before)
             self._llm = build.result()
@@ -200,7 +201,6 @@ class AsyncLLMEngine:
             quiet_s = 0.0 if at_work else quiet_s + _LOOK_EVERY_S
             if quiet_s >= _MAX_QUIET_START_S:
                 _kill(processes)
-                build.add_done_callback(lambda build: build.cancelled() or build.exception())  # nobody else asks
                 raise TimeoutError(f"its processes have done nothing for {quiet_s:g} s")
 
     def _engine_args(self) -> AsyncEngineArgs:
@@ -292,12 +292,19 @@ class AsyncLLMEngine:
         if self._core is not None:
             self._core.end()
         if llm is not None:
-            shutdown = asyncio.ensure_future(asyncio.to_thread(llm.shutdown, _SHUTDOWN_S))
+            shutdown = _in_thread(llm.shutdown, _SHUTDOWN_S)
             await asyncio.wait([shutdown], timeout=_CLOSE_S)
             if not shutdown.done():
                 log.warning("vLLM's shutdown of %s takes longer than %g s: killing it", self._model, _CLOSE_S)
         _kill(processes)
         drop_metrics(self._metrics)
+
+
+def _in_thread(work: Callable[..., _T], *args: Any) -> asyncio.Future[_T]:
+    """Run something that can't be cancelled; whoever waits for it may leave, and then its failure is nobody's."""
+    future = asyncio.ensure_future(asyncio.to_thread(work, *args))
+    future.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return future
 
 
 def _started_since(before: set[Any]) -> set[Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 from collections.abc import Iterator
 from types import TracebackType
 
@@ -24,18 +25,26 @@ _TEMPLATE = "<template>"
 _IMAGES = "The model can't process these images."
 # Type, how the name of the module that raised it begins, and what the client is told; None: the error's own words.
 _DECLARED: tuple[tuple[type[Exception], str, str | None], ...] = (
-    # An image that vLLM can't decode, or that the model's processor refuses. The processor prints its input.
-    (ValueError, "vllm.multimodal.", _IMAGES),
-    (RuntimeError, "vllm.multimodal.media", "Images must be data URLs."),
+    # Decoders raise all sorts on the bytes of an image; the model's processor raises ValueError and prints its input.
     (NotImplementedError, "vllm.multimodal.media", "Images must be data URLs in base64."),
+    (Exception, "vllm.multimodal.media", _IMAGES),
+    (Exception, "vllm.multimodal.image", _IMAGES),
+    (ValueError, "vllm.multimodal.", _IMAGES),
+    # What earlier calls were made with is JSON in a string, which the renderer reads.
+    (RecursionError, "vllm.", "A tool's schema or a call's arguments are nested too deeply."),
+    (ValueError, "vllm.renderers.chat_utils", "The messages are not in OpenAI's form: a part, or a call's arguments."),
+    (ValueError, "vllm.renderers.base", None),
     # Encoders of prompts that are code, where other models have a template. They refuse messages by ValueError.
     (ValueError, "vllm.tokenizers.deepseek_v", None),
     (ValueError, "vllm.tokenizers.mistral", None),
+    (ValueError, "mistral_common.", None),
     (ValueError, "vllm.renderers.cohere", None),
     (ValueError, "vllm.renderers.inkling", None),
 )
 _GRAMMARS = "vllm.v1.structured_output"
 """Where grammars are compiled. What it raises has no parameter: the caller knows which of several it was."""
+_SURROGATES = re.compile("^TextEncodeInput must be|surrogates not allowed")
+"""What tokenizers say of text that can't be written in UTF-8."""
 _PYTHON_ERRORS = (TypeError, LookupError, AttributeError, RecursionError, UnicodeError)
 """Causes that vLLM may quote in a declared error, and whose words are Python's."""
 _seen: set[tuple[str, str, int]] = set()
@@ -92,13 +101,20 @@ def _refusal(error: Exception, prompt_param: str) -> EngineError | None:
         if type(cause).__module__ == "mistral_common.exceptions" or (
             isinstance(cause, AssertionError) and module.startswith("mistral_common.")  # it also refuses by assertions
         ):
-            return InvalidRequest(_cut(str(cause)) or "The model's tokenizer refuses these messages.", prompt_param)
+            param = "tools" if type(cause).__name__.startswith("InvalidTool") else prompt_param
+            return InvalidRequest(_cut(str(cause)) or "The model's tokenizer refuses these messages.", param)
         if isinstance(cause, TimeoutError) and module.startswith("vllm.renderers"):
             return EngineOverloaded("The prompt could not be rendered in time.")
-        if isinstance(cause, ValueError) and module.startswith(_GRAMMARS):
-            return InvalidRequest(_cut(str(cause)))
+        if isinstance(cause, (TypeError, UnicodeError)) and _SURROGATES.search(str(cause)):
+            return InvalidRequest("The text holds half of a surrogate pair, which is no character.", prompt_param)
+        if module.startswith(_GRAMMARS) and not isinstance(cause, (ImportError, MemoryError)):
+            return InvalidRequest(_cut(str(cause)) if isinstance(cause, ValueError) else "it can't be compiled.")
         for kind, origin, words in _DECLARED:
-            if isinstance(cause, kind) and module.startswith(origin):
+            if (
+                isinstance(cause, kind)
+                and not isinstance(cause, (ImportError, MemoryError))
+                and module.startswith(origin)
+            ):
                 return InvalidRequest(words or _cut(str(cause)), prompt_param)
     return None
 

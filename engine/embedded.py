@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from engine.async_llm import AsyncLLMEngine
@@ -68,6 +70,7 @@ class EmbeddedEngine(AsyncLLMEngine):
         super().__init__(model, _ARGS | (args or {}), revision=revision, trust_remote_code=trust_remote_code)
         # Decoded images are large, and rendering keeps the event loop's threads busy.
         self._image_places = asyncio.Semaphore(_IMAGE_PLACES)
+        self._grammar_checks = ThreadPoolExecutor(2, "grammar")
         self._image_cache_gb: float | None = self._args.pop("mm_processor_cache_gb", None)
         self._tool_parser = tool_parser
         self._reasoning_parser = reasoning_parser
@@ -114,11 +117,14 @@ class EmbeddedEngine(AsyncLLMEngine):
         self, request: GenerationRequest, render: Callable[[GenerationRequest], Awaitable[_T]]
     ) -> _T:
         """Return what `render` makes of a request, of few at a time if it holds images. Raises InvalidRequest."""
-        where = next(_image_parts(request), None)
-        if where is None:
+        places = list(_image_parts(request))
+        if not places:
             return await render(request)
         if not self.takes_images:
-            raise InvalidRequest("This model does not take images. Send text only.", where)
+            raise InvalidRequest("This model does not take images. Send text only.", places[0][0])
+        for where, url in places:
+            if not url.startswith("data:"):  # vLLM would fetch it, from wherever it is
+                raise InvalidRequest("Images must be data URLs here.", f"{where}.image_url.url")
         async with self._image_places:
             return await render(request)
 
@@ -136,7 +142,7 @@ class EmbeddedEngine(AsyncLLMEngine):
                 async with self._core_answer():
                     collector = await llm.add_request(
                         prepared.request_id,
-                        job.rendered.engine_input,
+                        await self._checked_input(llm, prepared),
                         job.sampling_params,
                         trace_headers=self._trace_headers(prepared),
                         **job.rendered.reasoning,
@@ -165,6 +171,24 @@ class EmbeddedEngine(AsyncLLMEngine):
                 if rest is not None:
                     self._count(prepared, rest)
 
+    async def _checked_input(self, llm: AsyncLLM, prepared: Prepared) -> Any:
+        """Return what vLLM takes as the prompt; with a grammar it is checked already, in a thread.
+
+        To check a grammar is to compile it, which takes half a second at worst and would hold up everybody.
+        """
+        job: _Job = prepared.payload
+        if job.sampling_params.structured_outputs is None:
+            return job.rendered.engine_input
+        check = partial(
+            llm.input_processor.process_inputs,
+            prepared.request_id,
+            job.rendered.engine_input,
+            job.sampling_params,
+            supported_tasks=await llm.get_supported_tasks(),
+            trace_headers=self._trace_headers(prepared),
+        )
+        return await asyncio.get_running_loop().run_in_executor(self._grammar_checks, check)
+
     def _readers(self, prepared: Prepared) -> list[ChoiceReader]:
         job: _Job = prepared.payload
         parsers = self._renderer.choice_parsers(job.rendered, prepared.n) or [None] * prepared.n
@@ -182,6 +206,10 @@ class EmbeddedEngine(AsyncLLMEngine):
             if output.metrics is not None:
                 prepared.queue_s += max(0.0, output.metrics.scheduled_ts - output.metrics.queued_ts)
 
+    async def close(self) -> None:
+        self._grammar_checks.shutdown(wait=False)
+        await super().close()
+
     async def prepare_embedding(self, request: EmbeddingRequest) -> Prepared:
         raise no_embeddings()
 
@@ -197,10 +225,10 @@ class EmbeddedEngine(AsyncLLMEngine):
             return await self._renderer.detokenize(token_ids)
 
 
-def _image_parts(request: GenerationRequest) -> Iterator[str]:
-    """Yield where the request's images stand."""
+def _image_parts(request: GenerationRequest) -> Iterator[tuple[str, str]]:
+    """Yield where the request's images stand, and their URLs."""
     for number, message in enumerate(request.messages):
         content = message.get("content")
         for part_number, part in enumerate(content if isinstance(content, list) else ()):
             if part["type"] == "image_url":
-                yield f"messages[{number}].content[{part_number}]"
+                yield f"messages[{number}].content[{part_number}]", part["image_url"]["url"]

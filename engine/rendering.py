@@ -58,6 +58,10 @@ _MAX_WHITE_SPACE = 20
 """Characters in one place: a new line, and an indentation that nobody exceeds."""
 _SOURCE = re.compile(r"\[[\d:]+\] \S+:\d+: ")
 """Where in its own source a compiler of grammars gave up."""
+_ESCAPE = re.compile(
+    r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?P<half>\\u[dD][89a-fA-F][0-9a-fA-F]{2})|\\."
+)
+"""An escape in a JSON string, whole or half a surrogate pair."""
 
 
 def keep_images(llm: AsyncLLM, cache_gb: float | None) -> None:
@@ -143,7 +147,8 @@ class Renderer:
 
         if request.tools and not self._takes_tools:
             raise InvalidRequest("This model can't call tools. Leave 'tools' out.", "tools")
-        chat = _vllm_request(ChatCompletionRequest, contexts, **_fields(request, frozenset()))
+        fields = _fields(request, frozenset()) | {"messages": _with_whole_characters(request.messages)}
+        chat = _vllm_request(ChatCompletionRequest, contexts, **fields)
         # Into the cache of this process alone, see keep_images.
         rendered = await self._renderer.render_chat(chat, skip_mm_cache=True)
         if isinstance(rendered, ErrorResponse):
@@ -157,7 +162,7 @@ class Renderer:
             "reasoning_parser_kwargs": {"chat_template_kwargs": kwargs} if parser is not None else None,
         }
         prompt_tokens = extract_prompt_len(self._config, engine_input)
-        # Mistral's parser makes a grammar that covers the thought too: it says "ended" though the prompt closed nothing.
+        # The grammar of Mistral's parser covers the thought too: it says "ended" though the prompt closed nothing.
         closed = parser is not None and reasoning["reasoning_ended"] and not chat._grammar_from_parser
         thoughtless = partial(self._make_parser, chat, reasons=False) if closed else None
         return Rendered(engine_input, prompt_tokens, chat, True, reasoning, _constraint(request), thoughtless)
@@ -392,6 +397,31 @@ def _bound_white_space(request: Any) -> None:
     tag = orjson.loads(bound.structural_tag)
     walk(tag)
     request.structured_outputs = dataclasses.replace(bound, structural_tag=orjson.dumps(tag).decode())
+
+
+def _with_whole_characters(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages whose calls have no half surrogate pairs in their arguments.
+
+    Models write such escapes, and clients send back what the model wrote. vLLM reads the JSON and its tokenizer then
+    fails on what is no character.
+    """
+    whole = []
+    for message in messages:
+        calls = message.get("tool_calls")
+        if isinstance(calls, list) and any("\\ud" in _arguments(call).lower() for call in calls):
+            message = message | {"tool_calls": [_with_whole_arguments(call) for call in calls]}
+        whole.append(message)
+    return whole
+
+
+def _with_whole_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    arguments = _ESCAPE.sub(lambda match: "\\ufffd" if match["half"] else match[0], _arguments(call))
+    return call | {"function": call["function"] | {"arguments": arguments}}
+
+
+def _arguments(call: dict[str, Any]) -> str:
+    arguments = call.get("function", {}).get("arguments")
+    return arguments if isinstance(arguments, str) else ""
 
 
 def _vllm_request(request_class: Any, contexts: int, **fields: Any) -> Any:

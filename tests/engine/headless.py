@@ -13,7 +13,7 @@ from typing import Any, cast
 from engine.base import Delta, GenerationRequest, Usage
 from engine.embedded import EmbeddedEngine
 from engine.parsers import find_parsers
-from engine.rendering import ChoiceReader, Rendered, Renderer
+from engine.rendering import ChoiceReader, Rendered, Renderer, naming_constraint
 
 
 class Headless:
@@ -40,7 +40,8 @@ class Headless:
         rendered = await self.renderer.render(request)
         params = self.renderer.sampling_params(rendered, request.max_tokens or 16)
         processor = InputProcessor(self.config, cast(Any, self.renderer._renderer.renderer))
-        processor.process_inputs("r", rendered.engine_input, params, supported_tasks=("generate",))
+        with naming_constraint(rendered.constraint):
+            processor.process_inputs("r", rendered.engine_input, params, supported_tasks=("generate",))
         return rendered, params
 
     def read(self, rendered: Rendered, tokens: list[int], *, stream: bool) -> list[Delta]:
