@@ -19,10 +19,18 @@ from tests.engine.test_embedded import STORY, request
 pytestmark = [pytest.mark.anyio, pytest.mark.vllm]
 
 HELLO = [{"role": "user", "content": "Say hello."}]
+STALL_S = 2.0
 HANG_S = 15.0
 """Only a wait that nobody ends lasts so long; a core's own end takes a tenth of a second."""
 OFFSETS_MS = (-5, -2, -1, -0.5, 0, 0.5, 1, 2, 5, 10, 20, 50, 100)
 """When requests are sent, by the moment of the kill."""
+
+
+def spin(worker: Any, seconds: float) -> None:
+    """Runs in the core, which answers nobody meanwhile: what a compilation looks like from outside."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        pass
 
 
 async def ask(engine: SupervisedEngine, number: int) -> None:
@@ -58,10 +66,14 @@ async def kill_amid_requests(engine: SupervisedEngine, number: signal.Signals) -
 
 
 @pytest.mark.slow
-async def test_nobody_waits_for_an_engine_that_has_died_or_was_closed() -> None:
-    """Kills a core that has served nothing, at first and after a restart; then closes the third under a generation."""
+async def test_nobody_waits_for_an_engine_that_has_died_or_was_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kills a core that has served nothing, at first and after a restart.
+
+    The third one is busy for longer than a stall may last, and lives; then it is closed under a generation.
+    """
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # lets `spin` be sent to the core
     supervised = SupervisedEngine(
-        "main", lambda: EmbeddedEngine("demo", {"max_model_len": 2048}), max_engine_restarts=5, engine_stall_s=60
+        "main", lambda: EmbeddedEngine("demo", {"max_model_len": 2048}), max_engine_restarts=5, engine_stall_s=STALL_S
     )
     await supervised.start()
     for _ in range(2):
@@ -72,6 +84,11 @@ async def test_nobody_waits_for_an_engine_that_has_died_or_was_closed() -> None:
 
     engine = supervised.current
     assert isinstance(engine, EmbeddedEngine)
+    assert engine._llm is not None
+    await engine._llm.collective_rpc(spin, args=(2.5 * STALL_S,))
+    assert (supervised.current, supervised.state) == (engine, "ready"), "a core that works is not stalled"
+    assert (await supervised.prepare(request(HELLO))).prompt_tokens
+
     prepared = await supervised.prepare(request(STORY, stream=True, ignore_eos=True, max_tokens=1500))
     deltas = supervised.generate(prepared)
     await anext(deltas)
