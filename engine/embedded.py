@@ -7,8 +7,9 @@ Leaves out embeddings (`engine.pooling`). Fails as `engine.base` says.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -38,6 +39,22 @@ _ARGS: dict[str, Any] = {"structured_outputs_config": {"backend": "xgrammar", "d
 _T = TypeVar("_T")
 _IMAGE_PLACES = max(2, min(8, (os.cpu_count() or 2) // 4))
 """Prompts with images that are rendered at once: decoding takes a thread each, and holds the pixels meanwhile."""
+
+
+_MAX_PREPARE_S = 60.0
+"""Longest wait for a thread that prepares something: what holds it can't be stopped, who waits for it can."""
+
+
+@contextlib.asynccontextmanager
+async def _in_time(what: str) -> AsyncIterator[None]:
+    """Raise EngineOverloaded when what is in here takes too long."""
+    try:
+        async with asyncio.timeout(_MAX_PREPARE_S) as bound:
+            yield
+    except TimeoutError:
+        if bound.expired():
+            raise EngineOverloaded(f"{what} take too long to prepare now.") from None
+        raise
 
 
 @dataclass(slots=True)
@@ -125,7 +142,7 @@ class EmbeddedEngine(AsyncLLMEngine):
         for where, url in places:
             if not url.startswith("data:"):  # vLLM would fetch it, from wherever it is
                 raise InvalidRequest("Images must be data URLs here.", f"{where}.image_url.url")
-        async with self._image_places:
+        async with _in_time("Images"), self._image_places:
             return await render(request)
 
     async def generate(self, prepared: Prepared) -> AsyncGenerator[Delta, None]:
@@ -187,7 +204,8 @@ class EmbeddedEngine(AsyncLLMEngine):
             supported_tasks=await llm.get_supported_tasks(),
             trace_headers=self._trace_headers(prepared),
         )
-        return await asyncio.get_running_loop().run_in_executor(self._grammar_checks, check)
+        async with _in_time("Grammars"):
+            return await asyncio.get_running_loop().run_in_executor(self._grammar_checks, check)
 
     def _readers(self, prepared: Prepared) -> list[ChoiceReader]:
         job: _Job = prepared.payload

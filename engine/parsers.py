@@ -121,7 +121,7 @@ def _try_tool(parser_cls: Any, tokenizer: Any, model_config: ModelConfig) -> Non
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
     tool = {"type": "function", "function": {"name": "try", "parameters": {"type": "object", "properties": {}}}}
-    request = ChatCompletionRequest(messages=[{"role": "user", "content": "try"}], tools=[tool], tool_choice="auto")  # type: ignore[arg-type]
+    request = ChatCompletionRequest(messages=[{"role": "user", "content": "try"}], tools=[tool], tool_choice="auto")
     try:
         parser_cls(tokenizer, request.tools, model_config=model_config).adjust_request(request=request)
     except Exception as error:

@@ -19,7 +19,7 @@ from engine.rendering import ChoiceReader, Rendered, Renderer, naming_constraint
 class Headless:
     """An engine's renderer, and tokens in place of its core."""
 
-    def __init__(self, model: str | Path, args: dict[str, Any] | None = None, **parsers: str | None) -> None:
+    def __init__(self, model: str | Path, args: dict[str, Any] | None = None, **parsers: Any) -> None:
         from vllm.renderers import renderer_from_config
 
         engine = EmbeddedEngine(str(model), args, **parsers)

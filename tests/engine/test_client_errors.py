@@ -91,7 +91,7 @@ def hostile_requests() -> Iterator[dict[str, Any]]:
     """Yield fields of requests, each odd in one place."""
     for schema in SCHEMAS:
         for strict in (None, True):
-            function = {"name": "f", "parameters": schema} | ({"strict": strict} if strict else {})
+            function: dict[str, Any] = {"name": "f", "parameters": schema} | ({"strict": strict} if strict else {})
             tools = [{"type": "function", "function": function}]
             for choice in ("auto", "required", {"type": "function", "function": {"name": "f"}}):
                 yield {"tools": tools, "tool_choice": choice}
@@ -192,7 +192,7 @@ async def test_half_a_surrogate_pair_in_a_call_of_the_past_is_replaced(engine: H
     """A model may write one, and its own call must be fit to be sent back."""
     call = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": ARGUMENTS[-1]}}
     half = call | {"function": {"name": "f", "arguments": '{"a": "\\uD800"}'}}
-    messages = [*HI, {"role": "assistant", "content": "", "tool_calls": [call, half]}]
+    messages: list[Any] = [*HI, {"role": "assistant", "content": "", "tool_calls": [call, half]}]
     messages += [{"role": "tool", "tool_call_id": "abcdefghi", "content": "r"}] * 2
     if engine.tokenizer.__class__.__name__ == "MistralTokenizer":
         pytest.skip("keeps the arguments as they were")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import signal
 import time
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from engine.base import EngineDied, EngineError, EngineUnavailable, GenerationRequest
+import engine.async_llm
+import engine.embedded
+from engine.base import EngineDied, EngineError, EngineOverloaded, EngineUnavailable, GenerationRequest
 from engine.embedded import EmbeddedEngine
 from engine.supervisor import SupervisedEngine
 from tests.conftest import until
@@ -33,17 +36,17 @@ def spin(worker: Any, seconds: float) -> None:
         pass
 
 
-async def ask(engine: SupervisedEngine, number: int) -> None:
+async def ask(supervised: SupervisedEngine, number: int) -> None:
     request = GenerationRequest(
         request_id=f"ask-{number}", messages=HELLO, max_tokens=400, ignore_eos=True, stream=bool(number % 2)
     )
-    async for _ in engine.generate(await engine.prepare(request)):
+    async for _ in supervised.generate(await supervised.prepare(request)):
         pass
 
 
-async def kill_amid_requests(engine: SupervisedEngine, number: signal.Signals) -> None:
+async def kill_amid_requests(supervised: SupervisedEngine, number: signal.Signals) -> None:
     """Signal the core, which has served nothing, while requests of every kind are sent; all must end."""
-    inner = engine.current
+    inner = supervised.current
     assert isinstance(inner, EmbeddedEngine)
     (core,) = inner._core_processes()
     assert core.pid is not None
@@ -52,7 +55,7 @@ async def kill_amid_requests(engine: SupervisedEngine, number: signal.Signals) -
 
     async def at(offset_ms: float, number: int) -> None:
         await asyncio.sleep(sent_at + offset_ms / 1000 - asyncio.get_running_loop().time())
-        for wait in (ask(engine, number), inner.check_health(), engine.tokenize(request(HELLO))):
+        for wait in (ask(supervised, number), inner.check_health(), supervised.tokenize(request(HELLO))):
             tasks.append(asyncio.create_task(wait))
 
     sent = [asyncio.create_task(at(offset_ms, number)) for number, offset_ms in enumerate(OFFSETS_MS)]
@@ -82,11 +85,11 @@ async def test_nobody_waits_for_an_engine_that_has_died_or_was_closed(monkeypatc
         await until(lambda old=old: supervised.current is not old and supervised.state == "ready", within_s=90)  # type: ignore[misc]
     assert supervised.restarts == {"died": 2, "stalled": 0, "load": 0}
 
-    engine = supervised.current
-    assert isinstance(engine, EmbeddedEngine)
-    assert engine._llm is not None
-    await engine._llm.collective_rpc(spin, args=(2.5 * STALL_S,))
-    assert (supervised.current, supervised.state) == (engine, "ready"), "a core that works is not stalled"
+    last = supervised.current
+    assert isinstance(last, EmbeddedEngine)
+    assert last._llm is not None
+    await last._llm.collective_rpc(cast(Any, spin), args=(2.5 * STALL_S,))
+    assert (supervised.current, supervised.state) == (last, "ready"), "a core that works is not stalled"
     assert (await supervised.prepare(request(HELLO))).prompt_tokens
 
     prepared = await supervised.prepare(request(STORY, stream=True, ignore_eos=True, max_tokens=1500))
@@ -97,6 +100,44 @@ async def test_nobody_waits_for_an_engine_that_has_died_or_was_closed(monkeypatc
         async for _ in deltas:
             pass
     with pytest.raises(EngineUnavailable):
-        await engine.check_health()
+        await last.check_health()
     with pytest.raises(EngineError):
         await supervised.prepare(request(STORY))
+
+
+class Asleep(EmbeddedEngine):
+    """An engine whose core is stopped before it has said a word."""
+
+    core: Any = None
+
+    def _build(self) -> Any:
+        self.core = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,), daemon=True)
+        self.core.start()
+        self.core.join()
+        raise RuntimeError("the core is gone")
+
+
+async def test_start_that_gets_nowhere_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.async_llm, "_LOOK_EVERY_S", 0.05)
+    monkeypatch.setattr(engine.async_llm, "_MAX_QUIET_START_S", 0.5)
+    asleep = Asleep("demo")
+    supervised = SupervisedEngine("main", lambda: asleep, lazy=True, max_engine_restarts=0)
+    await supervised.start()
+
+    with pytest.raises(EngineUnavailable):
+        await asyncio.wait_for(supervised.prepare(request(HELLO)), HANG_S)
+
+    assert "have done nothing for" in str(supervised.failure)
+    asleep.core.join(5)
+    assert not asleep.core.is_alive()
+
+
+async def test_prompt_that_is_long_in_preparation_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread can't be stopped; whoever waits for it must not wait for ever."""
+    monkeypatch.setattr(engine.embedded, "_MAX_PREPARE_S", 0.05)
+    with pytest.raises(EngineOverloaded, match="Images take too long"):
+        async with engine.embedded._in_time("Images"):
+            await asyncio.get_running_loop().create_future()
+    with pytest.raises(TimeoutError):
+        async with engine.embedded._in_time("Images"):
+            raise TimeoutError  # of something else

@@ -46,7 +46,7 @@ def mistrals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Headless]:
 def tokens(mistral: Headless, *pieces: str) -> list[int]:
     """Return token ids: those of special tokens by name, those of other text by spelling."""
     vocabulary = mistral.tokenizer.get_vocab()
-    ids = []
+    ids: list[int] = []
     for piece in pieces:
         special = piece.startswith("[") and piece in vocabulary
         ids += [vocabulary[piece]] if special else mistral.tokenizer.encode(piece, add_special_tokens=False)
