@@ -90,8 +90,10 @@ ARGUMENTS = (
 def hostile_requests() -> Iterator[dict[str, Any]]:
     """Yield fields of requests, each odd in one place."""
     for schema in SCHEMAS:
-        for strict in (None, True):
-            function: dict[str, Any] = {"name": "f", "parameters": schema} | ({"strict": strict} if strict else {})
+        for strict in (False, True):
+            function: dict[str, Any] = {"name": "f", "parameters": schema}
+            if strict:
+                function["strict"] = True
             tools = [{"type": "function", "function": function}]
             for choice in ("auto", "required", {"type": "function", "function": {"name": "f"}}):
                 yield {"tools": tools, "tool_choice": choice}
