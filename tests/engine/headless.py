@@ -5,7 +5,6 @@ Takes two seconds where an engine takes ten.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -67,6 +66,3 @@ class Headless:
             output = CompletionOutput(0, text, piece, None, None, finish_reason="stop" if last else None)
             deltas.append(reader.read(output, prompt_ids if number == 0 or not stream else None, stream=stream))
         return deltas
-
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -143,8 +143,8 @@ async def test_working_processes_use_cpu_time_and_waiting_ones_do_not(start_proc
     working, waiting = start_process(spin), start_process()
     before = cpu_time_s([working]), cpu_time_s([waiting])
     assert None not in before
-    await until(lambda: (cpu_time_s([working]) or 0) > (before[0] or 0) + 0.05)
-    assert cpu_time_s([waiting]) == before[1]
+    await until(lambda: (cpu_time_s([working]) or 0) > (before[0] or 0) + 0.5)
+    assert (cpu_time_s([waiting]) or 0) < (before[1] or 0) + 0.1, "no more than it took to start"
     assert (cpu_time_s([working, waiting]) or 0) > (before[0] or 0)
 
 
