@@ -44,8 +44,9 @@ class QueuedEngine:
     ) -> None:
         """`max_in_flight` None means as many sequences as the engine runs at once, or no bound where nobody knows.
 
-        `in_flight_per_flow` None leaves `spare_slots` to others, so that a newcomer need not wait until one of a
-        flood's long generations ends. `fifo` is for comparison: one line for all, no classes and no caps.
+        `in_flight_per_flow` None leaves `spare_slots` to others while others are about, so that a newcomer need not
+        wait until one of a flood's long generations ends; a flow that is alone may have the whole batch. `fifo` is for
+        comparison: one line for all, no classes and no caps.
         """
         self._engine = engine
         self._fair = policy == "fair"
@@ -91,12 +92,11 @@ class QueuedEngine:
     async def start(self) -> None:
         await self._engine.start()
         slots = self._max_in_flight or self._engine.max_num_seqs
-        flow_slots = self._in_flight_per_flow
-        if flow_slots is None and slots is not None:
-            flow_slots = slots - spare_slots(slots)
+        spare = spare_slots(slots) if self._in_flight_per_flow is None and slots is not None else 0
         self._queue = FairQueue(
             slots=slots,
-            flow_slots=flow_slots,
+            flow_slots=self._in_flight_per_flow,
+            spare_slots=spare,
             max_waiting=self._max_queued_requests,
             max_wait_s=self._max_wait_s,
             clock=self._clock,
@@ -167,6 +167,9 @@ class QueuedEngine:
 
     async def check_health(self) -> None:
         await self._engine.check_health()
+
+    def cpu_time_s(self) -> float | None:
+        return self._engine.cpu_time_s()
 
     async def close(self) -> None:
         queue, self._queue = self._queue, None

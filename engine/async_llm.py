@@ -1,8 +1,9 @@
 """Building, watching and closing vLLM's `AsyncLLM`: what engines of every kind in this process share.
 
 Uses the engine level only, never vLLM's own server. Leaves out what is done with it: `engine.embedded` generates,
-`engine.pooling` makes embeddings. A dead EngineCore fails every request within a step; a frozen one only shows in
-`check_health`, which waits for the core's own answer and so hangs with it: callers bound it.
+`engine.pooling` makes embeddings. The death of an EngineCore ends every request and every wait at once
+(`engine.core_processes`). A frozen core only shows in `check_health`, which waits for the core's own answer and so
+hangs with it: callers bound it.
 """
 
 from __future__ import annotations
@@ -12,23 +13,25 @@ import atexit
 import contextlib
 import dataclasses
 import difflib
+import logging
 import multiprocessing
-import multiprocessing.connection
 import os
 import shutil
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from prometheus_client import CollectorRegistry
 
-from engine.base import EngineDied, EngineError, EngineUnavailable, InvalidRequest, Prepared
+from engine.base import EngineError, EngineUnavailable, InvalidRequest, Prepared
+from engine.client_errors import defect
+from engine.core_processes import CoreProcesses, cpu_time_s, died
 from engine.demo import WEIGHTS as DEMO_WEIGHTS
-from engine.vllm_metrics import drop_metrics, stat_logger
+from engine.vllm_metrics import claim_name, drop_metrics, stat_logger
 from engine.weights import find_snapshot, is_hub_id
 
 if TYPE_CHECKING:
@@ -57,6 +60,14 @@ _CPU_ENVIRONMENT = {
 # Block size 32 lets short prompts hit the prefix cache, which the CPU default of 128 does not.
 _CPU_ARGS: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "block_size": 32}
 _SHUTDOWN_S = 1.0  # a healthy core leaves at once
+_CLOSE_S = 20.0
+"""Longest that `close` waits for vLLM; after that its processes are killed under it."""
+_LOOK_EVERY_S = 5.0
+_MAX_QUIET_START_S = 300.0
+"""A start whose processes use no CPU time for so long is given up. vLLM waits for its core's first word for ever."""
+
+_T = TypeVar("_T")
+log = logging.getLogger(__name__)
 _claimed: weakref.WeakSet[Any] = weakref.WeakSet()
 """Core processes of engines that were built: another's failed start must not take them along."""
 
@@ -139,6 +150,7 @@ class AsyncLLMEngine:
         self._llm: AsyncLLM | None = None
         self._metrics = CollectorRegistry()
         self._collectors: set[RequestOutputCollector] = set()
+        self._core: CoreProcesses | None = None
 
     @property
     def max_model_len(self) -> int:
@@ -159,21 +171,37 @@ class AsyncLLMEngine:
         return self._llm
 
     async def start(self) -> None:
-        """Build the AsyncLLM in a thread, so that the event loop goes on answering (10 s to minutes)."""
-        before = set(multiprocessing.active_children())
-        build = asyncio.ensure_future(asyncio.to_thread(self._build))
+        """Build the AsyncLLM in a thread, so that the event loop serves others meanwhile (10 s to minutes)."""
+        before = set(multiprocessing.active_children()) | set(_claimed)
+        build = _in_thread(self._build)
         try:
-            self._llm = await asyncio.shield(build)
-            _claimed.update(self._core_processes())
-            await self._llm.is_sleeping()  # the first word from the core itself
+            await self._watch_build(build, before)
+            self._llm = build.result()
+            processes = self._core_processes()
+            _claimed.update(processes)
+            self._core = CoreProcesses(processes, self._end_requests)
+            async with self._core.answer():
+                # The first word from the core itself. vLLM asks this before the first request, and keeps the answer.
+                await self._llm.get_supported_tasks()
         except asyncio.CancelledError:
             # The thread can't be cancelled; without its core it ends by itself.
-            for process in set(multiprocessing.active_children()) - before - set(_claimed):
-                process.kill()
-            await asyncio.gather(build, return_exceptions=True)
+            _kill(_started_since(before))
+            await asyncio.wait([build], timeout=_CLOSE_S)
             raise
         except Exception as error:  # vLLM raises all sorts here; the operator needs its words, not its type
             raise EngineError(f"vLLM could not start {self._model}: {error}") from error
+
+    async def _watch_build(self, build: asyncio.Future[AsyncLLM], before: set[Any]) -> None:
+        """Wait until the build has ended. Raises TimeoutError when its processes have long done nothing."""
+        used_s, quiet_s = None, 0.0
+        while not (await asyncio.wait([build], timeout=_LOOK_EVERY_S))[0]:
+            processes = _started_since(before)
+            used_before_s, used_s = used_s, cpu_time_s(processes)
+            at_work = not processes or (used_s is not None and used_s != used_before_s)
+            quiet_s = 0.0 if at_work else quiet_s + _LOOK_EVERY_S
+            if quiet_s >= _MAX_QUIET_START_S:
+                _kill(processes)
+                raise TimeoutError(f"its processes have done nothing for {quiet_s:g} s")
 
     def _engine_args(self) -> AsyncEngineArgs:
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -185,6 +213,7 @@ class AsyncLLMEngine:
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        self._args["served_model_name"] = [claim_name(self._metrics, self._args["served_model_name"])]
         return AsyncLLM.from_engine_args(
             self._engine_args(),
             usage_context=UsageContext.OPENAI_API_SERVER,  # defaults of the scheduler go by it: on an H100, four times
@@ -199,32 +228,93 @@ class AsyncLLMEngine:
         manager = self._llm.engine_core.resources.engine_manager if self._llm else None
         return list(getattr(manager, "processes", ()))  # Ray's has none of ours
 
+    def _core_answer(self) -> contextlib.AbstractAsyncContextManager[None]:
+        """Await something of the core in here. Raises EngineUnavailable, EngineDied when the core dies meanwhile."""
+        if self._core is None:
+            raise EngineUnavailable("The engine is not running.")
+        return self._core.answer()
+
+    def _end_requests(self) -> None:
+        """End all that run: vLLM does so when it sees a core die, but not when the engine is closed."""
+        for collector in self._collectors:
+            collector.put(died())
+
+    async def _abort(self, llm: AsyncLLM, request_id: str, collector: RequestOutputCollector | None) -> Any:
+        """Have the core drop a request. Returns the output that nobody has read yet, or None."""
+        if llm.errored or self._llm is not llm:
+            return None
+        with contextlib.suppress(Exception):  # a core that is gone has dropped it, and the caller has its own error
+            async with self._core_answer():
+                await llm.abort(request_id)
+            return collector.get_nowait() if collector is not None else None
+        return None
+
+    def _failure(self, llm: AsyncLLM, error: Exception) -> EngineError:
+        """Return what a request fails with on an error that no rule knows: the core's death, or a defect."""
+        if llm.errored or self._llm is not llm or self._core is None or self._core.ended:
+            return died()
+        return defect(error)
+
+    @contextlib.contextmanager
+    def _while_running(self) -> Iterator[AsyncLLM]:
+        """Use vLLM in here. Raises EngineUnavailable when the engine is not running, or no longer is at the end."""
+        llm = self._running()
+        try:
+            yield llm
+        except EngineError as error:
+            if self._llm is not llm:
+                raise EngineUnavailable("The engine is not running.") from error
+            raise
+
     async def check_health(self) -> None:
         """Ask the core whether it sleeps: `AsyncLLM.check_health` reads a flag that a frozen core leaves green.
 
-        Of several cores (data parallel) a dead one never answers, and vLLM first takes 5 s to stop the others.
+        Of several cores (data parallel) the death of one counts as that of all, as it does for vLLM.
         """
         llm = self._running()
-        # By their sentinels: `is_alive` says yes for a moment while a thread of vLLM's reaps the dead one.
-        if multiprocessing.connection.wait([process.sentinel for process in self._core_processes()], timeout=0):
+        if self._core is None or self._core.any_died():
             raise EngineUnavailable("An engine core has died.")
         try:
-            await llm.check_health()
-            await llm.is_sleeping()
+            async with self._core_answer():
+                await llm.check_health()
+                await llm.is_sleeping()
         except Exception as error:
-            raise EngineUnavailable("The engine does not answer.") from error
+            what = "An engine core has died." if self._core.ended else "The engine does not answer."
+            raise EngineUnavailable(what) from error
+
+    def cpu_time_s(self) -> float | None:
+        return self._core.cpu_time_s() if self._core is not None else None
 
     async def close(self) -> None:
         """End the generations, ask the core to stop, and kill it if it does not: a frozen one acts on no SIGTERM."""
         processes = self._core_processes()
         llm, self._llm = self._llm, None
-        for collector in self._collectors:  # vLLM tells them of a core that died, not of one that was shut down
-            collector.put(EngineDied("The engine failed during generation."))
+        if self._core is not None:
+            self._core.end()
         if llm is not None:
-            await asyncio.to_thread(llm.shutdown, _SHUTDOWN_S)
-        for process in processes:
-            process.kill()
+            shutdown = _in_thread(llm.shutdown, _SHUTDOWN_S)
+            await asyncio.wait([shutdown], timeout=_CLOSE_S)
+            if not shutdown.done():
+                log.warning("vLLM's shutdown of %s takes longer than %g s: killing it", self._model, _CLOSE_S)
+        _kill(processes)
         drop_metrics(self._metrics)
+
+
+def _in_thread(work: Callable[..., _T], *args: Any) -> asyncio.Future[_T]:
+    """Run something that can't be cancelled; whoever waits for it may leave, and then its failure is nobody's."""
+    future = asyncio.ensure_future(asyncio.to_thread(work, *args))
+    future.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return future
+
+
+def _started_since(before: set[Any]) -> set[Any]:
+    """Return the child processes that are not in `before`, nor of an engine that was built meanwhile."""
+    return set(multiprocessing.active_children()) - before - set(_claimed)
+
+
+def _kill(processes: Iterable[Any]) -> None:
+    for process in processes:
+        process.kill()
 
 
 def _refuse_unknown_args(args: dict[str, Any]) -> None:
@@ -238,27 +328,3 @@ def _refuse_unknown_args(args: dict[str, Any]) -> None:
             raise InvalidRequest(f"args.{name} is not a field of vLLM's AsyncEngineArgs.{hint}", f"args.{name}")
         if name == "trust_remote_code":
             raise InvalidRequest("args.trust_remote_code is a setting of its own, beside args.", f"args.{name}")
-
-
-@contextlib.contextmanager
-def invalid_request(prompt_param: str = "messages") -> Iterator[None]:
-    """Turn what vLLM raises about a request into InvalidRequest; leave what it raises about itself alone."""
-    from vllm.exceptions import VLLMClientError
-    from vllm.v1.engine.exceptions import EngineDeadError
-
-    try:
-        yield
-    except VLLMClientError as error:
-        # args[0] is the plain sentence; str() appends the parameter, which we send in a field of its own.
-        parameter = getattr(error, "parameter", None)
-        if parameter in ("input_tokens", "input_text"):  # the rendered prompt, which clients know by another name
-            raise InvalidRequest(str(error.args[0]), prompt_param, "context_length_exceeded") from error
-        raise InvalidRequest(str(error.args[0]), "messages" if parameter == "image" else parameter) from error
-    except EngineDeadError as error:
-        raise EngineUnavailable("The engine is not running.") from error
-    except EngineError:
-        raise
-    except (ValueError, TypeError) as error:  # pydantic's ValidationError is a ValueError
-        if " at 0x" in str(error) or "Failed to apply" in str(error):  # an image processor that prints its input
-            raise InvalidRequest("The model can't process these images.", "messages") from error
-        raise InvalidRequest(str(error)) from error

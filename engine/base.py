@@ -274,6 +274,12 @@ class Engine(Protocol):
     async def check_health(self) -> None:
         """Ask the engine itself, not a flag. Raises EngineUnavailable; may hang if the engine does."""
 
+    def cpu_time_s(self) -> float | None:
+        """Return the CPU seconds used so far by the processes behind it, to tell one that is busy from a stalled one.
+
+        None where there are no such processes, or one of them is stopped.
+        """
+
     async def close(self) -> None:
         """Stop and free everything. Running generations raise EngineDied. Idempotent."""
 

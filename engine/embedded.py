@@ -7,15 +7,18 @@ Leaves out embeddings (`engine.pooling`). Fails as `engine.base` says.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+import contextlib
+import os
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from engine.async_llm import AsyncLLMEngine
 from engine.base import (
     Delta,
     EmbeddingRequest,
-    EngineDied,
     EngineError,
     EngineOverloaded,
     GenerationRequest,
@@ -24,7 +27,8 @@ from engine.base import (
     no_embeddings,
     resolve_max_tokens,
 )
-from engine.rendering import ChoiceReader, Rendered, Renderer, Unreadable, find_parsers, naming_constraint
+from engine.parsers import find_parsers
+from engine.rendering import ChoiceReader, Rendered, Renderer, Unreadable, keep_images, naming_constraint
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -33,8 +37,24 @@ if TYPE_CHECKING:
 # Of the two backends that can forbid it, only xgrammar binds forced tool calls to the model's own format.
 _ARGS: dict[str, Any] = {"structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True}}
 _T = TypeVar("_T")
-_IMAGE_PLACES = 2
-"""Prompts with images that are rendered at once."""
+_IMAGE_PLACES = max(2, min(8, (os.cpu_count() or 2) // 4))
+"""Prompts with images that are rendered at once: decoding takes a thread each, and holds the pixels meanwhile."""
+
+
+_MAX_PREPARE_S = 60.0
+"""Longest wait for a thread that prepares something: what holds it can't be stopped, who waits for it can."""
+
+
+@contextlib.asynccontextmanager
+async def _in_time(what: str) -> AsyncIterator[None]:
+    """Raise EngineOverloaded when what is in here takes too long."""
+    try:
+        async with asyncio.timeout(_MAX_PREPARE_S) as bound:
+            yield
+    except TimeoutError:
+        if bound.expired():
+            raise EngineOverloaded(f"{what} take too long to prepare now.") from None
+        raise
 
 
 @dataclass(slots=True)
@@ -67,6 +87,8 @@ class EmbeddedEngine(AsyncLLMEngine):
         super().__init__(model, _ARGS | (args or {}), revision=revision, trust_remote_code=trust_remote_code)
         # Decoded images are large, and rendering keeps the event loop's threads busy.
         self._image_places = asyncio.Semaphore(_IMAGE_PLACES)
+        self._grammar_checks = ThreadPoolExecutor(2, "grammar")
+        self._image_cache_gb: float | None = self._args.pop("mm_processor_cache_gb", None)
         self._tool_parser = tool_parser
         self._reasoning_parser = reasoning_parser
 
@@ -85,7 +107,9 @@ class EmbeddedEngine(AsyncLLMEngine):
         config = self._args["structured_outputs_config"]
         if isinstance(config, dict):  # vLLM writes the parser's name into it
             self._args["structured_outputs_config"] = StructuredOutputsConfig(**config)
+        self._args["mm_processor_cache_gb"] = 0  # see keep_images
         llm = super()._build()
+        keep_images(llm, self._image_cache_gb)
         try:
             self._renderer = Renderer(llm, tool_parser, reasoning_parser)
         except BaseException:
@@ -94,8 +118,8 @@ class EmbeddedEngine(AsyncLLMEngine):
         return llm
 
     async def prepare(self, request: GenerationRequest) -> Prepared:
-        self._running()
-        rendered = await self._with_images(request, self._renderer.render)
+        with self._while_running():
+            rendered = await self._with_images(request, self._renderer.render)
         max_tokens = resolve_max_tokens(request, rendered.prompt_tokens, self.max_model_len)
         sampling_params = self._renderer.sampling_params(rendered, max_tokens)
         return Prepared(
@@ -110,12 +134,15 @@ class EmbeddedEngine(AsyncLLMEngine):
         self, request: GenerationRequest, render: Callable[[GenerationRequest], Awaitable[_T]]
     ) -> _T:
         """Return what `render` makes of a request, of few at a time if it holds images. Raises InvalidRequest."""
-        where = next(_image_parts(request), None)
-        if where is None:
+        places = list(_image_parts(request))
+        if not places:
             return await render(request)
         if not self.takes_images:
-            raise InvalidRequest("This model does not take images. Send text only.", where)
-        async with self._image_places:
+            raise InvalidRequest("This model does not take images. Send text only.", places[0][0])
+        for where, url in places:
+            if not url.startswith("data:"):  # vLLM would fetch it, from wherever it is
+                raise InvalidRequest("Images must be data URLs here.", f"{where}.image_url.url")
+        async with _in_time("Images"), self._image_places:
             return await render(request)
 
     async def generate(self, prepared: Prepared) -> AsyncGenerator[Delta, None]:
@@ -124,18 +151,19 @@ class EmbeddedEngine(AsyncLLMEngine):
 
         llm = self._running()
         job: _Job = prepared.payload
-        collector = None
+        collector: Any = None
         finished = False
         try:
             readers = self._readers(prepared)
             with naming_constraint(job.rendered.constraint):
-                collector = await llm.add_request(
-                    prepared.request_id,
-                    job.rendered.engine_input,
-                    job.sampling_params,
-                    trace_headers=self._trace_headers(prepared),
-                    **job.rendered.reasoning,
-                )
+                async with self._core_answer():
+                    collector = await llm.add_request(
+                        prepared.request_id,
+                        await self._checked_input(llm, prepared),
+                        job.sampling_params,
+                        trace_headers=self._trace_headers(prepared),
+                        **job.rendered.reasoning,
+                    )
             self._collectors.add(collector)
             while not finished:
                 output: Any = collector.get_nowait() or await collector.get()  # a RequestOutput: we never pool
@@ -144,24 +172,40 @@ class EmbeddedEngine(AsyncLLMEngine):
                 for choice in output.outputs:
                     yield readers[choice.index].read(choice, output.prompt_token_ids, stream=job.stream)
         except GracefulHTTPError as error:  # vLLM's own admission control
-            finished = True
             raise EngineOverloaded(str(error)) from error
         except Unreadable as error:
             raise EngineError("What the model wrote can't be read.") from error
         except EngineError:
-            finished = True
             raise
         except Exception as error:  # what the core died of arrives here, in any type
-            finished = True
-            raise EngineDied("The engine failed during generation.") from error
+            raise self._failure(llm, error) from error
         finally:
-            if collector is not None:
-                self._collectors.discard(collector)
-            if not finished and not llm.errored:
-                # By the id we chose, not the collector's: a cancellation inside add_request leaves no collector.
-                await llm.abort(prepared.request_id)
-                if collector is not None and (rest := collector.get_nowait()) is not None:
+            self._collectors.discard(collector)
+            if not finished:
+                # By the id we chose, not the collector's: a cancellation inside add_request leaves no collector, and
+                # the failure of one choice leaves its siblings.
+                rest = await self._abort(llm, prepared.request_id, collector)
+                if rest is not None:
                     self._count(prepared, rest)
+
+    async def _checked_input(self, llm: AsyncLLM, prepared: Prepared) -> Any:
+        """Return what vLLM takes as the prompt; with a grammar it is checked already, in a thread.
+
+        To check a grammar is to compile it, which takes half a second at worst and would hold up everybody.
+        """
+        job: _Job = prepared.payload
+        if job.sampling_params.structured_outputs is None:
+            return job.rendered.engine_input
+        check = partial(
+            llm.input_processor.process_inputs,
+            prepared.request_id,
+            job.rendered.engine_input,
+            job.sampling_params,
+            supported_tasks=await llm.get_supported_tasks(),
+            trace_headers=self._trace_headers(prepared),
+        )
+        async with _in_time("Grammars"):
+            return await asyncio.get_running_loop().run_in_executor(self._grammar_checks, check)
 
     def _readers(self, prepared: Prepared) -> list[ChoiceReader]:
         job: _Job = prepared.payload
@@ -180,6 +224,10 @@ class EmbeddedEngine(AsyncLLMEngine):
             if output.metrics is not None:
                 prepared.queue_s += max(0.0, output.metrics.scheduled_ts - output.metrics.queued_ts)
 
+    async def close(self) -> None:
+        self._grammar_checks.shutdown(wait=False)
+        await super().close()
+
     async def prepare_embedding(self, request: EmbeddingRequest) -> Prepared:
         raise no_embeddings()
 
@@ -187,18 +235,18 @@ class EmbeddedEngine(AsyncLLMEngine):
         raise no_embeddings()
 
     async def tokenize(self, request: GenerationRequest) -> list[int]:
-        self._running()
-        return await self._with_images(request, self._renderer.tokenize)
+        with self._while_running():
+            return await self._with_images(request, self._renderer.tokenize)
 
     async def detokenize(self, token_ids: list[int]) -> str:
-        self._running()
-        return await self._renderer.detokenize(token_ids)
+        with self._while_running():
+            return await self._renderer.detokenize(token_ids)
 
 
-def _image_parts(request: GenerationRequest) -> Iterator[str]:
-    """Yield where the request's images stand."""
+def _image_parts(request: GenerationRequest) -> Iterator[tuple[str, str]]:
+    """Yield where the request's images stand, and their URLs."""
     for number, message in enumerate(request.messages):
         content = message.get("content")
         for part_number, part in enumerate(content if isinstance(content, list) else ()):
             if part["type"] == "image_url":
-                yield f"messages[{number}].content[{part_number}]"
+                yield f"messages[{number}].content[{part_number}]", part["image_url"]["url"]

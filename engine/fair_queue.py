@@ -6,9 +6,10 @@ Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024): tokens se
 admission and those of the completion as they are made. A flow that waits again after a pause is lifted to the least of
 those that wait, so that nobody saves up a right to the whole engine.
 
-A flow holds at most `flow_slots` at once and is passed over meanwhile. It may have as many requests waiting as there
-are free places (the dynamic threshold of Choudhury and Hahne, 1998): alone it fills half the queue, two flows a third
-each, and a newcomer always finds a place. A request whose turn it is but which needs more slots than are free is
+A flow holds at most `flow_slots` at once and is passed over meanwhile. While others are about (they run, wait or have
+left within the last minute) it leaves `spare_slots` free for them as well. It may have as many requests waiting as
+there are free places (the dynamic threshold of Choudhury and Hahne, 1998): alone it fills half the queue, two flows a
+third each, and a newcomer always finds a place. A request whose turn it is but which needs more slots than are free is
 waited for: overtaken by small ones it might never run.
 
 Knows no engine, and of the event loop only the future that it resolves. Fails with EngineOverloaded.
@@ -30,6 +31,8 @@ PROMPT_WEIGHT, COMPLETION_WEIGHT = 1, 2
 """Cost of a token, as in the paper and about as on price lists: the prompt's are processed side by side."""
 _MAX_IDLE_FLOWS = 4096
 """Flows with nothing to do whose counters are remembered; forgetting one forgives what it was served before others."""
+_ABOUT_S = 60.0
+"""How long a flow that has left keeps a place for its return: a conversation's next turn, an agent's next step."""
 _FORECAST_S = 0.25  # how old a forecast may be: with a thousand waiting, one takes a millisecond
 
 
@@ -43,6 +46,8 @@ class _Flow:
     slots: int = 0
     running: set[Ticket] = field(default_factory=set)
     waiting: OrderedDict[Ticket, None] = field(default_factory=OrderedDict)
+    left_at: float = -math.inf
+    """When it last had nothing to do any more."""
 
     def counter(self) -> int:
         """Return the tokens served, weighted. Summed up when asked: that is far more seldom than tokens come."""
@@ -90,17 +95,22 @@ class FairQueue:
         *,
         slots: int | None,
         flow_slots: int | None,
+        spare_slots: int = 0,
         max_waiting: int,
         max_wait_s: float,
         clock: Callable[[], float],
         fair: bool = True,
     ) -> None:
-        """`slots` None means no bound. Unless `fair`, all requests are of one flow, which may fill the queue."""
+        """`slots` or `flow_slots` None means no bound.
+
+        Unless `fair`, all requests are of one flow, which may fill the queue.
+        """
         self.waiting = 0
         """Requests that wait."""
         self.slots_held = 0
         self._slots = math.inf if slots is None else slots
         self._flow_slots = min(self._slots, math.inf if flow_slots is None or not fair else flow_slots)
+        self._shared_flow_slots = min(self._flow_slots, self._slots - spare_slots if fair else math.inf)
         self._max_waiting = max_waiting
         self._max_wait_s = max_wait_s
         self._clock = clock
@@ -127,7 +137,7 @@ class FairQueue:
         if flow is None:
             flow = self._flows[key] = self._idle.pop(key) if key in self._idle else _Flow(*key)
         # What asks for more than it could ever have gets all there is; the engine runs the rest behind.
-        slots = int(max(1, min(prepared.n, self._flow_slots)))
+        slots = int(max(1, min(prepared.n, self._shared_flow_slots)))
         self._number += 1
         ticket = Ticket(prepared, self._number, slots, self._clock(), self, flow)
         if not flow.waiting:
@@ -154,6 +164,7 @@ class FairQueue:
         self._admit_waiting()
         key = flow.priority, flow.name
         if not flow.running and not flow.waiting and self._flows.get(key) is flow:
+            flow.left_at = self._clock()
             self._idle[key] = self._flows.pop(key)
             if len(self._idle) > _MAX_IDLE_FLOWS:
                 self._idle.popitem(last=False)
@@ -175,9 +186,17 @@ class FairQueue:
             # Without contention what runs now is left out: summing it up for every request would be its main cost.
             flow.base = max(flow.base, last.base)
 
+    def _most_slots(self) -> float:
+        """Return how many slots one of the flows that are not idle may hold now."""
+        if len(self._flows) > 1:
+            return self._shared_flow_slots
+        last = next(reversed(self._idle.values()), None)
+        about = last is not None and self._clock() - last.left_at < _ABOUT_S
+        return self._shared_flow_slots if about else self._flow_slots
+
     def _fits(self, ticket: Ticket) -> bool:
         flow = ticket._flow
-        return self.slots_held + ticket.slots <= self._slots and flow.slots + ticket.slots <= self._flow_slots
+        return self.slots_held + ticket.slots <= self._slots and flow.slots + ticket.slots <= self._most_slots()
 
     def _admit_waiting(self) -> None:
         while self._backlog and self.slots_held < self._slots:
@@ -194,7 +213,8 @@ class FairQueue:
     def _next(self) -> Ticket | None:
         """Return the request whose turn it is, if there are slots for it."""
         heads = [(flow, flow.head()) for flow in self._backlog.values()]
-        ready = [(flow, head) for flow, head in heads if flow.slots + head.slots <= self._flow_slots]
+        most_slots = self._most_slots()
+        ready = [(flow, head) for flow, head in heads if flow.slots + head.slots <= most_slots]
         if not ready:
             return None
         _, ticket = min(ready, key=lambda pair: (pair[0].priority, pair[0].counter(), pair[1].number))
@@ -240,7 +260,7 @@ class FairQueue:
 
     def _predict_s(self, place: int, index: int) -> float:
         """Return in how long as many requests will have finished as are in front: of all, or of the flow itself."""
-        return self._pace.slot_s() * max(place / self._slots, (index + 1) / self._flow_slots)
+        return self._pace.slot_s() * max(place / self._slots, (index + 1) / self._most_slots())
 
     def _forecast(self) -> None:
         """Play the queue forward, as if every request cost what the last ones cost on average."""
@@ -268,7 +288,7 @@ class FairQueue:
             wait_s = self._predict_s(bisect_left(self._line, tag) + 1, index)
         until_hope_s = wait_s - self._max_wait_s
         if free <= 0:
-            next_s = self._pace.slot_s() / min(self._slots, self._flow_slots * len(self._backlog))
+            next_s = self._pace.slot_s() / min(self._slots, self._most_slots() * len(self._backlog))
             return _overloaded("full", max(next_s, until_hope_s))
         if self._fair and index >= free:
             return _overloaded("share", max(self.wait_s(flow.head()), until_hope_s))

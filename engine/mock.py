@@ -112,6 +112,8 @@ class MockEngine:
         self.counters = Usage()
         """Totals over all generations, as vLLM's Prometheus counters would have them."""
         self.unfinished_requests = 0
+        self.cpu_time: float | None = None
+        """What `cpu_time_s` returns: None for an engine without processes, as this one is."""
 
     async def start(self) -> None:
         await asyncio.sleep(self._start_s)
@@ -130,6 +132,9 @@ class MockEngine:
     def freeze(self) -> None:
         """Stop answering without dying."""
         self._frozen = True
+
+    def cpu_time_s(self) -> float | None:
+        return self.cpu_time
 
     async def check_health(self) -> None:
         if self._frozen:

@@ -2,12 +2,19 @@
 
 The chat template decides, because it teaches the model its own format and travels with fine-tunes; the model's type
 comes second. The names are vLLM 0.32's. Leaves out models whose format neither tells: name their parsers in the
-configuration.
+configuration. vLLM is imported only when it is asked for its own parsers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Container
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from engine.base import EngineError
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
 
 # Marks in a chat template, most particular first, and the tool parser that reads what they teach.
 _TOOL_MARKS = (
@@ -80,3 +87,54 @@ def find_reasoning_parser(model_type: str, chat_template: str, vocabulary: Conta
         # DeepSeek's hybrids: unless asked to think, their prompt has closed the thinking already.
         return "deepseek_v3"
     return _REASONING_MODEL_TYPES.get(model_type, "deepseek_r1")
+
+
+def find_parsers(model_config: ModelConfig, tool: str | None, reasoning: str | None) -> tuple[str | None, str | None]:
+    """Return the names of the tool parser and the reasoning parser of a model.
+
+    None finds it from the model's own files, "" does without. Raises EngineError about one that vLLM does not know or
+    the model can't use: better now than when its weights are loaded.
+    """
+    from vllm.parser import ParserManager
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    tokenizer: Any = cached_tokenizer_from_config(model_config)
+    found = _find_parsers(model_config, tokenizer)
+    tool = found[0] if tool is None else tool or None
+    reasoning = found[1] if reasoning is None else reasoning or None
+    harmony = model_config.hf_config.model_type == "gpt_oss"
+    try:
+        parser_cls: Any = ParserManager.get_parser(
+            tool, reasoning, enable_auto_tools=bool(tool), is_harmony=harmony, tokenizer=tokenizer
+        )
+        if parser_cls is not None:
+            parser_cls(tokenizer, None, model_config=model_config)
+            if tool:
+                _try_tool(parser_cls, tokenizer, model_config)
+    except Exception as error:  # parsers raise all sorts on tokens that a vocabulary lacks
+        raise EngineError(f"tool_parser {tool!r} with reasoning_parser {reasoning!r}: {error}") from error
+    return tool, reasoning
+
+
+def _try_tool(parser_cls: Any, tokenizer: Any, model_config: ModelConfig) -> None:
+    """Offer a tool once: shows a library that the parser needs and does not fit this vLLM (mistral-common 1.13)."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+    tool = {"type": "function", "function": {"name": "try", "parameters": {"type": "object", "properties": {}}}}
+    request = ChatCompletionRequest(messages=[{"role": "user", "content": "try"}], tools=[tool], tool_choice="auto")
+    try:
+        parser_cls(tokenizer, request.tools, model_config=model_config).adjust_request(request=request)
+    except Exception as error:
+        what = "the parser fails on a request with tools"
+        if "mistral" in type(tokenizer).__module__:
+            what += f", perhaps because mistral-common {version('mistral-common')} does not fit this vLLM"
+        raise EngineError(f"{what}: {error}") from error
+
+
+def _find_parsers(model_config: ModelConfig, tokenizer: Any) -> tuple[str | None, str | None]:
+    template = getattr(tokenizer, "chat_template", None) or ""
+    if isinstance(template, dict):  # several by name
+        template = template.get("tool_use") or template.get("default") or ""
+    model_type = str(model_config.hf_config.model_type)
+    vocabulary = tokenizer.get_vocab()
+    return find_tool_parser(model_type, template), find_reasoning_parser(model_type, template, vocabulary)

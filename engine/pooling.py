@@ -10,17 +10,18 @@ import asyncio
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any
 
-from engine.async_llm import AsyncLLMEngine, invalid_request
+from engine.async_llm import AsyncLLMEngine
 from engine.base import (
     Delta,
     EmbeddingRequest,
-    EngineDied,
     EngineError,
+    EngineOverloaded,
     GenerationRequest,
     InvalidRequest,
     Prepared,
     no_generation,
 )
+from engine.client_errors import client_errors
 from engine.rendering import COUNTED_CONTEXTS, counted, detokenize
 
 if TYPE_CHECKING:
@@ -43,9 +44,8 @@ class PoolingEngine(AsyncLLMEngine):
         from vllm.exceptions import VLLMValidationError
         from vllm.pooling_params import PoolingParams
 
-        llm = self._running()
         params = PoolingParams(task="embed", dimensions=request.dimensions)
-        with invalid_request("input"):
+        with self._while_running() as llm, client_errors("input"):
             prompts = await self._render(llm, request)
         try:
             params.verify(llm.model_config)
@@ -81,28 +81,30 @@ class PoolingEngine(AsyncLLMEngine):
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _embed_one(self, request_id: str, prompt: Any, params: PoolingParams, prepared: Prepared) -> list[float]:
+        from vllm.exceptions import GracefulHTTPError
+
         llm = self._running()
-        collector = None
+        collector: Any = None
         finished = False
         try:
-            with invalid_request():
-                trace_headers = self._trace_headers(prepared)
-                collector = await llm.add_request(request_id, prompt, params, trace_headers=trace_headers)
+            trace_headers = self._trace_headers(prepared)
+            with client_errors("input"):
+                async with self._core_answer():
+                    collector = await llm.add_request(request_id, prompt, params, trace_headers=trace_headers)
             self._collectors.add(collector)
             output: Any = collector.get_nowait() or await collector.get()
             finished = True
+        except GracefulHTTPError as error:  # vLLM's own admission control
+            raise EngineOverloaded(str(error)) from error
         except EngineError:
-            finished = True
             raise
         except Exception as error:  # what the core died of arrives here, in any type
-            finished = True
-            raise EngineDied("The engine failed during generation.") from error
+            raise self._failure(llm, error) from error
         finally:
-            if collector is not None:
-                self._collectors.discard(collector)
-            if not finished and not llm.errored:
-                await llm.abort(request_id)
-                if collector is not None and (rest := collector.get_nowait()) is not None:
+            self._collectors.discard(collector)
+            if not finished:
+                rest = await self._abort(llm, request_id, collector)
+                if rest is not None:
                     self._count(prepared, rest)
         self._count(prepared, output)
         vector: list[float] = output.outputs.data.tolist()
@@ -125,14 +127,14 @@ class PoolingEngine(AsyncLLMEngine):
     async def tokenize(self, request: GenerationRequest) -> list[int]:
         if request.prompt is None:
             raise no_generation()
-        llm = self._running()
         texts = EmbeddingRequest(request_id=request.request_id, inputs=[request.prompt])
-        with counted("prompt", llm.model_config), invalid_request("prompt"):
+        with self._while_running() as llm, counted("prompt", llm.model_config), client_errors("prompt"):
             (prompt,) = await self._render(llm, texts, COUNTED_CONTEXTS)
         return list(prompt["prompt_token_ids"])
 
     async def detokenize(self, token_ids: list[int]) -> str:
-        return await detokenize(self._running().renderer, token_ids)
+        with self._while_running() as llm:
+            return await detokenize(llm.renderer, token_ids)
 
 
 def _dimensions_text(llm: AsyncLLM, wanted: int | None) -> str:

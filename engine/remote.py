@@ -384,6 +384,9 @@ class RemoteEngine:
         """Raise EngineUnavailable only when not running; see the module."""
         self._upstream.running()
 
+    def cpu_time_s(self) -> float | None:
+        return None  # its processes are elsewhere
+
     async def close(self) -> None:
         for watch in self._watches:
             watch.cancel()

@@ -19,12 +19,11 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import orjson
+from pydantic import ValidationError
 
-from engine.async_llm import invalid_request
 from engine.base import (
     Delta,
     EngineDied,
-    EngineError,
     FinishReason,
     GenerationRequest,
     InvalidRequest,
@@ -32,7 +31,7 @@ from engine.base import (
     ToolCallDelta,
     Usage,
 )
-from engine.parsers import find_reasoning_parser, find_tool_parser
+from engine.client_errors import client_errors
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -64,40 +63,28 @@ _MAX_WHITE_SPACE = 20
 """Characters in one place: a new line, and an indentation that nobody exceeds."""
 _SOURCE = re.compile(r"\[[\d:]+\] \S+:\d+: ")
 """Where in its own source a compiler of grammars gave up."""
+_ESCAPE = re.compile(
+    r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?P<half>\\u[dD][89a-fA-F][0-9a-fA-F]{2})|\\."
+)
+"""An escape in a JSON string, whole or half a surrogate pair."""
 
 
-def find_parsers(model_config: ModelConfig, tool: str | None, reasoning: str | None) -> tuple[str | None, str | None]:
-    """Return the names of the tool parser and the reasoning parser of a model.
+def keep_images(llm: AsyncLLM, cache_gb: float | None) -> None:
+    """Give the renderer a cache of processed images of its own; None takes vLLM's default size.
 
-    None finds it from the model's own files, "" does without. Raises EngineError about one that vLLM does not know or
-    the model can't use: better now than when its weights are loaded.
+    vLLM's cache is in two halves, here and in the core, and the core is sent each image once. That assumes that every
+    image rendered reaches the core, in that order. Here a request may be refused, left, reordered or only counted
+    after it was rendered, and then the core misses the image for everybody who sends it. So the engine is built
+    without that cache, and images are kept here whole, as vLLM does for several front ends.
     """
-    from vllm.parser import ParserManager
-    from vllm.tokenizers import cached_tokenizer_from_config
+    from vllm.config.multimodal import MultiModalConfig
+    from vllm.multimodal.cache.factories import processor_only_cache_from_config
 
-    tokenizer: Any = cached_tokenizer_from_config(model_config)
-    found = _find_parsers(model_config, tokenizer)
-    tool = found[0] if tool is None else tool or None
-    reasoning = found[1] if reasoning is None else reasoning or None
-    harmony = model_config.hf_config.model_type == "gpt_oss"
-    try:
-        parser_cls: Any = ParserManager.get_parser(
-            tool, reasoning, enable_auto_tools=bool(tool), is_harmony=harmony, tokenizer=tokenizer
-        )
-        if parser_cls is not None:
-            parser_cls(tokenizer, None, model_config=model_config)
-    except Exception as error:  # parsers raise all sorts on tokens that a vocabulary lacks
-        raise EngineError(f"tool_parser {tool!r} with reasoning_parser {reasoning!r}: {error}") from error
-    return tool, reasoning
-
-
-def _find_parsers(model_config: ModelConfig, tokenizer: Any) -> tuple[str | None, str | None]:
-    template = getattr(tokenizer, "chat_template", None) or ""
-    if isinstance(template, dict):  # several by name
-        template = template.get("tool_use") or template.get("default") or ""
-    model_type = str(model_config.hf_config.model_type)
-    vocabulary = tokenizer.get_vocab()
-    return find_tool_parser(model_type, template), find_reasoning_parser(model_type, template, vocabulary)
+    config = llm.model_config.multimodal_config
+    if config is None:
+        return
+    config.mm_processor_cache_gb = MultiModalConfig.mm_processor_cache_gb if cache_gb is None else cache_gb
+    llm.renderer._mm_processor_only_cache = processor_only_cache_from_config(llm.vllm_config)
 
 
 @dataclass(slots=True)
@@ -175,7 +162,7 @@ class Renderer:
             )
 
     async def _render_here(self, request: GenerationRequest, contexts: int) -> Rendered:
-        with invalid_request(request.prompt_param):
+        with client_errors(request.prompt_param):
             if request.prompt is None:
                 return await self._render_chat(request, contexts)
             return await self._render_prompt(request, contexts)
@@ -187,8 +174,10 @@ class Renderer:
 
         if request.tools and not self._takes_tools:
             raise InvalidRequest("This model can't call tools. Leave 'tools' out.", "tools")
-        chat = _of_contexts(ChatCompletionRequest, contexts)(**_fields(request, frozenset()))
-        rendered = await self._renderer.render_chat(chat)
+        fields = _fields(request, frozenset()) | {"messages": _with_whole_characters(request.messages)}
+        chat = _vllm_request(ChatCompletionRequest, contexts, **fields)
+        # Into the cache of this process alone, see keep_images.
+        rendered = await self._renderer.render_chat(chat, skip_mm_cache=True)
         if isinstance(rendered, ErrorResponse):
             raise InvalidRequest(rendered.error.message, rendered.error.param or "messages")
         (engine_input,) = rendered[1]
@@ -200,7 +189,9 @@ class Renderer:
             "reasoning_parser_kwargs": {"chat_template_kwargs": kwargs} if parser is not None else None,
         }
         prompt_tokens = extract_prompt_len(self._config, engine_input)
-        thoughtless = partial(self._make_parser, chat, reasons=False) if reasoning["reasoning_ended"] else None
+        # The grammar of Mistral's parser covers the thought too: it says "ended" though the prompt closed nothing.
+        closed = parser is not None and reasoning["reasoning_ended"] and not chat._grammar_from_parser
+        thoughtless = partial(self._make_parser, chat, reasons=False) if closed else None
         return Rendered(engine_input, prompt_tokens, chat, True, reasoning, _constraint(request), thoughtless)
 
     async def _render_prompt(self, request: GenerationRequest, contexts: int) -> Rendered:
@@ -210,7 +201,7 @@ class Renderer:
 
         logprobs = request.top_logprobs if request.logprobs else None
         fields = _fields(request, _CHAT_ONLY_FIELDS)
-        completion = _of_contexts(CompletionRequest, contexts)(prompt=request.prompt, logprobs=logprobs, **fields)
+        completion = _vllm_request(CompletionRequest, contexts, prompt=request.prompt, logprobs=logprobs, **fields)
         if isinstance(request.prompt, list):
             self._renderer.renderer.validate_token_ids(request.prompt, parameter="prompt")
         rendered = await self._renderer.render_completion(completion)
@@ -224,7 +215,7 @@ class Renderer:
         """Return vLLM's sampling parameters: only after rendering, where its parsers may change the request."""
         _bound_white_space(rendered.request)
         try:
-            with invalid_request():
+            with client_errors():
                 params: SamplingParams = rendered.request.to_sampling_params(max_tokens, self._default_sampling_params)
         except InvalidRequest as error:
             if str(error).startswith("n must be 1"):
@@ -328,7 +319,8 @@ class ChoiceReader:
         if delta.reasoning and not self._thought:
             # Where vLLM merged deltas, some of its parsers leave in what opens the thought.
             self._thought = True
-            delta.reasoning = delta.reasoning.removeprefix(self._parser.reasoning_parser.reasoning_start_str or "")
+            if (reasoning_parser := self._parser.reasoning_parser) is not None:
+                delta.reasoning = delta.reasoning.removeprefix(reasoning_parser.reasoning_start_str or "")
         delta.tool_calls = [
             ToolCallDelta(
                 call.index,
@@ -379,7 +371,7 @@ async def detokenize(renderer: Any, token_ids: list[int]) -> str:
     from vllm.inputs import TokensPrompt
     from vllm.renderers import TokenizeParams
 
-    with invalid_request():
+    with client_errors():
         renderer.validate_token_ids(token_ids, parameter="tokens")
         params = TokenizeParams(max_total_tokens=None, needs_detokenization=True)
         prompt = await renderer.tokenize_prompt_async(TokensPrompt(prompt_token_ids=token_ids), params)
@@ -390,7 +382,7 @@ async def detokenize(renderer: Any, token_ids: list[int]) -> str:
 def naming_constraint(param: str | None) -> Iterator[None]:
     """Name `param` in what vLLM says about a grammar that can't be compiled, and keep its own source out of it."""
     try:
-        with invalid_request():
+        with client_errors():
             yield
     except InvalidRequest as error:
         if error.param is not None or param is None:
@@ -447,6 +439,42 @@ def _bound_white_space(request: Any) -> None:
     tag = orjson.loads(bound.structural_tag)
     walk(tag)
     request.structured_outputs = dataclasses.replace(bound, structural_tag=orjson.dumps(tag).decode())
+
+
+def _with_whole_characters(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages whose calls have no half surrogate pairs in their arguments.
+
+    Models write such escapes, and clients send back what the model wrote. vLLM reads the JSON and its tokenizer then
+    fails on what is no character.
+    """
+    whole = []
+    for message in messages:
+        calls = message.get("tool_calls")
+        if isinstance(calls, list) and any("\\ud" in _arguments(call).lower() for call in calls):
+            message = message | {"tool_calls": [_with_whole_arguments(call) for call in calls]}
+        whole.append(message)
+    return whole
+
+
+def _with_whole_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    arguments = _ESCAPE.sub(lambda match: "\\ufffd" if match["half"] else match[0], _arguments(call))
+    return call | {"function": call["function"] | {"arguments": arguments}}
+
+
+def _arguments(call: dict[str, Any]) -> str:
+    arguments = call.get("function", {}).get("arguments")
+    return arguments if isinstance(arguments, str) else ""
+
+
+def _vllm_request(request_class: Any, contexts: int, **fields: Any) -> Any:
+    """Return vLLM's form of a request. Raises InvalidRequest for a field that vLLM's own schema refuses."""
+    try:
+        return _of_contexts(request_class, contexts)(**fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        param = str(first["loc"][0]) if first["loc"] else None
+        what = str(first["msg"]).removeprefix("Value error, ").rstrip(".")
+        raise InvalidRequest(f"Invalid value for '{param}': {what}." if param else f"{what}.", param) from error
 
 
 @cache

@@ -1,7 +1,9 @@
 """An engine that is watched, and built anew when it dies or hangs.
 
-`SupervisedEngine` is an `Engine` around a factory of engines. It asks the current one for its health every second;
-no answer within `engine_stall_s` counts as dead, which is how a frozen core is found. A dead engine is closed, which
+`SupervisedEngine` is an `Engine` around a factory of engines. It asks the current one for its health every second.
+An engine that for `engine_stall_s` neither answers nor uses CPU time counts as dead, which is how a frozen core is
+found. One that does not answer but works, because it compiles or captures graphs, has `engine_busy_s`; that bound is
+for a core that spins without getting anywhere, as one does whose GPU hangs. A dead engine is closed, which
 ends its running generations with EngineDied, and a new one is built in the same process. More than
 `max_engine_restarts` within `restart_window_s`, or a first start that fails, is final: `failed` is set, and whoever
 owns the process should end it so that a supervisor outside takes over. A lazy engine stays idle until the first
@@ -35,6 +37,9 @@ State = Literal["idle", "loading", "starting", "ready", "restarting", "failed", 
 Cause = Literal["died", "stalled", "load"]
 """Why an engine was built anew; `load` is a lazy one that did not come up."""
 
+_BUSY_SHARE = 0.05
+"""Of one CPU: a core that compiles takes all of it, even on a crowded machine; one that waits takes none."""
+
 _SENTENCES: dict[State, str] = {
     "idle": "The engine has not been loaded yet.",
     "loading": "The engine is being loaded. Try again shortly.",
@@ -55,6 +60,7 @@ class SupervisedEngine:
         *,
         lazy: bool = False,
         engine_stall_s: float = 20.0,
+        engine_busy_s: float = 300.0,
         max_engine_restarts: int = 3,
         restart_window_s: float = 600.0,
         check_every_s: float = 1.0,
@@ -75,6 +81,7 @@ class SupervisedEngine:
         self._unused = True  # the engine that was built first has not been started yet
         self._engine = build()
         self._engine_stall_s = engine_stall_s
+        self._engine_busy_s = engine_busy_s
         self._max_engine_restarts = max_engine_restarts
         self._restart_window_s = restart_window_s
         self._check_every_s = check_every_s
@@ -191,6 +198,9 @@ class SupervisedEngine:
     async def check_health(self) -> None:
         await self._ready().check_health()
 
+    def cpu_time_s(self) -> float | None:
+        return self._engine.cpu_time_s()
+
     async def close(self) -> None:
         for task in (self._loading, self._watch):
             if task is not None:
@@ -217,18 +227,47 @@ class SupervisedEngine:
                 async with asyncio.timeout(self._check_every_s):
                     await self._died.wait()
             self._died.clear()
-            try:
-                async with asyncio.timeout(self._engine_stall_s):
-                    await self._engine.check_health()
-            except TimeoutError:
-                cause: Cause = "stalled"
-                log.error("engine %s has not answered for %g s", self.name, self._engine_stall_s)
-            except Exception as error:  # one that can't even be asked is dead
-                cause = "died"
-                log.error("engine %s is dead: %s", self.name, error)
-            else:
-                continue
-            await self._restart(cause)
+            if (cause := await self._examine()) is not None:
+                await self._restart(cause)
+
+    async def _examine(self) -> Cause | None:
+        """Ask the engine for its health. Returns what is wrong with it, if anything is."""
+        asked = asyncio.ensure_future(self._engine.check_health())
+        try:
+            silent_s = await self._await_sign(asked)
+            if asked.done():
+                await asked
+                return None
+            log.error("engine %s has not answered for %g s", self.name, silent_s)
+            return "stalled"
+        except Exception as error:  # one that can't even be asked is dead
+            log.error("engine %s is dead: %s", self.name, error)
+            return "died"
+        finally:
+            asked.cancel()
+            await asyncio.gather(asked, return_exceptions=True)
+
+    async def _await_sign(self, asked: asyncio.Future[None]) -> float:
+        """Wait until `asked` is answered, or the engine counts as stalled. Returns how many seconds it was silent.
+
+        Waits in steps and counts those: an event loop that was held up itself has still asked only once.
+        """
+        step_s = min(self._check_every_s, self._engine_stall_s / 4)
+        most_s = max(self._engine_busy_s, self._engine_stall_s)
+        silent_s = idle_s = 0.0
+        used_s: float | None = None
+        noted = False
+        while idle_s < self._engine_stall_s and silent_s < most_s:
+            if (await asyncio.wait([asked], timeout=step_s))[0]:
+                break
+            used_before_s, used_s = used_s, self._engine.cpu_time_s()
+            works = used_s is not None and used_before_s is not None and used_s - used_before_s >= _BUSY_SHARE * step_s
+            silent_s += step_s
+            idle_s = 0.0 if works else idle_s + step_s
+            if works and silent_s >= self._engine_stall_s and not noted:
+                noted = True
+                log.warning("engine %s has not answered for %g s, but works", self.name, silent_s)
+        return silent_s
 
     def _spend_restart(self, cause: Cause, reason: Exception | None = None) -> bool:
         """Take one restart from the budget, or give up for good, for `reason` if one is known."""

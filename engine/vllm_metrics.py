@@ -7,6 +7,7 @@ by name. Leaves out the metrics of engines that were closed.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterable
 from typing import Any
@@ -23,6 +24,8 @@ class _Engines(Collector):
         self.process = CollectorRegistry()
         """What counts for the whole process, and stays when an engine goes."""
         self.registries: list[CollectorRegistry] = [self.process]
+        self.names: dict[CollectorRegistry, str] = {}
+        """The label `model_name` of each engine's metrics."""
         self.lock = threading.Lock()
         """Engines are built in threads, side by side."""
 
@@ -41,6 +44,20 @@ class _Engines(Collector):
 
 _engines = _Engines()
 REGISTRY.register(_engines)
+
+
+def claim_name(registry: CollectorRegistry, wanted: str | list[str]) -> str:
+    """Return the name for an engine's metrics: `wanted`, with a number behind it if a running engine has that name.
+
+    Two engines of one name would give every series twice, and Prometheus refuses such a page whole. Of several names
+    vLLM shows the first.
+    """
+    first = wanted if isinstance(wanted, str) else wanted[0]
+    with _engines.lock:
+        taken = {name for other, name in _engines.names.items() if other is not registry}
+        candidates = itertools.chain([first], (f"{first}-{number}" for number in itertools.count(2)))
+        _engines.names[registry] = name = next(name for name in candidates if name not in taken)
+    return name
 
 
 def stat_logger(registry: CollectorRegistry) -> type[Any]:
@@ -72,6 +89,8 @@ def _take_over(registry: CollectorRegistry) -> None:
 
 
 def drop_metrics(registry: CollectorRegistry) -> None:
-    """Show the metrics of a closed engine no more."""
+    """Show the metrics of a closed engine no more, and free its name."""
+    with _engines.lock:
+        _engines.names.pop(registry, None)
     if registry in _engines.registries:
         _engines.registries.remove(registry)

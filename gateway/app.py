@@ -204,6 +204,7 @@ def build_engines(config: Config, environment: Mapping[str, str] = os.environ) -
                 _queued(_factory(name, settings, environment), settings.admission),
                 lazy=settings.lazy,
                 engine_stall_s=settings.engine_stall_s,
+                engine_busy_s=settings.engine_busy_s,
                 max_engine_restarts=settings.max_engine_restarts,
                 restart_window_s=settings.restart_window_s,
             )

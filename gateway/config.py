@@ -79,8 +79,9 @@ class AdmissionSettings(_Settings):
     max_wait_s: float = Field(300.0, gt=0)
     """Longest wait, measured or predicted; more is refused. Half of what the OpenAI SDKs wait for an answer."""
     in_flight_per_key: int | None = Field(None, ge=1)
-    """Sequences that one key may have in the engine at once; null leaves one eighth, at least one, to others, so that a
-    newcomer need not wait until one of a flood's generations ends."""
+    """Sequences that one key may have in the engine at once. null leaves one eighth, at least one, to others while
+    other keys are about (within the last minute), so that they need not wait until one of a flood's generations
+    ends."""
     max_in_flight: int | None = Field(None, ge=1)
     """Sequences in the engine at once; null means as many as it runs, its `max_num_seqs`. A remote engine tells none
     and has no bound."""
@@ -92,7 +93,10 @@ class _EngineSettings(_Settings):
     admission: AdmissionSettings = AdmissionSettings()
     """The queue in front of the engine."""
     engine_stall_s: float = Field(20.0, gt=0)
-    """Seconds without an answer from the engine core after which it counts as dead. Must exceed its longest step."""
+    """Seconds for which the engine core may neither answer nor use CPU time; then it counts as dead."""
+    engine_busy_s: float = Field(300.0, gt=0)
+    """Seconds for which a core that uses CPU time may leave the gateway without an answer: it compiles kernels or
+    captures CUDA graphs. After that it counts as dead too, because a core whose GPU hangs spins as well."""
     max_engine_restarts: int = Field(3, ge=0)
     """Restarts allowed within `restart_window_s`; one more failure ends the process, so that a supervisor sees it."""
     restart_window_s: float = Field(600.0, gt=0)

@@ -81,14 +81,20 @@ async def test_death_of_one_rank_is_the_engines(parallel: EmbeddedEngine) -> Non
         await anext(stream)
     dead, *others = parallel._core_processes()
 
+    waiting = asyncio.create_task(parallel.check_health())
+    await asyncio.sleep(0)
     dead.kill()
-    dead.join()
-
-    with pytest.raises(EngineUnavailable, match="core has died"):
-        await asyncio.wait_for(parallel.check_health(), 30)
-    await parallel.close()
     for stream in streams:
         with pytest.raises(EngineDied):
             async for _ in stream:
                 pass
+    await asyncio.wait([waiting], timeout=10)
+    assert waiting.done(), "nobody waits for a rank that will never answer"
+    dead.join()
+    with pytest.raises(EngineDied):
+        await answer(parallel, HELLO)
+
+    with pytest.raises(EngineUnavailable, match="core has died"):
+        await asyncio.wait_for(parallel.check_health(), 30)
+    await parallel.close()
     await until(lambda: not set(others) & set(multiprocessing.active_children()), within_s=10)

@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY
 
-from engine.base import EngineUnavailable, GenerationRequest, InvalidRequest, Prepared
+from engine.base import (
+    Delta,
+    EngineDied,
+    EngineError,
+    EngineUnavailable,
+    GenerationRequest,
+    InvalidRequest,
+    Prepared,
+)
 from engine.demo import WEIGHTS, Exchange, corpus
 from engine.embedded import EmbeddedEngine
 
@@ -107,6 +115,37 @@ async def test_closing_the_generator_early_aborts(engine: EmbeddedEngine) -> Non
         await anext(deltas)
         assert engine.unfinished_requests == 1
     assert engine.unfinished_requests == 0
+
+
+@pytest.mark.parametrize("failure", [InvalidRequest("it is too complex"), EngineError("x"), EngineDied("x")], ids=repr)
+async def test_failure_of_one_choice_ends_its_siblings(
+    engine: EmbeddedEngine, monkeypatch: pytest.MonkeyPatch, failure: EngineError
+) -> None:
+    make = engine._readers
+
+    def readers(prepared: Prepared) -> Any:
+        made = make(prepared)
+
+        def read(choice: Any, *_: Any, **__: Any) -> Delta:
+            seen.append(choice)
+            if len(seen) < 4:
+                return Delta("")
+            raise failure
+
+        monkeypatch.setattr(made[1], "read", read)
+        return made
+
+    seen: list[Any] = []
+    monkeypatch.setattr(engine, "_readers", readers)
+    before = counter("generation_tokens_total")
+    prepared = await engine.prepare(request(STORY, stream=True, n=3, temperature=1, ignore_eos=True, max_tokens=1500))
+    with pytest.raises(type(failure)):
+        async for _ in engine.generate(prepared):
+            pass
+
+    assert engine.unfinished_requests == 0
+    assert 0 < prepared.usage.completion_tokens < 3 * 1500
+    assert counter("generation_tokens_total") - before == prepared.usage.completion_tokens
 
 
 async def test_abort_before_the_prompt_is_processed_costs_nothing(engine: EmbeddedEngine) -> None:

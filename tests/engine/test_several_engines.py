@@ -43,7 +43,8 @@ def counts(name: str) -> dict[str, float]:
 @pytest.fixture(scope="module")
 async def others(anyio_backend: str, engine: EmbeddedEngine) -> AsyncIterator[tuple[EmbeddedEngine, PoolingEngine]]:
     """Two more engines, started at the same time, beside the one of all tests."""
-    second = EmbeddedEngine("demo", {"max_model_len": 1024, "served_model_name": ["second"]}, tool_parser="")
+    # By the same name as the one of all tests: what is shown is made unique.
+    second = EmbeddedEngine("demo", {"max_model_len": 1024, "served_model_name": ["demo"]}, tool_parser="")
     pooling = PoolingEngine("demo", {"max_model_len": 512, "convert": "embed", "served_model_name": ["pooling"]})
     await asyncio.gather(second.start(), pooling.start())
     yield second, pooling
@@ -64,8 +65,8 @@ async def test_each_counts_for_itself_on_one_page(
     assert len(same) > 50
     made = {name: value - generated.get(name, 0) for name, value in counts("generation_tokens_total").items()}
     read = {name: value - prompts.get(name, 0) for name, value in counts("prompt_tokens_total").items()}
-    expected: dict[str, Any] = {"demo": first_cost.usage, "second": second_cost.usage, "pooling": embedded.usage}
-    assert {"demo", "second", "pooling"} <= made.keys() & read.keys()
+    expected: dict[str, Any] = {"demo": first_cost.usage, "demo-2": second_cost.usage, "pooling": embedded.usage}
+    assert {"demo", "demo-2", "pooling"} <= made.keys() & read.keys()
     for name, usage in expected.items():
         assert (made[name], read[name]) == (usage.completion_tokens, usage.prompt_tokens), name
 
@@ -118,7 +119,7 @@ async def test_closing_one_leaves_the_others(
     with pytest.raises(EngineUnavailable):
         await second.check_health()
     before = counts("generation_tokens_total")
-    assert "second" not in before
+    assert "demo-2" not in before
     assert {"demo", "pooling"} <= before.keys()
 
     _, cost = await story

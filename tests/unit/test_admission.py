@@ -196,16 +196,70 @@ def test_an_eighth_is_spare(slots: int, spare: int) -> None:
     assert spare_slots(slots) == spare
 
 
-async def test_newcomer_need_not_wait_for_a_flood() -> None:
+async def test_flow_that_is_alone_may_have_the_whole_batch() -> None:
     over = await front(slots=8, in_flight_per_flow=None)
     for number in range(20):
         await over.ask(f"a{number}")
+
+    assert len(over.running) == 8
+    await over.finish("a0")
+    assert len(over.running) == 8
+
+
+async def test_flow_that_comes_back_need_not_wait_for_a_flood() -> None:
+    clock = FakeClock()
+    over = await front(slots=8, in_flight_per_flow=None, clock=clock)
+    await over.ask("b1")
+    await over.finish("b1")
+    for number in range(20):
+        await over.ask(f"a{number}")
+    assert len(over.running) == 7, "one slot is left to those who were here within the last minute"
+
+    await over.ask("b2")
+    assert over.running[-1] == "b2"
+    await over.finish("b2")
     assert len(over.running) == 7
 
-    await over.ask("b1")
+    clock.advance(61)
+    await over.finish("a0")
+    assert len(over.running) == 8, "nobody else has been here for a minute"
 
-    assert over.running[-1] == "b1"
+
+async def test_slots_of_a_lone_flow_go_to_a_newcomer_as_they_become_free() -> None:
+    over = await front(slots=8, in_flight_per_flow=None)
+    for number in range(20):
+        await over.ask(f"a{number}")
+    await over.ask("b1")
+    await over.ask("b2")
     assert len(over.running) == 8
+
+    await over.finish("a0")
+    assert over.running[-1] == "b1"
+    await over.finish("a1")
+    assert over.running[-1] == "b2"
+    await over.finish("b1")
+    await over.finish("b2")
+    assert len(over.running) == 7, "the flow that was alone is now held to its share"
+
+
+async def test_request_of_a_whole_batch_is_not_shut_out_by_others() -> None:
+    """A lone flow's request may ask for more than its share; it must still run once others are about."""
+    over = await front(slots=8, in_flight_per_flow=None)
+    await over.ask("b1")
+    await over.ask("a1", n=8)
+    await over.ask("b2")
+
+    await over.finish("b1")
+
+    assert "a1" in over.running
+
+
+async def test_share_that_was_set_holds_for_a_flow_that_is_alone() -> None:
+    over = await front(slots=8, in_flight_per_flow=3)
+    for number in range(20):
+        await over.ask(f"a{number}")
+
+    assert len(over.running) == 3
 
 
 async def test_embeddings_wait_in_the_same_line_and_take_a_slot_per_input() -> None:
@@ -316,7 +370,7 @@ async def test_flow_may_have_as_many_waiting_as_there_are_places_free() -> None:
 
 async def test_default_holds_five_hundred_of_one_flow() -> None:
     over = await front(slots=4, in_flight_per_flow=None)
-    for number in range(503):
+    for number in range(504):
         await over.ask(f"a{number}")
 
     assert over.engine.queued_requests == 500
@@ -324,11 +378,13 @@ async def test_default_holds_five_hundred_of_one_flow() -> None:
 
 async def test_free_slot_is_had_even_when_all_places_are_taken() -> None:
     over = await front(slots=8, in_flight_per_flow=None, max_queued_requests=0)
+    await over.ask("b1")
     for number in range(7):
         await over.ask(f"a{number}")
     assert refusal(await over.ask("a7")).reason == "full"
+    await over.finish("b1")
 
-    await over.ask("b1")
+    await over.ask("b2")
 
     assert len(over.running) == 8
 

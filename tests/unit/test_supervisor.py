@@ -187,6 +187,56 @@ async def test_frozen_engine_is_replaced_and_its_generations_end() -> None:
         assert await generate(engine)
 
 
+class Busy(MockEngine):
+    """Gives no answer, and uses CPU time as `share` of the time that passes between two looks at it says."""
+
+    share = 1.0
+
+    def cpu_time_s(self) -> float | None:
+        if self.cpu_time is not None:
+            self.cpu_time += SOON_S * self.share
+        return self.cpu_time
+
+
+async def test_engine_that_gives_no_answer_but_works_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    factory = Factory(Busy)
+    async with supervised(factory, engine_stall_s=4 * SOON_S, engine_busy_s=60) as engine:
+        busy = factory.built[0]
+        busy.cpu_time = 1.0
+        busy.freeze()
+        await until(lambda: (busy.cpu_time or 0) > 1.0 + 40 * SOON_S)
+        assert (engine.state, len(factory.built)) == ("ready", 1)
+        assert caplog.text.count("but works") == 1, "once, not with every look"
+
+        busy._frozen = False  # it has compiled
+        busy._dead.set()
+        await until(lambda: engine.state == "ready")
+        assert len(factory.built) == 1
+
+
+@pytest.mark.parametrize(
+    ("cpu_time", "share"), [(None, 0.0), (1.0, 0.0), (1.0, 0.02)], ids=["stopped", "idle", "ticks"]
+)
+async def test_engine_that_gives_no_answer_and_does_not_work_is_replaced(cpu_time: float | None, share: float) -> None:
+    factory = Factory(Busy)
+    async with supervised(factory, engine_stall_s=4 * SOON_S, engine_busy_s=60) as engine:
+        busy = factory.built[0]
+        assert isinstance(busy, Busy)
+        busy.cpu_time, busy.share = cpu_time, share
+        busy.freeze()
+        await replaced(engine, busy)
+        assert engine.restarts["stalled"] == 1
+
+
+async def test_engine_that_spins_for_too_long_is_replaced() -> None:
+    factory = Factory(Busy)
+    async with supervised(factory, engine_stall_s=4 * SOON_S, engine_busy_s=10 * SOON_S) as engine:
+        factory.built[0].cpu_time = 1.0
+        factory.built[0].freeze()
+        await replaced(engine, factory.built[0])
+        assert engine.restarts["stalled"] == 1
+
+
 async def test_requests_are_refused_while_restarting() -> None:
     slow = Slow()
     factory = Factory(MockEngine, lambda: slow)
