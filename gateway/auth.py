@@ -199,8 +199,8 @@ class Authenticator:
         """Return a key of the cache while that is good without the store. Raises Unavailable."""
         if time.monotonic() - self._confirmed_at <= self._cache_ttl_s:
             for cached in self._cache.values():
-                if cached.key_id == key_id:
-                    return cached
+                if cached.principal.key_id == key_id:
+                    return cached.principal
         raise Unavailable(_UNCHECKED, code="store_unavailable", retry_after_s=1.0)
 
     async def _identify(self, key: str, fingerprint: str) -> Principal | None:
