@@ -6,6 +6,7 @@ once when it ends.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Mapping
@@ -36,7 +37,7 @@ def refusal_of(error: BaseException) -> Refusal | None:
 
 
 class StoreState:
-    """See the module. `refused` is reported by whoever sees it, `learn` by a poll."""
+    """See the module. Refusals are reported by lanes as they see them, the rest by a poll."""
 
     def __init__(self, metrics: Metrics) -> None:
         self.refusal: Refusal | None = None
@@ -44,6 +45,9 @@ class StoreState:
         self._metrics = metrics
         self._ahead_s = time.time() - time.monotonic()
         self._memory = ""
+        self._crowded = False
+        self.changed = asyncio.Event()
+        """Set when the server stops taking writes, or takes them again."""
 
     def time_s(self) -> float:
         """Return the Unix time on the server's clock: this machine's until the server has told its own."""
@@ -67,20 +71,23 @@ class StoreState:
         else:
             log.error("the store can't write to its disk, and takes no writes; reads go on. See its log and its disk")
 
-    def learn(self, info: Mapping[str, Any], refusal: Refusal | None) -> None:
-        """Take what INFO memory says, and whether a write was refused just now."""
+    def remember(self, info: Mapping[str, Any]) -> None:
+        """Take what INFO memory says."""
         used = int(info.get("used_memory", 0)) - int(info.get("mem_not_counted_for_evict", 0) or 0)
         most = int(info.get("maxmemory", 0) or 0)
         self._metrics.store_memory_used.set(used)
         self._metrics.store_memory_max.set(most)
         self._memory = f" ({used / 2**20:.0f} of {most / 2**20:.0f} MiB)" if most else ""
-        if refusal is not None:
-            self.refused(refusal)
-        elif self.refusal == "disk" or (self.refusal == "full" and not (most and used >= _FREE * most)):
+        self._crowded = bool(most) and used >= _FREE * most
+
+    def accepted(self) -> None:
+        """Note that the server took a write of a few bytes."""
+        if self.refusal == "disk" or (self.refusal == "full" and not self._crowded):
             self._set(None)
             log.warning("the store takes writes again%s", self._memory)
 
     def _set(self, refusal: Refusal | None) -> None:
         self.refusal = refusal
+        self.changed.set()
         for reason in REFUSALS:
             self._metrics.store_writes_refused.labels(reason).set(reason == refusal)
