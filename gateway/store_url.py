@@ -5,6 +5,7 @@ Connections are made on first use. Raises StoreError for a URL that can't be use
 
 from __future__ import annotations
 
+import re
 from typing import Any, Protocol
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
@@ -17,6 +18,7 @@ from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
 
 from gateway.errors import StoreError
 
+_UNKNOWN_OPTION = re.compile(r"unexpected keyword argument '(\w+)'")
 _SENTINEL_PORT = 26379
 _SENTINEL_TIMEOUT_S = 1.0  # then the next Sentinel is asked
 _SENTINEL_TLS = "sentinel_tls"
@@ -38,7 +40,11 @@ def connect(url: str) -> Client:
             return _sentinel_primary(url)
         client = redis.Redis.from_url(url, decode_responses=True, retry=_no_retry())
         _check(client)
-    except (ValueError, TypeError, RedisError) as error:
+    except TypeError as error:
+        found = _UNKNOWN_OPTION.search(str(error))
+        reason = f"connections have no option {found[1]!r}" if found else str(error)
+        raise StoreError(f"the store's URL can't be used: {reason}") from error
+    except (ValueError, RedisError) as error:
         raise StoreError(f"the store's URL can't be used: {error}") from error
     return client
 

@@ -282,7 +282,8 @@ async def test_store_that_is_away(gateway: Gateway, count: Count, path: str, mon
         raise StoreUnavailable("gone")
 
     for name in ("run", "run_in_order", "try_in_order"):
-        monkeypatch.setattr(gateway.services.store, name, away)
+        for lane in (gateway.services.store, gateway.services.store.bulk):
+            monkeypatch.setattr(lane, name, away)
 
     assert await count(gateway, gateway.client.get(path)) == "store_unavailable"
 

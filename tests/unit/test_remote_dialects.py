@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import json
 import random
@@ -267,11 +268,15 @@ def test_long_document_in_many_lines_is_parsed_in_linear_time() -> None:
     for count in (2_000, 20_000):
         entries = [{"token": "a", "logprob": -0.5, "top_logprobs": [{"token": "b", "logprob": -1.5}]}] * count
         raw = json.dumps({"choices": [{"logprobs": {"content": entries}}]}, indent=2).encode()
-        began = time.perf_counter()
-        frames = Frames()
-        (frame,) = frames.feed(raw) + frames.end()
-        took_s.append(time.perf_counter() - began)
-        assert len(frame["choices"][0]["logprobs"]["content"]) == count
+        tries_s = []
+        for _ in range(3):
+            gc.collect()
+            began = time.process_time()
+            frames = Frames()
+            (frame,) = frames.feed(raw) + frames.end()
+            tries_s.append(time.process_time() - began)
+            assert len(frame["choices"][0]["logprobs"]["content"]) == count
+        took_s.append(min(tries_s))
 
     assert took_s[1] < 40 * took_s[0], "ten times as long a document"
 

@@ -394,9 +394,6 @@ def test_wrong_variable_is_one_line_that_names_it(place: Place, name: str, value
     assert name in line or value in line
 
 
-@pytest.mark.skipif(
-    not (ROOT / "gateway" / "store_url.py").exists(), reason="options of URLs are not checked at the start yet"
-)
 @pytest.mark.parametrize("url", ["redis://a?nonsense=1", "rediss://a?nonsense=1"])
 def test_unknown_option_of_the_stores_url_is_one_line(place: Place, url: str) -> None:
     assert "SHANNON_REDIS_URL" in refusal(place.serve(environment={"SHANNON_REDIS_URL": url}, folder=place.folder))
