@@ -279,7 +279,7 @@ def _path(report: Any, data: Any) -> str:
             path += f"[{part}]"
             data = data[part] if part < len(data) else None
         elif isinstance(data, dict) and (part in data or (report["type"] == "missing" and number == last)):
-            path += f".{part:.64}" if path else str(part)
+            path += f".{part:.64}" if path else f"{part:.64}"
             data = data.get(part)
     return path
 

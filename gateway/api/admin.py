@@ -28,7 +28,7 @@ async def create_key(request: Request, principal: Admin, services: AppServices) 
     for field, model_ids in (("models", spec.models or ()), ("limits", spec.limits)):
         for model_id in model_ids:
             if model_id not in services.config.models:
-                raise BadRequest(f"Invalid value for '{field}': there is no model {model_id!r}.", field)
+                raise BadRequest(f"Invalid value for '{field}': there is no model {model_id[:256]!r}.", field)
     record, key = await services.keys.create(spec)
     return record.public() | {"key": key}
 

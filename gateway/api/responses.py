@@ -103,7 +103,7 @@ async def list_input_items(
     items = record.input if order == "asc" else record.input[::-1]
     ids = [item["id"] for item in items]
     if after is not None and after not in ids:
-        raise BadRequest(f"The response has no input item {after!r}.", "after")
+        raise BadRequest(f"The response has no input item {after[:64]!r}.", "after")
     start = 0 if after is None else ids.index(after) + 1
     page = items[start : start + limit]
     return {

@@ -183,6 +183,28 @@ async def test_first_of_very_many_faults_is_told(
     assert sum(counts) <= 20, "pydantic makes few errors, of which one is told"
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/admin/keys", {"name": "a", "models": ["x" * 100_000]}),
+        ("/admin/keys", {"name": "a", "limits": {"x" * 100_000: {}}}),
+        ("/admin/keys", {"name": "a", "x" * 100_000: 1}),
+        ("/admin/keys", {"name": "a", "limits": {"m": {"x" * 100_000: 1}}}),
+        ("/v1/chat/completions", {"messages": HELLO, "logit_bias": {"x" * 100_000: 1}}),
+        ("/v1/chat/completions", {"messages": HELLO, "model": "x" * 100_000}),
+        ("/v1/responses", {"input": "hi", "metadata": {"x" * 100_000: "a"}}),
+        ("/v1/responses", {"input": "hi", "previous_response_id": "x" * 100_000}),
+        ("/api/v1/chat/submit", {"client_id": "x" * 100_000, "prompt": "hi"}),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+async def test_error_does_not_repeat_what_is_long(gateway: Gateway, path: str, body: dict[str, Any]) -> None:
+    response = await gateway.client.post(path, json=body)
+
+    assert response.status_code == 400
+    assert len(response.content) < 1000
+
+
 def text_of(size: int) -> str:
     return "word " * (size // 5)
 

@@ -110,3 +110,12 @@ def test_logprobs_of_all_deltas_are_joined() -> None:
 
 def test_the_last_reason_stays() -> None:
     assert answer(Delta("a", finish_reason="length"), Delta("")).finish_reason == "length"
+
+
+def test_logprobs_are_gathered_and_those_of_the_deltas_left_alone() -> None:
+    deltas = [Delta(text, logprobs=[TokenLogprob(text, 0.0, [])]) for text in ("a", "b")]
+    whole = answer(*deltas, Delta("c"))
+
+    assert whole.logprobs is not None
+    assert [entry.token for entry in whole.logprobs] == ["a", "b"]
+    assert [len(delta.logprobs or ()) for delta in deltas] == [1, 1]

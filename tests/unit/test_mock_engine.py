@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from typing import Any
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 
 from engine.base import (
     Delta,
@@ -18,7 +21,7 @@ from engine.base import (
     Prepared,
     Usage,
 )
-from engine.mock import Fault, MockEngine
+from engine.mock import Fault, MockEngine, _words
 from tests.conftest import HELLO, until
 
 pytestmark = pytest.mark.anyio
@@ -261,3 +264,26 @@ async def test_speed_is_seconds_per_token() -> None:
     await generate(engine)
 
     assert loop.time() - began >= 0.03  # 0.02 + 2 * 0.01, less the timer's grain
+
+
+@hypothesis.settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@hypothesis.given(text=st.text(alphabet="ab \n\t", max_size=40))
+def test_words_of_a_long_text_are_those_of_split(text: str) -> None:
+    """A text is read in pieces, so that its words never exist all at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engine.mock._PIECE_CHARS", 5)
+
+        assert list(_words(text)) == text.split()
+
+
+async def test_very_many_different_words_are_numbered_in_linear_time() -> None:
+    engine = await started()
+    times = []
+    for count in (20_000, 80_000):
+        prompt = " ".join(f"w{count}-{number}" for number in range(count))
+        before = time.process_time()
+        ids = await engine.tokenize(request(messages=[], prompt=prompt))
+        times.append(time.process_time() - before)
+        assert len(set(ids)) == count
+        assert await engine.detokenize(ids) == prompt
+    assert times[1] < 16 * times[0] + 0.05
