@@ -22,7 +22,7 @@ from gateway.config import ConfigError
 from gateway.data_dir import usable_data_dir
 from gateway.errors import StoreError
 from gateway.valkey import EmbeddedValkey
-from tests.command_line import NOBODY, ROOT, CommandLine, Outcome, command_line
+from tests.command_line import NOBODY, CommandLine, Outcome, command_line
 from tests.doctor_case import case as doctor_case
 from tests.store_server import StoreServer
 
@@ -421,12 +421,7 @@ def test_configuration_of_another_user_is_one_line(place: Place) -> None:
 
 # The address.
 
-listens_itself = pytest.mark.skipif(
-    not (ROOT / "gateway" / "listeners.py").exists(), reason="uvicorn binds, in its own words"
-)
 
-
-@listens_itself
 @pytest.mark.parametrize("host", ["nonsense host", "256.1.1.1", "192.0.2.7", "nowhere.invalid", ":::", "http://a"])
 def test_address_that_can_not_be_had_is_one_line(place: Place, host: str) -> None:
     outcome = place.serve(MINIMAL, "--host", host, folder=place.folder)
@@ -436,7 +431,6 @@ def test_address_that_can_not_be_had_is_one_line(place: Place, host: str) -> Non
     assert any(name in outcome.err.splitlines()[-1] for name in ("SHANNON_HOST", "server.host"))
 
 
-@listens_itself
 def test_port_that_is_taken_is_one_line(place: Place) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
