@@ -70,13 +70,14 @@ _MAX_SPACE_CHARS = 80
 class Link:
     """What stands behind `](` or `]:`: a destination, perhaps a title, and for a link a closing parenthesis."""
 
-    __slots__ = ("destination", "destination_end", "destination_start", "empty", "end", "nested", "ok")
+    __slots__ = ("broken", "destination", "destination_end", "destination_start", "empty", "end", "ok")
 
     def __init__(self) -> None:
         self.ok = False
         self.empty = False
-        self.nested = False
-        """Another link begins before this destination has ended."""
+        self.broken = False
+        """Some renderer may read it as a link, and it must not be one: another begins before this destination has
+        ended, or there are backticks in it, which decide elsewhere what is code."""
         self.destination = ""
         self.destination_start = self.destination_end = 0
         self.end: int | None = None
@@ -97,7 +98,10 @@ class Link:
         found = parseLinkDestination(text, start, limit if nested < 0 else nested)
         if nested >= 0 and (found.pos == nested if found.ok else text[start] not in ")\n"):
             # One link within another's destination: to read on from each of many would be quadratic.
-            link.nested = True
+            link.broken = True
+            return link
+        if found.ok and "`" in text[start : found.pos]:
+            link.broken = True
             return link
         if not found.ok:
             angle = (
@@ -121,6 +125,8 @@ class Link:
             title = parseLinkTitle(text, place, limit)
             if not title.ok:
                 return None if open_ended and "\n\n" not in text[place:limit] else link
+            if "`" in text[place : title.pos]:
+                return link
             place = _behind_space(text, title.pos, limit)
             if place == limit and open_ended:
                 return None

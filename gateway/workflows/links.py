@@ -116,7 +116,7 @@ class LinkFilter(MarkdownStream):
         """Return a code span's content. Before its end has arrived, a renderer takes it for text."""
         within = LinkFilter(self._addresses, less_than="<", prose=False)
         checked = within(content) + within.flush()
-        return checked if REMOVED in checked or ("![" in content and "://" in content) else content
+        return checked if REMOVED in checked or "://" in content else content
 
     # HTML and autolinks
 
@@ -131,7 +131,7 @@ class LinkFilter(MarkdownStream):
             end = next((n for n, character in enumerate(window) if character in "<>" or character.isspace()), None)
             if end is None and len(window) <= MAX_ADDRESS_CHARS and not final:
                 return None
-            if end is not None and window[end] == ">":
+            if end is not None and window[end] == ">" and "`" not in window[:end]:
                 behind = text[at + end + 2 : at + end + 3]
                 if not behind and not final:
                     return None
@@ -153,7 +153,7 @@ class LinkFilter(MarkdownStream):
             return None
         if not link.ok:
             if following == ":":
-                return self._pass(at + 2, "]\\:" if link.nested else "]:", " ")
+                return self._pass(at + 2, "]\\:" if link.broken else "]:", " ")
             return self._pass(at + 2, "](" if link.empty else "] (", " ")
         if following == ":":
             return self._definition(text, at, link, final)
@@ -204,7 +204,7 @@ class LinkFilter(MarkdownStream):
         if closing is None or closing + 1 == len(window):
             return self._pass(at + 1, "! ", " ") if whole else None
         following = window[closing + 1]
-        if following == "(" and not self._tail.endswith("\\"):
+        if following == "(" and not self._tail.endswith("\\") and "`" not in window[:closing]:
             link = Link.read(text, at + closing + 3, final, titled=True)
             if link is None:
                 return None

@@ -91,7 +91,7 @@ def unsafe(markdown: str, *, partial: bool = False) -> list[tuple[str, str]]:
             continue
         if kind in ("link", "bare") and (url in ALLOWED | _OWN or bare in ALLOWED | _OWN):
             continue
-        beginnings = (*ALLOWED, FOUND, "%5Baddress")
+        beginnings = (*ALLOWED, FOUND, "%5Baddress", f"{READ}]({READ})")
         if partial and kind in ("bare", "link") and any(one.startswith((bare, url)) for one in beginnings):
             continue  # the beginning of an address that may be shown, or of the words in place of another
         if partial and ("@" in url or not re.match(r"(?i)\s*[a-z]+:|[/\\]{2}|<.*//", url)):
@@ -270,6 +270,10 @@ HOSTILE = [
     f"![{'a' * 600}]({EVIL})",
     f"<https://{'a' * 3000}>",
     f"$$\n```\n$$\n![x]({EVIL})\n```",
+    f"\n```[r]: {EVIL}````\n![x]({EVIL})\n```",
+    f"\n```[x]({READ} '`')\n![x]({EVIL})\n```",
+    f"\n```<https:{EVIL}`>\n![x]({EVIL})\n```",
+    f"\n```![a`b](https://{PICTURES}/x)\n![x]({EVIL})\n```",
     f"&lt;img src={EVIL}&gt;",
     "[x](&#x6A;avascript:alert(1))",
     f"[x]({EVIL}",
