@@ -126,12 +126,15 @@ Taker = Callable[[Reservation], None]
 class Limits:
     """The limits of all keys and models."""
 
+    _end: Callable[[str], None] = staticmethod(lambda member: None)
+
     def __init__(self, settings: LimiterSettings, store: Store, metrics: Metrics) -> None:
         self._settings = settings
         self._store = store
         self._metrics = metrics
         self._local = LocalLimits()
         self._leases = Leases(store, lambda: LEASE_S, self.charged)
+        self._end = self._leases.end
         self._forgot_at = time.monotonic()
 
     def close(self) -> None:
@@ -176,7 +179,9 @@ class Limits:
                 "max_tokens",
                 "tokens_exceed_limit",
             )
-        wanted = _Wanted(principal, model, member, allowance, requests, tokens, self._leases.new_id())
+        # Without tokens there is nothing to settle, and the request is forgotten with the window.
+        reservation_id = self._leases.new_id() if tokens else ""
+        wanted = _Wanted(principal, model, member, allowance, requests, tokens, reservation_id)
         try:
             reservation = await self._ask(wanted, left)
         except StoreUnavailable as error:
@@ -219,7 +224,7 @@ class Limits:
 
     def end(self, member: str) -> None:
         """Note that a request runs no more."""
-        self._leases.end(member)
+        self._end(member)
 
     def _now(self) -> float:
         return self._store.state.time_s()
@@ -264,7 +269,7 @@ class Limits:
             allowance.concurrent_requests_of_key,
             allowance.tokens_per_day,
             round(LEASE_S * 1000),
-            round(deadline_s * 1000) if wanted.id else 0,
+            round(deadline_s * 1000) if wanted.requests + wanted.tokens else 0,
             day_number(now),
             *pending,
             pending_today,
@@ -292,7 +297,7 @@ class Limits:
         """Take note of what the store answered, for when it is away."""
         now, key_id = self._now(), wanted.principal.key_id
         window = self._local.window(key_id, wanted.model.id)
-        if not answer[0] and wanted.id:
+        if not answer[0]:
             window.add(reservation.second, wanted.requests, wanted.tokens, pending=False)
             self._hold(wanted, reservation, pending=False, uncertain=False)
         window.note(reservation.standing, now)
@@ -303,6 +308,8 @@ class Limits:
             self._local.forget_idle(now)
 
     def _hold(self, wanted: _Wanted, reservation: Reservation, *, pending: bool, uncertain: bool) -> None:
+        if not wanted.id:
+            return
         self._leases.hold(
             Held(
                 id=wanted.id,
@@ -331,7 +338,7 @@ class Limits:
         now = self._now()
         refusal = self._refusal(wanted, error, now)
         if refusal is not None:
-            if error.sent and left is not None:
+            if error.sent and wanted.id and left is not None:
                 left(dataclasses.replace(self._unmade(wanted, 0), refused=True))
             raise refusal
         key_id, model_id, allowance = wanted.principal.key_id, wanted.model.id, wanted.allowance

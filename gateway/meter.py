@@ -99,15 +99,11 @@ class Meter:
         self._failure: GatewayError | None = None
         """The last one that the ledger has: a refusal may pass several places that note it."""
         self._leased = False
-        self._held = False
-        """Whether a reservation was made under an id."""
         self._aborted = False
         self._first = asyncio.Lock()
         self._whole: Prepared | None = None
         """Stands for the whole request while `counted` holds it."""
         self._running: dict[int, Prepared] = {}
-        self._counting = _NOTHING
-        """The reservation that counted the request, where no generation has."""
         self._reserved: dict[int, Reservation] = {}
         """Room taken ahead, by the generation that it is for."""
 
@@ -213,7 +209,7 @@ class Meter:
         finally:
             self._whole = None
             del self._running[id(whole)]
-            await self._settle(whole, self._take_counting(), failure, aborted, 0.0)
+            await self._settle(whole, _NOTHING, failure, aborted, 0.0)
 
     async def count(self) -> None:
         """Count the request, if no generation has yet: before it does anything else that costs somebody.
@@ -221,12 +217,7 @@ class Meter:
         Raises what `Limits.reserve` raises.
         """
         if not self._counted:
-            self._counting = await self._reserve([_free(self.request_id)])
-
-    def _take_counting(self) -> Reservation:
-        """Return the reservation that is settled with the end of the request."""
-        counting, self._counting = self._counting, _NOTHING
-        return counting
+            await self._reserve([_free(self.request_id)])
 
     def _capped(self, request: GenerationRequest) -> GenerationRequest:
         """Hold the completion to the model's maximum. Raises InvalidRequest when the client asks for more."""
@@ -373,7 +364,6 @@ class Meter:
             await self._settle_failure(error)
             raise error
         self._counted = self._leased = True
-        self._held = self._held or bool(reservation.id)
         self.standing = reservation.standing
         return reservation
 
@@ -436,8 +426,7 @@ class Meter:
         if not self._running and not self._reserved:
             entry.lease = self.request_id
             self._leased = False
-            if self._held:
-                self._limits.end(self.request_id)
+            self._limits.end(self.request_id)
 
     @contextlib.asynccontextmanager
     async def noting_refusal(self) -> AsyncIterator[None]:
@@ -453,7 +442,7 @@ class Meter:
     async def leave(self) -> None:
         """Give back the place of a request that was counted, if it ended before its first generation."""
         if self._leased and not self._running:
-            await self._settle(_free(self.request_id), self._take_counting(), None, True, 0.0)
+            await self._settle(_free(self.request_id), _NOTHING, None, True, 0.0)
 
     async def _refusal(self, error: EngineError | GatewayError) -> GatewayError:
         """Note a request that was refused before it ran, and return what the client is told."""

@@ -194,7 +194,7 @@ async def lose_disk(server: StoreServer, raw: redis.Redis) -> None:
     raw.set("x", "y")
     with contextlib.suppress(redis.ResponseError):
         raw.bgsave()
-    await until(lambda: bool(raw.info("persistence")["rdb_last_bgsave_status"] == "err"))  # type: ignore[index]
+    await until(lambda: bool(raw.info("persistence")["rdb_last_bgsave_status"] == "err"))
 
 
 async def test_server_that_can_not_write_to_its_disk_answers_reads(

@@ -52,7 +52,7 @@ async def test_readers_of_large_values_leave_the_limits_exact(store_url: str, po
     """Twelve readers of 4 MiB each, again and again, by the cheapest and by the dearest way there is to read them."""
     read = Script("log_read")
     async with opened(store_url, command_timeout_ms=300) as store:
-        limits = Limits(LimiterSettings(on_store_failure=policy), store, store.metrics)  # type: ignore[arg-type]
+        limits = Limits(LimiterSettings(on_store_failure=policy), store, store.metrics)
         await store.bulk.run("SET", "large", "x" * 2**22)
         await store.bulk.run("HSET", "log", "owner", "o", "last", 64, "lease_until", 2**50, "reader_until", 2**50)
         for number in range(64):
