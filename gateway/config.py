@@ -314,8 +314,7 @@ class KeySettings(_Settings):
 class StoreSettings(_Settings):
     url_env: str = "SHANNON_REDIS_URL"
     """Environment variable with the store's URL: `redis://`, `rediss://` (TLS), `unix://`, `redis+cluster://` or
-    `redis+sentinel://host:port,host:port/service?sentinel_password=...`. Unset, a bundled Valkey is started in
-    `data_dir`."""
+    `redis+sentinel://host:port,host:port/service`. Unset, a bundled Valkey is started in `data_dir`."""
     data_dir: _OwnPath = Path(".shannon")
     """Where the bundled Valkey keeps its file, and where usage is journalled while the store is away."""
     max_memory_mb: int = Field(512, ge=16)

@@ -141,7 +141,7 @@ class Server(uvicorn.Server):
         log.info("drained, %d interrupted", interrupted)
         if interrupted:
             with contextlib.suppress(StoreUnavailable):
-                await self._services.store.bulk.run("INCRBY", INTERRUPTED, interrupted)
+                await self._services.store.patient.run("INCRBY", INTERRUPTED, interrupted)
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

@@ -1,9 +1,9 @@
 """The connections to Valkey or Redis: every command of the gateway goes through a `Lane`.
 
-There are two. `Store` itself is the fast lane, for the small commands that a request waits for: limits, keys, usage.
+There are three. `Store` itself is the fast lane, for the small commands that a request waits for: limits, keys, usage.
 `Store.bulk` has connections, a deadline and a circuit breaker of its own, for values of any size: sessions, responses,
-streams, jobs, and for what may wait: administration. The server runs one command at a time, so few bulk commands are
-under way at once, and each has to be cheap.
+streams, jobs. The server runs one command at a time, so few bulk commands are under way at once, and each has to be
+cheap. `Store.patient` is for what may wait, where a late answer is better than none: administration and start-up.
 
 Keys, all under `sh:`; the braces are hash tags, so that what one script touches lies in one cluster slot:
 
@@ -117,7 +117,19 @@ class Store(Lane):
             check=lambda: self.run("PING"),
             **common,
         )
-        """For values of any size, and for what may wait."""
+        """For values of any size."""
+        self.patient = Lane(
+            connect(url),
+            metrics.store_bulk,
+            state,
+            timeout_s=bulk_timeout_s,
+            patience_s=bulk_timeout_s,
+            in_flight=1,
+            max_batch=1,
+            words=("does not answer administration", "answers administration again"),
+            **common,
+        )
+        """For what may wait."""
         self._watch: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -128,7 +140,7 @@ class Store(Lane):
             _, found = await self.greet()
             if not speaks(found):
                 raise StoreError(f"the store has layout version {found}, this gateway speaks {SCHEMA}")
-            version = str((await self.bulk.run("INFO", "server")).get("redis_version", _OLDEST_REDIS))
+            version = str((await self.patient.run("INFO", "server")).get("redis_version", _OLDEST_REDIS))
             if int(version.partition(".")[0]) < _OLDEST_REDIS:
                 raise StoreError(f"the store is Redis {version}; Redis {_OLDEST_REDIS} or Valkey is needed")
             await self.look()
@@ -136,6 +148,7 @@ class Store(Lane):
 
     async def close(self) -> None:
         await end(self._watch)
+        await self.patient.close()
         await self.bulk.close()
         await super().close()
         if self._embedded is not None:
@@ -159,16 +172,16 @@ class Store(Lane):
             log.debug("the store's state can't be read: %r", error)
 
     async def _look(self) -> None:
-        client = self.bulk._client
-        ((seconds, microseconds),) = await self.bulk._send([("TIME",)])
+        client = self.patient._client
+        ((seconds, microseconds),) = await self.patient._send([("TIME",)])
         self.state.set_clock(int(seconds) + int(microseconds) / 1e6)
         if isinstance(client, redis.RedisCluster):
             nodes = await client.info("memory", target_nodes=redis.RedisCluster.PRIMARIES)
             info = nodes if "used_memory" in nodes else max(nodes.values(), key=_fullness)
         else:
-            (info,) = await self.bulk._send([("INFO", "memory")])
+            (info,) = await self.patient._send([("INFO", "memory")])
         self.state.remember(info)
-        (written,) = await self.bulk._send(SCHEMA_CHECK[:1])
+        (written,) = await self.patient._send(SCHEMA_CHECK[:1])
         if not isinstance(written, Exception):
             self.state.accepted()
 

@@ -315,16 +315,16 @@ class Ledger:
 
     async def key_ids(self) -> list[str]:
         """Return the ids of all keys that ever spent anything. Raises StoreUnavailable."""
-        return sorted(await self._store.bulk.run("SMEMBERS", _KEYS_WITH_USAGE))
+        return sorted(await self._store.patient.run("SMEMBERS", _KEYS_WITH_USAGE))
 
     async def totals(self, key_id: str) -> list[dict[str, Any]]:
         """Return usage of one key: one dict per day and model, in order. Raises StoreUnavailable."""
         head = f"sh:{{k:{key_id}}}:"
-        days = sorted(await self._store.bulk.run("SMEMBERS", f"{head}days"))
+        days = sorted(await self._store.patient.run("SMEMBERS", f"{head}days"))
         rows: list[Any] = []
         for start in range(0, len(days), _ROWS):
             asked: list[Command] = [("HGETALL", f"{head}u:{day}") for day in days[start : start + _ROWS]]
-            rows += await self._store.bulk.run_in_order(asked)
+            rows += await self._store.patient.run_in_order(asked)
         return [_row(day, row) for day, row in zip(days, rows, strict=True) if row]
 
 

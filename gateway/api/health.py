@@ -63,7 +63,7 @@ async def get_metrics(services: AppServices) -> Response:
     metrics.draining.set(services.drain.draining)
     metrics.journal_bytes.set(services.ledger.journal_bytes)
     with contextlib.suppress(StoreUnavailable):
-        metrics.drain_interrupted.values[()] = int(await services.store.bulk.run("GET", INTERRUPTED) or 0)
+        metrics.drain_interrupted.values[()] = int(await services.store.patient.run("GET", INTERRUPTED) or 0)
     metrics.store.available.set(services.store.available)
     metrics.store_bulk.available.set(services.store.bulk.available)
     return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)

@@ -100,13 +100,25 @@ async def test_keys_limits_ledger_and_sessions_work_on_a_cluster(cluster_port: i
                     refund=90,
                 )
             )
+        held = await limits.reserve(principal, model, "held", requests=1, tokens=100)
+        settling = Entry(key_id=record.id, model_id="m", allowance=allowance, completion_tokens=0, refund=100)
+        settling.reservation, settling.second, settling.held_requests = held.id, held.second, 1
+        limits._leases._report_all()
+        await until(lambda: not limits._leases._renewals)
+        await ledger.settle(settling)
+        limits.close()
         await ledger.close()
         assert (await ledger.totals(record.id))[0]["completion_tokens"] == 200
         standing = await limits.peek(principal, model)
         assert standing is not None
         assert standing.remaining_tokens == 200_000 - 200
 
-        sessions = Sessions(SessionSettings(), store, store.metrics)
+        rotated, _ = await Keys(store.bulk).rotate(record.id)
+        assert (await Keys(store.bulk).revoke(record.id)).secret_sha256 == rotated.secret_sha256
+        await store.look()
+        assert b"shannon_store_memory_used_bytes 0.0" not in store.metrics.render()
+
+        sessions = Sessions(SessionSettings(), store.bulk, store.metrics)
         session = await sessions.open(principal, "talk", [{"role": "user", "content": "hi"}])
         assert session.announce
         assert (await sessions.show(principal, "talk"))["messages"] == []

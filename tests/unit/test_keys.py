@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -12,10 +14,10 @@ from starlette.requests import HTTPConnection
 
 from gateway.auth import Authenticator
 from gateway.config import StoreSettings
-from gateway.errors import InvalidApiKey, NotFound, RateLimitExceeded, StoreUnavailable, Unavailable
-from gateway.keys import VERSION_KEY, KeyLimits, KeyRecord, Keys, KeySpec, digest, split_key
+from gateway.errors import Conflict, InvalidApiKey, NotFound, RateLimitExceeded, StoreUnavailable, Unavailable
+from gateway.keys import _CHANGE, _RAISE, VERSION_KEY, KeyLimits, KeyRecord, Keys, KeySpec, digest, split_key
 from gateway.metrics import Metrics
-from gateway.store import Store
+from gateway.store import Script, Store
 
 pytestmark = pytest.mark.anyio
 
@@ -87,6 +89,145 @@ async def test_rotation_changes_the_secret_alone(keys: Keys) -> None:
     assert split_key(fresh)[1] != split_key(key)[1]
     assert rotated.rotated_at is not None
     assert rotated.model_copy(update={"secret_sha256": record.secret_sha256, "rotated_at": None}) == record
+
+
+class Interleaved(Keys):
+    """Lets something happen between the reading of a record and its replacement."""
+
+    def __init__(self, store: Store, *meanwhile: Callable[[], Awaitable[Any]]) -> None:
+        super().__init__(store)
+        self._meanwhile = list(meanwhile)
+
+    async def _read(self, key_id: str) -> tuple[str, KeyRecord]:
+        found = await super()._read(key_id)
+        if self._meanwhile:
+            await self._meanwhile.pop(0)()
+        return found
+
+
+async def test_key_that_is_revoked_while_it_is_rotated_stays_revoked(store: Store, keys: Keys) -> None:
+    record, _ = await keys.create(KeySpec(name="ci"))
+    with pytest.raises(Conflict) as caught:
+        await Interleaved(store, lambda: keys.revoke(record.id)).rotate(record.id)
+
+    assert caught.value.code == "key_revoked"
+    assert (await keys.get(record.id)).revoked_at is not None
+
+
+async def test_key_that_is_rotated_while_it_is_revoked_is_revoked_with_its_new_secret(store: Store, keys: Keys) -> None:
+    record, _ = await keys.create(KeySpec(name="ci"))
+    rotated: list[str] = []
+
+    async def rotate() -> None:
+        rotated.append((await keys.rotate(record.id))[1])
+
+    await Interleaved(store, rotate).revoke(record.id)
+    found = await keys.get(record.id)
+
+    assert found.revoked_at is not None
+    assert found.secret_sha256 == digest(split_key(rotated[0])[1])
+    with pytest.raises(InvalidApiKey):
+        await Authenticator(store).authenticate(sending(rotated[0]))
+
+
+async def test_of_two_rotations_at_once_one_wins_and_its_key_is_good(store: Store, keys: Keys) -> None:
+    record, _ = await keys.create(KeySpec(name="ci"))
+    won: list[str] = []
+
+    async def rotate() -> None:
+        won.append((await keys.rotate(record.id))[1])
+
+    with pytest.raises(Conflict) as caught:
+        await Interleaved(store, rotate).rotate(record.id)
+
+    assert caught.value.code == "key_changed"
+    assert (await Authenticator(store).authenticate(sending(won[0]))).name == "ci"
+
+
+@pytest.mark.parametrize("round_", range(5))
+async def test_changes_in_a_heap_leave_a_revoked_key(store: Store, keys: Keys, round_: int) -> None:
+    record, _ = await keys.create(KeySpec(name="ci"))
+    changes = [keys.rotate(record.id) if number % 4 else keys.revoke(record.id) for number in range(12)]
+    outcomes = await asyncio.gather(*changes, return_exceptions=True)
+
+    assert all(not isinstance(one, Exception) or isinstance(one, Conflict) for one in outcomes)
+    assert (await keys.get(record.id)).revoked_at is not None
+    for outcome in outcomes:
+        if isinstance(outcome, tuple):
+            with pytest.raises(InvalidApiKey):
+                await Authenticator(store).authenticate(sending(outcome[1]))
+
+
+@pytest.mark.parametrize(
+    ("fields", "code"), [({"revoked_at": 1}, "key_revoked"), ({"expires_at": 1}, "key_expired")], ids=str
+)
+async def test_dead_key_is_not_rotated(store: Store, keys: Keys, fields: dict[str, int], code: str) -> None:
+    record, _ = await keys.create(KeySpec(name="ci"))
+    dead = record.model_copy(update=fields)
+    await store.run("SET", f"sh:{{k:{record.id}}}:key", dead.model_dump_json())
+    with pytest.raises(Conflict) as caught:
+        await keys.rotate(record.id)
+
+    assert caught.value.code == code
+    assert not caught.value.should_retry, "a client that tries again by itself would void the key that it got"
+    assert await keys.get(record.id) == dead
+
+
+async def test_revoking_again_announces_it_again(store: Store, keys: Keys) -> None:
+    """The first announcement may not have reached the store."""
+    record, _ = await keys.create(KeySpec(name="ci"))
+    await keys.revoke(record.id)
+    before = await store.run("GET", VERSION_KEY)
+    await keys.revoke(record.id)
+
+    assert int(await store.run("GET", VERSION_KEY)) == int(before) + 1
+
+
+async def test_change_is_announced_after_it_is_written(store: Store, keys: Keys) -> None:
+    """In a cluster they go to two servers: a gateway that polls between them must find the new record."""
+    record, _ = await keys.create(KeySpec(name="ci"))
+    seen: list[tuple[Any, bool]] = []
+    done = asyncio.Event()
+
+    async def poll() -> None:
+        while not done.is_set():
+            version = await store.run("GET", VERSION_KEY)
+            seen.append((version, (await keys.get(record.id)).revoked_at is not None))
+
+    polling = asyncio.create_task(poll())
+    send = store._send
+    order: list[Any] = []
+
+    async def watch(commands: list[Any]) -> Any:
+        answers = await send(commands)
+        order.extend(command[0] for command in commands)
+        return answers
+
+    store._send = watch  # type: ignore[method-assign]
+    await keys.revoke(record.id)
+    done.set()
+    await polling
+
+    scripts = [command for command in order if isinstance(command, Script)]
+    assert scripts == [_CHANGE, _RAISE]
+    before = seen[0][0]
+    assert all(revoked for version, revoked in seen if version != before)
+
+
+async def test_lost_announcement_is_made_up_for_by_reading_again(
+    store: Store, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, key = await keys.create(KeySpec(name="ci"))
+    authenticator = Authenticator(store)
+    await authenticator.authenticate(sending(key))
+    dead = record.model_copy(update={"revoked_at": 1})
+    await store.run("SET", f"sh:{{k:{record.id}}}:key", dead.model_dump_json())  # and nothing is raised
+    assert (await authenticator.authenticate(sending(key))).name == "ci"
+    now = time.monotonic() + 61
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    authenticator._confirmed_at = now
+    with pytest.raises(InvalidApiKey):
+        await authenticator.authenticate(sending(key))
 
 
 @pytest.mark.parametrize("change", ["get", "rotate", "revoke"])
