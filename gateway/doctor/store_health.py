@@ -27,7 +27,9 @@ from gateway.valkey import EmbeddedValkey
 _PATIENCE_MS = 3000
 _PINGS = 50
 _SKEW_S = 1.0
-_SHAPES = "redis://HOST:PORT, rediss://, unix://PATH, redis+cluster://HOST:PORT, redis+sentinel://HOST:PORT/SERVICE"
+_CROWDED = 0.85
+"""Share of its maxmemory above which a store is said to be nearly full."""
+_SHAPES = "redis://HOST:PORT, rediss://, unix://PATH, redis+cluster://HOST:PORT, redis+sentinel://HOST:PORT/SERVICE?sentinel_password=..."
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,16 +163,7 @@ def _judge_latency(settings: StoreSettings, answers: Answers) -> Finding:
 
 def judge_keeping(answers: Answers) -> list[Finding]:
     """Judge what becomes of what the store was told: eviction, restarts, and time."""
-    info = answers.info
-    policy = info.get("maxmemory_policy", "")
-    bounded = int(info.get("maxmemory", 0) or 0)
-    text = f"maxmemory-policy {policy or 'not told'}, maxmemory {info.get('maxmemory_human', '?')}"
-    if policy == "noeviction" or not policy:
-        findings = [Finding("store_eviction", "ok" if policy else "skipped", text)]
-    else:
-        text += ": keys, limits and sessions may vanish" + ("" if bounded else " once maxmemory is set")
-        step = "CONFIG SET maxmemory-policy noeviction, and the same in its configuration"
-        findings = [Finding("store_eviction", "failed" if bounded else "warning", text, step)]
+    findings = [_judge_memory(answers.info)]
     findings.append(_judge_persistence(answers))
     ahead_s = answers.ahead_s
     text = f"its clock is {abs(ahead_s):.3f} s {'ahead of' if ahead_s >= 0 else 'behind'} this machine's"
@@ -178,6 +171,29 @@ def judge_keeping(answers: Answers) -> list[Finding]:
     late = abs(ahead_s) > _SKEW_S
     findings.append(Finding("store_clock", "warning" if late else "ok", text, step if late else ""))
     return findings
+
+
+def _judge_memory(info: Mapping[str, Any]) -> Finding:
+    """Judge what happens when the memory is used up."""
+    policy = info.get("maxmemory_policy", "")
+    bound, used = int(info.get("maxmemory", 0) or 0), int(info.get("used_memory", 0) or 0)
+    used -= int(info.get("mem_not_counted_for_evict", 0) or 0)
+    text = f"maxmemory-policy {policy or 'not told'}, maxmemory {info.get('maxmemory_human', '?')}"
+    if policy and policy != "noeviction":
+        text += ": keys, limits and sessions may vanish" + ("" if bound else " once maxmemory is set")
+        step = "CONFIG SET maxmemory-policy noeviction, and the same in its configuration"
+        return Finding("store_eviction", "failed" if bound else "warning", text, step)
+    if not policy:
+        return Finding("store_eviction", "skipped", text)
+    if not bound:
+        text += ": it may grow until the system ends it, and then nothing is answered"
+        step = "CONFIG SET maxmemory to three quarters of what it may have, and the same in its configuration"
+        return Finding("store_eviction", "warning", text, step)
+    if used >= _CROWDED * bound:
+        text += f", {used / bound:.0%} in use: " + ("it is full" if used >= bound else "it will soon be full")
+        step = "Raise its maxmemory, or lower sessions.ttl_s and resume.ttl_s: beyond it, all but limits is refused"
+        return Finding("store_eviction", "failed" if used >= bound else "warning", text, step)
+    return Finding("store_eviction", "ok", f"{text}, {used / bound:.0%} in use")
 
 
 def _judge_persistence(answers: Answers) -> Finding:

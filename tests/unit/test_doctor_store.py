@@ -43,6 +43,8 @@ async def examined(url: str, **more: float) -> dict[str, Finding]:
 
 
 async def test_store_as_it_should_be_is_fine(server: StoreServer) -> None:
+    with server.client() as raw:
+        raw.config_set("maxmemory", 64 * 2**20)
     found = await examined(server.url)
 
     checks = {"store", "store_latency", "store_eviction", "store_persistence", "store_clock"}
@@ -62,6 +64,26 @@ async def test_eviction_is_told_by_its_policy(server: StoreServer, maxmemory: in
     assert found.verdict == verdict
     assert "allkeys-lru" in found.text
     assert "noeviction" in found.next_step
+
+
+async def test_store_without_a_bound_is_a_warning(server: StoreServer) -> None:
+    found = (await examined(server.url))["store_eviction"]
+
+    assert found.verdict == "warning"
+    assert "maxmemory" in found.next_step
+
+
+@pytest.mark.parametrize(("spare", "verdict", "words"), [(-50_000, "failed", "is full"), (150_000, "warning", "soon")])
+async def test_store_without_room_is_told(server: StoreServer, spare: int, verdict: str, words: str) -> None:
+    with server.client() as raw:
+        for number in range(1000):
+            raw.set(f"filling{number}", "x" * 1000)
+        used = int(raw.info("memory")["used_memory"])
+        raw.config_set("maxmemory", used + spare)
+    found = (await examined(server.url))["store_eviction"]
+
+    assert found.verdict == verdict
+    assert words in found.text
 
 
 @pytest.mark.parametrize(("save", "words"), [("", "nothing is kept"), ("60 1000", "snapshots only")])
