@@ -402,7 +402,7 @@ def _is_long(request: GenerationRequest) -> bool:
         if not isinstance(content, str):
             return False
         calls = message.get("tool_calls") or ()
-        left -= len(content) + sum(_CALL_CHARS + len(call["function"]["arguments"]) for call in calls)
+        left -= len(content) + sum(_CALL_CHARS + len(call["function"].get("arguments") or "") for call in calls)
     return left < 0
 
 
