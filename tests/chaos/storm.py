@@ -105,11 +105,17 @@ class Storm:
     def _judge(self, number: int, keys: dict[str, str], began: float) -> None:
         """Wait until nothing runs any more, and note what is not as it must be then."""
         deadline = time.monotonic() + _SETTLE_S
-        while (wrong := self._wrong(keys)) and time.monotonic() < deadline:
+        while (wrong := self._looked(keys)) and time.monotonic() < deadline:
             time.sleep(0.2)
         if time.monotonic() - began > 60:
             wrong.append("the round took longer than the window: make it smaller")
         self.faults += [f"round {number}: {fault}" for fault in wrong]
+
+    def _looked(self, keys: dict[str, str]) -> list[str]:
+        try:
+            return self._wrong(keys)
+        except httpx.HTTPError as error:
+            return [f"the gateway can't be asked: {error!r}"]
 
     def _wrong(self, keys: dict[str, str]) -> list[str]:
         metrics = self.gateway.metrics()
@@ -161,24 +167,23 @@ class Storm:
         for place in ("run", f"run:{MODEL}"):
             if running := client.zcount(f"{head}{place}", now * 1000, "+inf"):
                 wrong.append(f"{running} leases are left in {place}")
-        if waiting := client.hlen(f"{head}open"):
-            wrong.append(f"{waiting} reservations are not settled")
+        # An id that must not be made any more is kept for two minutes, should its command still be on the way.
+        reservations = client.hgetall(f"{head}open")
+        if waiting := [reservation for reservation in reservations.values() if reservation != "closed"]:
+            wrong.append(f"{len(waiting)} reservations are not settled, the first holds {waiting[0]}")
+        if endless := reservations.keys() - set(client.zrange(f"{head}open:until", 0, -1)):
+            wrong.append(f"{len(endless)} ids of reservations are kept for ever")
         for name in client.scan_iter(f"{head}day:*"):
             if (day := int(client.get(name) or 0)) != spent:
                 wrong.append(f"the day's budget has {day} tokens, {spent} were spent")
         return wrong
 
-    def compare(self, before: dict[str, Any], after: dict[str, Any]) -> None:
-        """Note what the process holds now, and did not before."""
-        more = Counter(after["tasks"]) - Counter(before["tasks"])
-        if more:
-            self.faults.append(f"tasks that were not there before: {dict(more)}")
-        if after["connections"] > before["connections"]:
-            self.faults.append(f"{after['connections']} connections are left")
-        if after["files"] > before["files"] + 16:  # a pool of connections to the store may have grown
-            self.faults.append(f"{after['files']} files are open, {before['files']} were")
-        if after["memory_bytes"] > before["memory_bytes"] + 100 * 2**20:
-            self.faults.append(f"{after['memory_bytes'] >> 20} MiB are used, {before['memory_bytes'] >> 20} were")
+    def compare(self, before: dict[str, Any]) -> None:
+        """Note what the process still holds after a while, and did not before, and what its log tells."""
+        deadline = time.monotonic() + _SETTLE_S
+        while (more := _more(before, ask(self.observed))) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        self.faults += more
         for error, count in tracebacks(self.gateway.log.read_text()).items():
             self.faults.append(f"{count} tracebacks in the log end in {error}")
 
@@ -191,15 +196,31 @@ class Storm:
         return "\n".join(f"{count:>8}  {name}" for name, count in rows)
 
 
+def _more(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Return what a process holds that it did not hold before."""
+    more = []
+    if tasks := Counter(after["tasks"]) - Counter(before["tasks"]):
+        more.append(f"tasks that were not there before: {dict(tasks)}")
+    if after["connections"] > before["connections"]:
+        more.append(f"{after['connections']} connections are left")
+    if after["files"] > before["files"] + 16:  # a pool of connections to the store may have grown
+        more.append(f"{after['files']} files are open, {before['files']} were")
+    if after["memory_bytes"] > before["memory_bytes"] + 100 * 2**20:
+        more.append(f"{after['memory_bytes'] >> 20} MiB are used, {before['memory_bytes'] >> 20} were")
+    return more
+
+
 def tracebacks(log: str) -> Counter[str]:
-    """Return what the tracebacks of a log end in, without addresses."""
+    """Return what the tracebacks of a log end in and where, without ids and addresses."""
     found: Counter[str] = Counter()
-    inside = False
+    inside, place = False, ""
     for line in log.splitlines():
         if line.startswith("Traceback"):
             inside = True
-        elif inside and not line.startswith((" ", "|", "+")) and line:
-            found[re.sub("0x[0-9a-f]+", "0x", line)[:200]] += 1
+        elif inside and line.startswith('  File "'):
+            place = line.strip()
+        elif inside and line and not line.startswith((" ", "|", "+")):
+            found[f"{re.sub('0x[0-9a-f]+|[0-9a-f]{24,}', '...', line)[:200]}, {place}"] += 1
             inside = False
     return found
 
@@ -238,10 +259,7 @@ def run(storm: Storm, requests: int, *, seed: int = 11, freezes: bool = True) ->
     before = ask(storm.observed)
     for number, begin in enumerate(range(0, requests, ROUND_REQUESTS), 1):
         asyncio.run(storm.round(number, min(ROUND_REQUESTS, requests - begin), rng, freezes=freezes))
-    deadline = time.monotonic() + _SETTLE_S
-    while (after := ask(storm.observed))["connections"] > before["connections"] and time.monotonic() < deadline:
-        time.sleep(0.2)
-    storm.compare(before, after)
+    storm.compare(before)
 
 
 def main() -> int:

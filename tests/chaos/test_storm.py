@@ -25,7 +25,7 @@ def test_storm_leaves_exact_books_and_nothing_behind(tmp_path: Path, freezes: bo
 def test_storm_on_vllm_leaves_exact_books_and_nothing_behind(tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     with prepared(tmp_path, mock=False) as storm:
-        run(storm, 300)
+        run(storm, 200)
         print(storm.table())
 
     assert storm.faults == []
