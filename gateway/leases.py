@@ -203,9 +203,13 @@ class Leases:
         """Return the calls of the script, each with the reservations and the requests that it is about."""
         groups: dict[tuple[str, str, Allowance], tuple[list[Held], list[str]]] = {}
         for held in several:
+            if held.id not in self._held:  # it was settled since the report was begun
+                continue
             groups.setdefault((held.key_id, held.model_id, held.allowance), ([], []))[0].append(held)
         for member in members:
-            running = self._running[member]
+            running = self._running.get(member)
+            if running is None:  # it has ended since the report was begun
+                continue
             groups.setdefault((running.key_id, running.model_id, running.allowance), ([], []))[1].append(member)
         now = self._store.state.time_s()
         for (key_id, model_id, allowance), (reservations, requests) in groups.items():

@@ -281,8 +281,10 @@ async def test_store_that_is_away(gateway: Gateway, count: Count, path: str, mon
     async def away(*args: Any) -> Any:
         raise StoreUnavailable("gone")
 
-    for name in ("run", "run_in_order", "try_in_order"):
-        for lane in (gateway.services.store, gateway.services.store.bulk):
+    store = gateway.services.store
+    lanes = [lane for lane in vars(store).values() if hasattr(lane, "run_in_order")]
+    for lane in (store, *lanes):
+        for name in ("run", "run_in_order", "try_in_order"):
             monkeypatch.setattr(lane, name, away)
 
     assert await count(gateway, gateway.client.get(path)) == "store_unavailable"
