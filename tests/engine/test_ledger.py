@@ -75,7 +75,7 @@ async def test_ledger_equals_the_engines_counters_after_a_storm_and_a_drain(
                 "shannon-chat": {
                     "description": "General chat completion",
                     # Low enough that the storm runs into both.
-                    "limits": {"requests_per_minute": 150, "tokens_per_minute": 60_000, "concurrent_requests": 60},
+                    "limits": {"requests_per_minute": 150, "tokens_per_minute": 60_000, "concurrent_requests": 30},
                 }
             },
             "server": {"port": 0},
