@@ -92,10 +92,10 @@ class Link:
         start = _behind_space(text, at, limit)
         if open_ended and (start == limit or (text[start] != "<" and not _FAR_END.search(text, start, limit))):
             return None
-        nested = text.find("](", start, limit)
-        if nested >= 0 and _space_in(text, start, nested):
-            nested = -1
-        found = parseLinkDestination(text, start, limit if nested < 0 else nested)
+        space = None if text[start : start + 1] == "<" else _SPACE.search(text, start, limit)
+        last = space.start() if space else limit
+        nested = text.find("](", start, last)
+        found = parseLinkDestination(text, start, last if nested < 0 else nested)
         if nested >= 0 and (found.pos == nested if found.ok else text[start] not in ")\n"):
             # One link within another's destination: to read on from each of many would be quadratic.
             link.broken = True

@@ -390,8 +390,7 @@ def test_what_leads_nowhere_stays_as_it_is(text: str) -> None:
 
 
 def test_pieces_are_sent_as_soon_as_they_can_be() -> None:
-    words = "Rome is the capital of Italy. It has two rivers: the Tiber, and another (see below), as they say!\n\n"
-    words += "- One\n- Two\n"
+    words = "Rome is the capital of Italy. It has two rivers: the Tiber (see below), as they say!\n\n- One\n- Two\n"
     links, sent = LinkFilter(addresses()), 0
     for number, character in enumerate(words, 1):
         sent += len(links(character))

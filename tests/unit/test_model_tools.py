@@ -1,4 +1,4 @@
-"""`models.*.tools` and `answers.images`: valid names, and requests that only narrow them."""
+"""`models.*.tools` and `answers.images`: which names are valid; a request only narrows what a model may use."""
 
 from __future__ import annotations
 
@@ -24,17 +24,8 @@ def parsed(tools: list[str] | None = None, images: list[str] | None = None) -> C
 @pytest.mark.parametrize(
     "name",
     [
-        "web_search",
-        "serp_ads",
-        "crm",
-        "crm/*",
-        "crm__*",
-        "crm__any",
-        "crm/any",
-        "ads",
-        "ads/get",
-        "ads/list.all/v2",
-        "ads__list_all_v2",
+        *("web_search", "serp_ads", "crm", "crm/*", "crm__*", "crm__any", "crm/any"),
+        *("ads", "ads/get", "ads/list.all/v2", "ads__list_all_v2"),
     ],
 )
 def test_names_of_tools_are_taken(name: str) -> None:
