@@ -14,8 +14,8 @@ from markdown_it import MarkdownIt
 
 MAX_LINE_CHARS = 200
 """A longer line opens no fence."""
-_MAX_CONTEXT_CHARS = 4096
-"""Of the lines before an indented fence; markdown-it takes some 2 ms for so many."""
+_MAX_CONTEXT_CHARS = 8192
+"""Of the lines before an indented fence; markdown-it takes some 4 ms for so many."""
 _MAX_LOOKS = 16
 """Times that the same lines are parsed; what a longer list has behind that is treated as text."""
 
@@ -53,6 +53,7 @@ class Fences:
     def may_matter(self, line: str) -> bool:
         """Return whether a line that has only begun may yet open or close a block, or leave one."""
         if len(line) > MAX_LINE_CHARS:
+            self._doubt(line)
             return False
         text = line.lstrip(" \t")
         if not text:
@@ -93,7 +94,9 @@ class Fences:
         text = line.strip(" \t\r")
         mark = text[:1]
         run = len(text) - len(text.lstrip(mark)) if mark else 0
-        if not self.certain or run < 3 or mark not in "`~" or len(line) > MAX_LINE_CHARS:
+        if len(line) > MAX_LINE_CHARS:
+            self._doubt(line)
+        if not self.certain or run < 3 or mark not in "`~":
             return False
         if mark == "`" and "`" in text[run:]:
             return False
@@ -114,9 +117,15 @@ class Fences:
         if len(self._context) <= _MAX_CONTEXT_CHARS:
             self._context += f"{line}\n"
 
+    def _doubt(self, line: str) -> None:
+        """Give up where a line is too long to tell whether it opens a block."""
+        if self._fence is None and line.lstrip(" \t").startswith(("```", "~~~")):
+            self.certain = False
+
     def _is_fence(self, line: str) -> bool:
         """Return whether the line opens a block behind those before it."""
         if len(self._context) > _MAX_CONTEXT_CHARS or self._looks >= _MAX_LOOKS:
+            self.certain = False
             return False
         self._looks += 1
         tokens = _parser.parse(f"{self._context}{line}\n")

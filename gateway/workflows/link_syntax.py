@@ -96,7 +96,8 @@ class Link:
         last = space.start() if space else limit
         nested = text.find("](", start, last)
         found = parseLinkDestination(text, start, last if nested < 0 else nested)
-        if nested >= 0 and (found.pos == nested if found.ok else text[start] not in ")\n"):
+        reached = found.pos == nested and text[start] != "<" if found.ok else text[start : start + 1] not in (")", "\n")
+        if nested >= 0 and reached:
             # One link within another's destination: to read on from each of many would be quadratic.
             link.broken = True
             return link

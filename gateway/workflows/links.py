@@ -323,7 +323,7 @@ class LinkFilter(MarkdownStream):
             return None
         name = domain[0][1:].rstrip(".-_")
         own = self._addresses.has_email(f"{local_part(self._tail)}@{name}")
-        if "." in name and not name[-1].isdigit() and not own:
+        if "." in name and not name.replace(".", "").isdigit() and not own:
             return self._pass(end, "(at)", " ")
         return self._pass(end, text[at:end], "@")
 

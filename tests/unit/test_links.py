@@ -106,7 +106,7 @@ def check(text: str) -> str:
     assert not unsafe(out), (text, out, unsafe(out))
     for size in (1, 3):
         assert filtered(text, pieces=size) == out, (text, size)
-    for end in range(len(out)) if len(out) < 120 else range(0, len(out), len(out) // 60):
+    for end in range(len(out)) if len(out) < 120 else range(0, len(out), len(out) // (60 if len(out) < 600 else 12)):
         assert not unsafe(out[:end], partial=True), (text, out[:end])
     return out
 
@@ -270,6 +270,9 @@ HOSTILE = [
     f"![{'a' * 600}]({EVIL})",
     f"<https://{'a' * 3000}>",
     f"$$\n```\n$$\n![x]({EVIL})\n```",
+    f"```{'a' * 300}\n```\n![x]({EVIL})\n```",
+    "x@evil.example1",
+    f"]:<div a='{EVIL}'>](#",
     f"\n```[r]: {EVIL}````\n![x]({EVIL})\n```",
     f"\n```[x]({READ} '`')\n![x]({EVIL})\n```",
     f"\n```<https:{EVIL}`>\n![x]({EVIL})\n```",
@@ -346,7 +349,7 @@ PARTS = [
 ]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.sampled_from(PARTS), max_size=10))
 def test_nothing_is_put_together_from_parts(parts: list[str]) -> None:
     check("".join(parts))
@@ -355,7 +358,7 @@ def test_nothing_is_put_together_from_parts(parts: list[str]) -> None:
 @pytest.mark.slow
 def test_nothing_is_put_together_from_many_parts() -> None:
     chosen = random.Random(7)
-    for _ in range(2500):
+    for _ in range(1000):
         text = "".join(chosen.choice(PARTS) for _ in range(chosen.randint(1, 14)))
         out = filtered(text)
         assert not unsafe(out), (text, out, unsafe(out))

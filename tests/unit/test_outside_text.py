@@ -205,8 +205,9 @@ def test_no_tag_is_forged(opening: str, tag: str) -> None:
 @pytest.mark.parametrize(
     "token",
     [
-        "<|im_start|>", "<|eot_id|>", "<\uff5cUser\uff5c>", "<s>", "</s>", "<<SYS>>", "[INST]", "[/INST]", "[gMASK]",
-        "\uff3bINST\uff3d", "<start_of_turn>", "<end_of_turn>", "<bos>", "<eos>", "<pad>", "[AVAILABLE_TOOLS]", "[SYSTEM_PROMPT]",
+        *("<|im_start|>", "<|eot_id|>", "<\uff5cUser\uff5c>", "<s>", "</s>", "<<SYS>>", "[INST]", "[/INST]", "[gMASK]"),
+        *("\uff3bINST\uff3d", "<start_of_turn>", "<end_of_turn>", "<bos>", "<eos>", "<pad>", "[AVAILABLE_TOOLS]"),
+        "[SYSTEM_PROMPT]",
     ],
 )
 def test_control_tokens_do_not_survive(token: str) -> None:
