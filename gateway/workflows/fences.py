@@ -119,8 +119,9 @@ class Fences:
 
     def _doubt(self, line: str) -> None:
         """Give up where a line is too long to tell whether it opens a block."""
-        if self._fence is None and line.lstrip(" \t").startswith(("```", "~~~")):
-            self.certain = False
+        text = line[:MAX_LINE_CHARS].lstrip(" \t")
+        if self._fence is None and text.startswith(("```", "~~~")):
+            self.certain = self.certain and text[0] == "`" and "`" in text.lstrip("`")
 
     def _is_fence(self, line: str) -> bool:
         """Return whether the line opens a block behind those before it."""
