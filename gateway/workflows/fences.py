@@ -100,6 +100,9 @@ class Fences:
             return False
         if mark == "`" and "`" in text[run:]:
             return False
+        if "|" in text:  # some renderers look for the head of a table first
+            self.certain = False
+            return False
         indent = _indent(line)
         if indent and not self._is_fence(line):
             return False

@@ -59,7 +59,7 @@ _FILES = frozenset("py rs sh md pl cc so ps js ts cs go hs kt rb vb tf mk ml gz 
 """Two letters that end names of files, and abbreviations, more often than hosts."""
 _REST = re.compile(ADDRESS_CHARS)
 _REST_GOES_ON = re.compile(r"(?:\([^\s()<>\"`]{0,200})?\Z")
-_NEWLINE = re.compile(r"\n")
+_NOT_IN_ANGLES = re.compile(r"[\n<]")
 _SPACE = re.compile(r"\s")
 _FAR_END = re.compile(r"[\s)]")
 _ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
@@ -93,7 +93,8 @@ class Link:
         start = _behind_space(text, at, limit)
         if open_ended and (start == limit or (text[start] != "<" and not _FAR_END.search(text, start, limit))):
             return None
-        space = (_NEWLINE if text[start : start + 1] == "<" else _SPACE).search(text, start, limit)
+        angled = text[start : start + 1] == "<"
+        space = _NOT_IN_ANGLES.search(text, start + 1, limit) if angled else _SPACE.search(text, start, limit)
         last = space.start() if space else limit
         nested = text.find("](", start, last)
         found = parseLinkDestination(text, start, last if nested < 0 else nested)

@@ -82,8 +82,8 @@ def unsafe(markdown: str, *, partial: bool = False) -> list[tuple[str, str]]:
     """Return what is live and must not be."""
     bad = []
     for kind, url in live(markdown):
-        bare = url.rstrip(".,;:!?*_~)\"'")
-        if kind == "bare" and re.fullmatch(r"(?i)(?:[a-z]+://|www\.)[\W_]*", url):
+        bare = url.rstrip(".,;:!?*_~)\"'`")
+        if kind == "bare" and re.match(r"(?i)(?:[a-z]+://|www\.)[\W_]*(?:\[address|\[x\]|$)", url):
             continue  # no host
         if kind == "link" and re.fullmatch(r"(?![A-Za-z][A-Za-z0-9+.-]*:)[^/\\?]*", url):
             continue  # it names no host
@@ -272,6 +272,8 @@ HOSTILE = [
     f"$$\n```\n$$\n![x]({EVIL})\n```",
     f"```{'a' * 300}\n```\n![x]({EVIL})\n```",
     "x@evil.example1",
+    f"~~~ x|\n|---|\n![x]({EVIL})\n~~~",
+    f"```x|\n|---|\n| ![x]({EVIL}) |\n```\n![x]({EVIL})",
     f"]:<div a='{EVIL}'>](#",
     f"\n```[r]: {EVIL}````\n![x]({EVIL})\n```",
     f"\n```[x]({READ} '`')\n![x]({EVIL})\n```",
