@@ -90,6 +90,7 @@ from gateway.tools.assembly import build_toolbox
 from gateway.tracing import Tracing, build_tracing, traces_endpoint
 from gateway.usage import Ledger
 
+_UNKNOWN_ARGUMENT = re.compile(r"unexpected keyword argument '(\w+)'")
 # Bodies that routes parse themselves, for the OpenAPI document.
 _BODIES = (
     ChatCompletionRequest,
@@ -226,7 +227,7 @@ def _check_model(name: str, settings: EmbeddedSettings) -> None:
 
 def _unknown_argument(error: TypeError) -> str:
     """Return which argument an engine does not take, without Python's words for it."""
-    found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    found = _UNKNOWN_ARGUMENT.search(str(error))
     return f"{found[1]!r} is not an argument of this kind of engine" if found else str(error)
 
 

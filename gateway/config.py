@@ -40,6 +40,7 @@ class _Settings(BaseModel):
 Priority = Literal["high", "normal", "low"]
 _VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*$"
 _HOST_NAME = re.compile(r"[A-Za-z0-9._-]+")
+_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_-]")
 
 
 def _own_path(path: Path) -> Path:
@@ -762,7 +763,7 @@ class Config(_Settings):
         server, separator, tool = name.replace("/", "__", 1).partition("__")
         if name in BUILT_IN_TOOLS or (server in self.tools.mcp and bool(separator) == bool(tool)):
             listed = self.tools.mcp[server].tools if server in self.tools.mcp else None
-            shown = [re.sub(r"[^A-Za-z0-9_-]", "_", own_name) for own_name in listed or ()]  # as models call them
+            shown = [_NOT_IN_NAMES.sub("_", own_name) for own_name in listed or ()]  # as models call them
             if listed is None or tool in ("", "*", *listed, *shown):
                 return
             names = ", ".join(f"{server}/{known}" for known in listed)

@@ -17,7 +17,7 @@ MAX_CHUNK_LINE_BYTES = 256
 """Of a chunk's size and its extensions, which are ignored."""
 MAX_TRAILER_BYTES = 8_192
 
-_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
+_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]{0,255};[\t -~\x80-\xff]{0,255})?\r\n")
 
 
 class Body(Protocol):

@@ -25,10 +25,9 @@ _UNSPACED_CHARACTER = re.compile(f"([{_UNSPACED}])")
 _UNSPACED_RUN = re.compile(f"[{_UNSPACED}]+")
 # Every passage holds some of these: they would cost time and find nothing.
 _EMPTY_WORDS = frozenset(
-    re.findall(
-        r"\w+",
+    str.split(
         "a an and are as at be but by did do does for from had has have how in is it its of on or that the their this "
-        "to was were what when where which who why will with",
+        "to was were what when where which who why will with"
     )
 )
 

@@ -14,6 +14,7 @@ from gateway.workflows.links import LinkFilter
 from gateway.workflows.run import Run
 
 _ESCAPE = re.compile(r"\\(?:u[0-9A-Fa-f]{4}|[^u])")
+_HIGH_SURROGATE = re.compile(r"\\u[Dd][89ABab][0-9A-Fa-f]{2}")
 _PLAIN = re.compile(r'[^"\\]+')
 
 
@@ -79,7 +80,7 @@ def _escapes(text: str, at: int) -> int:
     first = _ESCAPE.match(text, at)
     if first is None:
         return at
-    if not re.fullmatch(r"\\u[Dd][89ABab][0-9A-Fa-f]{2}", first[0]):
+    if not _HIGH_SURROGATE.fullmatch(first[0]):
         return first.end()
     second = _ESCAPE.match(text, first.end())
     if second is None:

@@ -61,6 +61,8 @@ _REST = re.compile(ADDRESS_CHARS)
 _REST_GOES_ON = re.compile(r"(?:\([^\s()<>\"`]{0,200})?\Z")
 _NOT_IN_ANGLES = re.compile(r"[\n<]")
 _SPACE = re.compile(r"\s")
+_BLANK = re.compile(r"[\x00-\x20]")
+_SCHEME = re.compile(r"\A[A-Za-z][A-Za-z0-9+.-]*:")
 _FAR_END = re.compile(r"[\s)]")
 _ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
 _ENTITY_BEGINNING = re.compile(r"&(?:#[xX]?[0-9a-fA-F]{0,7}|[A-Za-z][A-Za-z0-9]{0,31})?\Z")
@@ -173,8 +175,8 @@ def closing_bracket(text: str) -> int | None:
 
 def leads_out(destination: str) -> bool:
     """Return whether a browser could take a destination for another host, or for more than an address."""
-    bare = re.sub(r"[\x00-\x20]", "", destination)
-    return bare[:2].replace("\\", "/") == "//" or re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", bare) is not None
+    bare = _BLANK.sub("", destination)
+    return bare[:2].replace("\\", "/") == "//" or _SCHEME.match(bare) is not None
 
 
 def meaning(text: str, at: int) -> tuple[str, int]:

@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.deploy.chart import CHART, NAMESPACE, ROOT, find, manifests
 from tests.deploy.prometheus import metrics_of, promtool
-from tests.deploy.watched_gateway import INSTANCE, NOWHERE, SERVICE, VLLM, Watched, watch
+from tests.deploy.watched_gateway import INSTANCE, SERVICE, VLLM, Watched, watch
 from tests.gateway_process import wait_until
 
 RULES = sorted((CHART / "rules").glob("*.yaml"))
@@ -143,7 +143,7 @@ def test_alert_names_what_is_wrong(watched: Watched) -> None:
     wait_until(lambda: bool(raised()), "the alert is raised", 60)
 
     (alert,) = raised()
-    assert alert["annotations"]["summary"] == f"The server {NOWHERE} of far is left alone."
+    assert alert["annotations"]["summary"] == "Server 1 in engines.far.urls is not used."
 
 
 def test_rules_and_dashboard_use_metrics_that_are_there(watched: Watched) -> None:
