@@ -222,7 +222,7 @@ class Lane:
             started = time.perf_counter()
             try:
                 commands = [command for group in batch for command in group.commands]
-                results = await self._answers(commands)
+                results = await self._within_timeout(self._send(commands), self.timeout_s, doubt=True)
             except _FAILURES as error:
                 self._open_breaker(error)
                 _fail(batch)
@@ -240,39 +240,42 @@ class Lane:
                     group.result.set_result(results[: len(group.commands)])
                 del results[: len(group.commands)]
 
-    async def _answers(self, commands: list[Command]) -> list[Any]:
-        """Return the results of commands that are sent now. Raises one of _FAILURES."""
-        if self._check is None:
-            return await self._within_timeout(self._send(commands), self.timeout_s)
-        answer = asyncio.create_task(self._within_timeout(self._send(commands), self.timeout_s))
-        try:
-            while not (await asyncio.wait([answer], timeout=self._doubt_s))[0]:
-                await self._check()
-            return answer.result()
-        except StoreUnavailable:
-            raise TimeoutError from None
-        finally:
-            answer.cancel()
-            await asyncio.wait([answer])
-
-    async def _within_timeout(self, work: Coroutine[Any, Any, _T], timeout_s: float) -> _T:
+    async def _within_timeout(self, work: Coroutine[Any, Any, _T], timeout_s: float, *, doubt: bool = False) -> _T:
         """Await `work` for `timeout_s`, not counting time in which this process itself did not run.
 
-        A busy event loop would otherwise take its own lag for a store that does not answer.
+        A busy event loop would otherwise take its own lag for a store that does not answer. With `doubt` the server is
+        checked meanwhile, and not waited for any longer if it does not answer at all. Raises TimeoutError.
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
+        checking: asyncio.Task[None] | None = None
         async with asyncio.timeout(None) as scope:
 
             def expire() -> None:
                 lag_s = loop.time() - deadline
                 scope.reschedule(loop.time() + min(lag_s, timeout_s) if lag_s > _LAG_S else loop.time())
 
-            timer = loop.call_at(deadline, expire)
+            async def check(ask: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+                with contextlib.suppress(StoreUnavailable):
+                    while True:
+                        await ask()
+                        await asyncio.sleep(self._doubt_s)
+                scope.reschedule(loop.time())
+
+            def begin(ask: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+                nonlocal checking
+                checking = asyncio.create_task(check(ask))
+
+            timers = [loop.call_at(deadline, expire)]
+            if doubt and self._check is not None:
+                timers.append(loop.call_later(self._doubt_s, begin, self._check))
             try:
                 return await work
             finally:
-                timer.cancel()
+                for timer in timers:
+                    timer.cancel()
+                if checking is not None:
+                    checking.cancel()
 
     async def _send(self, commands: list[Command]) -> list[Any]:
         pipeline = self._client.pipeline(transaction=False)

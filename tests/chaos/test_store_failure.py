@@ -99,15 +99,62 @@ def test_requests_go_on_without_the_store_and_usage_is_complete_after_it(
 
 
 def _rows(gateway: GatewayProcess, expected: int) -> dict[str, int]:
+    """Wait for the journal to be replayed. Return the totals of the gateway's own key."""
+    return _rows_of(gateway, gateway.authorization, expected)
+
+
+def _rows_of(gateway: GatewayProcess, authorization: dict[str, str], expected: int) -> dict[str, int]:
     """Wait for the journal to be replayed. Return the key's totals."""
     deadline = time.monotonic() + 10
     while True:
-        response = httpx.get(f"{gateway.url}/v1/usage", headers=gateway.authorization)
+        response = httpx.get(f"{gateway.url}/v1/usage", headers=authorization)
         rows = response.json()["data"] if response.status_code == 200 else []
         totals = {name: sum(row[name] for row in rows) for name in ("requests", "prompt_tokens", "completion_tokens")}
         if totals["requests"] >= expected or time.monotonic() > deadline:
             return totals
         time.sleep(0.1)
+
+
+@pytest.mark.parametrize("frozen_s", [0.5, 2.0], ids=["shorter than commands live", "longer"])
+def test_requests_in_flight_through_a_freeze_cost_what_they_spent(
+    store: StoreServer, tmp_path: Path, frozen_s: float
+) -> None:
+    """Five of them, that reserve far more: the window and the day's budget hold nothing else when all is over."""
+    tree = TREE | {"models": {"shannon-chat": {"limits": {"requests_per_minute": 10}}}}
+    with serve(tmp_path / "gateway", tree, SHANNON_REDIS_URL=store.url) as gateway, store.client() as raw:
+        gateway.wait_until_ready()
+        spec = {"name": "ci", "tokens_per_day": 100_000}
+        made = httpx.post(f"{gateway.url}/admin/keys", json=spec, headers=gateway.authorization).json()
+        headers = {"Authorization": f"Bearer {made['key']}"}
+        url = f"{gateway.url}/v1/chat/completions"
+        body = BODY | {"max_tokens": 900}
+        assert httpx.post(url, json=body, headers=headers).status_code == 200
+
+        async def five() -> list[httpx.Response]:
+            async with httpx.AsyncClient(timeout=10) as client:
+                store.send(signal.SIGSTOP)
+                asked = [asyncio.create_task(client.post(url, json=body, headers=headers)) for _ in range(5)]
+                await asyncio.sleep(frozen_s)
+                store.send(signal.SIGCONT)
+                return await asyncio.gather(*asked)
+
+        responses = asyncio.run(five())
+        assert [response.status_code for response in responses] == [200] * 5
+        rows = _rows_of(gateway, headers, 6)
+        spent = rows["prompt_tokens"] + rows["completion_tokens"]
+        head = f"sh:{{k:{made['id']}}}:"
+
+        def books() -> tuple[int, int, int, int]:
+            window: Any = raw.hgetall(f"{head}w:shannon-chat")
+            days: Any = [raw.get(day) for day in raw.keys(f"{head}day:*")]  # type: ignore[union-attr]
+            left: Any = [note for note in raw.hvals(f"{head}open") if note != "closed"]  # type: ignore[union-attr]
+            tokens = sum(int(value) for name, value in window.items() if name[0] == "t")
+            requests = sum(int(value) for name, value in window.items() if name[0] == "r")
+            return tokens, requests, sum(map(int, days)), len(left)
+
+        wait_until(lambda: books() == (spent, 6, spent, 0), f"{spent} tokens were spent, and the store holds others")
+        remaining = [httpx.post(url, json=BODY, headers=headers).status_code for _ in range(6)]
+        assert remaining == [200] * 4 + [429] * 2, "the requests of the outage count"
 
 
 def test_closed_limits_refuse_while_the_store_is_away(tmp_path: Path) -> None:
