@@ -146,8 +146,8 @@ def test_requests_in_flight_through_a_freeze_cost_what_they_spent(
 
         def books() -> tuple[int, int, int, int]:
             window: Any = raw.hgetall(f"{head}w:shannon-chat")
-            days: Any = [raw.get(day) for day in raw.keys(f"{head}day:*")]  # type: ignore[union-attr]
-            left: Any = [note for note in raw.hvals(f"{head}open") if note != "closed"]  # type: ignore[union-attr]
+            days: Any = [raw.get(day) for day in raw.keys(f"{head}day:*")]
+            left: Any = [note for note in raw.hvals(f"{head}open") if note != "closed"]
             tokens = sum(int(value) for name, value in window.items() if name[0] == "t")
             requests = sum(int(value) for name, value in window.items() if name[0] == "r")
             return tokens, requests, sum(map(int, days)), len(left)
