@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import re
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from redis.exceptions import RedisClusterException
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -70,6 +68,7 @@ from gateway.errors import (
     StoreError,
     StoreUnavailable,
     from_store,
+    unknown_argument,
 )
 from gateway.event_log import EventLogs
 from gateway.events import Clock
@@ -90,7 +89,6 @@ from gateway.tools.assembly import build_toolbox
 from gateway.tracing import Tracing, build_tracing, traces_endpoint
 from gateway.usage import Ledger
 
-_UNKNOWN_ARGUMENT = re.compile(r"unexpected keyword argument '(\w+)'")
 # Bodies that routes parse themselves, for the OpenAPI document.
 _BODIES = (
     ChatCompletionRequest,
@@ -227,8 +225,8 @@ def _check_model(name: str, settings: EmbeddedSettings) -> None:
 
 def _unknown_argument(error: TypeError) -> str:
     """Return which argument an engine does not take, without Python's words for it."""
-    found = _UNKNOWN_ARGUMENT.search(str(error))
-    return f"{found[1]!r} is not an argument of this kind of engine" if found else str(error)
+    name = unknown_argument(error)
+    return f"{name!r} is not an argument of this kind of engine" if name else str(error)
 
 
 def build_inspector(config: Config) -> Inspector | None:
@@ -255,8 +253,6 @@ def build_store(config: Config, environment: Mapping[str, str] = os.environ) -> 
         return Store(config.store, environment, Metrics())
     except StoreError as error:
         raise ConfigError(f"{config.store.url_env}: {error}") from error
-    except RedisClusterException as error:  # no RedisError, and several lines
-        raise ConfigError(f"{config.store.url_env}: the URL names no node of a cluster") from error
 
 
 def build_authenticator(config: Config, store: Store, environment: Mapping[str, str] = os.environ) -> Authenticator:

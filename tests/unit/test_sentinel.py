@@ -28,6 +28,7 @@ from gateway.store import Store
 from tests.conftest import until
 from tests.debian import program
 from tests.doctor_case import case
+from tests.store_server import opened
 
 pytestmark = pytest.mark.anyio
 
@@ -134,16 +135,6 @@ def encrypted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         yield servers
 
 
-@contextlib.asynccontextmanager
-async def opened(url: str) -> Any:
-    store = Store(StoreSettings(command_timeout_ms=2000, breaker_s=0.05), {"SHANNON_REDIS_URL": url}, Metrics())
-    await store.start()
-    try:
-        yield store
-    finally:
-        await store.close()
-
-
 @pytest.mark.parametrize(
     "query",
     [
@@ -222,7 +213,8 @@ async def test_store_comes_back_when_the_sentinel_does(tmp_path: Path) -> None:
     with watched(tmp_path, tls=False) as servers:
         url = servers.url(query=f"sentinel_password={QUOTED_ASKING}")
         async with opened(url) as store:
-            await store._client.connection_pool.disconnect()
+            client: Any = store._client
+            await client.connection_pool.disconnect()
             store.available = True
             store._open_breaker(TimeoutError())
             await until(lambda: bool(store.available), 10)

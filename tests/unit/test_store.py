@@ -7,7 +7,7 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +20,9 @@ from gateway.errors import StoreError, StoreUnavailable
 from gateway.metrics import Metrics
 from gateway.store import Store
 from tests.conftest import until
-from tests.store_server import StoreServer, run_store
+from tests.store_server import StoreServer, opened, run_store
 
 pytestmark = pytest.mark.anyio
-
-
-@contextlib.asynccontextmanager
-async def opened(url: str, *, start: bool = True, **settings: Any) -> AsyncGenerator[Store]:
-    defaults: dict[str, Any] = {"command_timeout_ms": 2000, "breaker_s": 0.02}
-    store = Store(StoreSettings(**(defaults | settings)), {"SHANNON_REDIS_URL": url}, Metrics())
-    try:
-        if start:
-            await store.start()
-        yield store
-    finally:
-        await store.close()
 
 
 @pytest.fixture

@@ -5,9 +5,8 @@ timeout for a server that is gone.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import signal
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,12 @@ import pytest
 from engine.mock import MockEngine
 from gateway.auth import Principal
 from gateway.catalog import ModelSpec
-from gateway.config import LimiterSettings, LimitSettings, ModelSettings, StoreSettings
+from gateway.config import LimiterSettings, LimitSettings, ModelSettings
 from gateway.errors import StoreUnavailable
 from gateway.limits import Limits
-from gateway.metrics import Metrics
-from gateway.store import Script, Store
+from gateway.store import Script
 from tests.conftest import until
-from tests.store_server import StoreServer, run_store
+from tests.store_server import StoreServer, opened, run_store
 
 pytestmark = pytest.mark.anyio
 
@@ -34,17 +32,6 @@ MODEL = ModelSpec("m", ModelSettings(description="d", limits=LimitSettings(reque
 def own(tmp_path: Path) -> Iterator[StoreServer]:
     with run_store("valkey", tmp_path / "s") as server:
         yield server
-
-
-@contextlib.asynccontextmanager
-async def opened(url: str, **settings: Any) -> AsyncGenerator[Store]:
-    defaults: dict[str, Any] = {"command_timeout_ms": 2000, "breaker_s": 0.02}
-    store = Store(StoreSettings(**(defaults | settings)), {"SHANNON_REDIS_URL": url}, Metrics())
-    await store.start()
-    try:
-        yield store
-    finally:
-        await store.close()
 
 
 @pytest.mark.parametrize("policy", ["local", "closed"])
