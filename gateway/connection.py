@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import logging
 from http import HTTPStatus
 from typing import Any
 
@@ -34,11 +33,12 @@ from uvicorn.protocols.utils import get_local_addr, get_remote_addr
 from uvicorn.server import ServerState
 
 from gateway.asgi import Exchange
+from gateway.connection_limit import ConnectionLimit
 from gateway.errors import BadRequest
+from gateway.middleware import new_request_id
+from gateway.refused_heads import RefusedHeads
 from gateway.request_body import Body, body_of
 from gateway.request_head import MAX_HEAD_BYTES, Head, HeadReader, Refusal
-
-log = logging.getLogger(__name__)
 
 __all__ = ["HEAD_TIMEOUT_S", "MAX_HEAD_BYTES", "WRITE_TIMEOUT_S", "Connection"]
 
@@ -76,6 +76,9 @@ class Connection(asyncio.Protocol):
         server_state: ServerState,
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
+        *,
+        limit: ConnectionLimit,
+        refused: RefusedHeads,
     ) -> None:
         if not config.loaded:
             config.load()
@@ -83,6 +86,8 @@ class Connection(asyncio.Protocol):
         self._idle_timeout_s = config.timeout_keep_alive
         self._server_state = server_state
         self._app_state = app_state
+        self._limit = limit
+        self._refused = refused
         self._loop = _loop or asyncio.get_event_loop()
         self._context = contextvars.copy_context()
         """Of every request: one must not see what another has set."""
@@ -115,6 +120,7 @@ class Connection(asyncio.Protocol):
         self._client = get_remote_addr(transport)
         self._server_state.connections.add(self)  # type: ignore[arg-type]  # of the kinds that uvicorn knows
         self._expect_by(HEAD_TIMEOUT_S)
+        self._limit.add(self)
 
     def data_received(self, data: bytes) -> None:
         if not self._deaf:
@@ -131,6 +137,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._server_state.connections.discard(self)
+        self._limit.discard(self)
         self._stop_deadline()
         self._stop_watching()
         self._deaf = self._closing = True
@@ -145,6 +152,12 @@ class Connection(asyncio.Protocol):
     def resume_writing(self) -> None:
         self._stop_watching()
         self.flow.resume_writing()
+
+    # What the limit of connections calls
+
+    def abort(self) -> None:
+        """Close at once, to make room for another client."""
+        self.transport.abort()
 
     # What uvicorn's server calls
 
@@ -172,7 +185,7 @@ class Connection(asyncio.Protocol):
         exchange = self._exchange
         assert exchange is not None
         self._server_state.total_requests += 1
-        self._exchange = self._body = None
+        self._end_exchange()
         if not exchange.persistent or not exchange.complete or not self.persistent:
             if exchange.complete and not self._buffer and not self._deaf:
                 self._close()  # nothing is on its way that a reset could answer
@@ -189,11 +202,19 @@ class Connection(asyncio.Protocol):
 
     def break_off(self, *, cut: bool) -> None:
         """Close in the middle of an answer. `cut` resets the connection: its end would look like the answer's."""
-        self._exchange = self._body = None
+        self._end_exchange()
         if cut:
             self.transport.abort()
         else:
             self._linger()
+
+    def _end_exchange(self) -> None:
+        self._exchange = self._body = None
+        self._limit.end(self)
+
+    def _hold(self) -> None:
+        """Keep the connection until the request is answered: its key is known. Raises Overloaded."""
+        self._limit.begin(self)
 
     # From bytes to requests
 
@@ -233,7 +254,7 @@ class Connection(asyncio.Protocol):
             "scheme": "http",
             "root_path": "",
             "headers": head.headers,
-            "state": self._app_state.copy(),
+            "state": self._app_state | {"hold_connection": self._hold},
             "method": head.method,
             "path": head.path,
             "raw_path": head.raw_path,
@@ -266,16 +287,18 @@ class Connection(asyncio.Protocol):
 
     def _refuse(self, refusal: Refusal) -> None:
         """Answer what is no request, or fail the request whose body is broken."""
-        log.debug("refused: %s", refusal)
         self._drop_what_comes()
+        error = BadRequest(refusal.message, code=refusal.code)
         if self._exchange is not None:
             self.flow.pause_reading()  # until the application has been told, and asks for more
-            self._exchange.fail(BadRequest(refusal.message, code=refusal.code))
+            self._exchange.fail(error)
             return
-        error = BadRequest(refusal.message, code=refusal.code)
+        request_id = new_request_id()
+        self._refused.record(refusal.status, error, request_id, self._client[0] if self._client else None)
         lines = [f"HTTP/1.1 {refusal.status} {HTTPStatus(refusal.status).phrase}", "connection: close"]
         body = error.body()
-        headers = {"content-type": "application/json", "content-length": str(len(body))} | error.headers()
+        headers = {"content-type": "application/json", "content-length": str(len(body)), "x-request-id": request_id}
+        headers |= error.headers()
         lines += [f"{name.lower()}: {value}" for name, value in headers.items()]
         self.transport.write("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
         self._linger()

@@ -105,6 +105,12 @@ class Metrics:
             ["code"],
             registry=self._registry,
         )
+        self.connections = Gauge("shannon_connections", "Clients that are connected now.", registry=self._registry)
+        self.connections_closed = Counter(
+            "shannon_connections_closed",
+            "Connections without a running request of a key that were closed to make room for new ones.",
+            registry=self._registry,
+        )
         self._stream_failures = Counter(
             "shannon_stream_failures",
             "Streams that ended with an error frame, after a 200, by error code.",

@@ -76,7 +76,7 @@ class RequestMiddleware:
         status = CLIENT_CLOSED_REQUEST
         request_id = headers.get("x-request-id", "")
         if not _REQUEST_ID.fullmatch(request_id):
-            request_id = f"req_{secrets.token_hex(16)}"
+            request_id = new_request_id()
         scope.setdefault("state", {})["request_id"] = request_id
 
         async def send_with_headers(message: Message) -> None:
@@ -220,6 +220,11 @@ def _fields(scope: Scope, route: str, status: int, started: float, duration_s: f
         if state.get("streamed") and meter.first_token_at is not None:
             fields["time_to_first_token_ms"] = round((meter.first_token_at - started) * 1000, 1)
     return fields
+
+
+def new_request_id() -> str:
+    """Return an id for a request that brings none."""
+    return f"req_{secrets.token_hex(16)}"
 
 
 class ErrorResponse(Response):

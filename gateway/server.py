@@ -22,9 +22,11 @@ from gateway import listeners
 from gateway.api.dependencies import Services
 from gateway.config import ConfigError
 from gateway.connection import Connection
+from gateway.connection_limit import ConnectionLimit, most_connections
 from gateway.drain import INTERRUPTED
 from gateway.errors import StoreUnavailable
 from gateway.lifespan import Lifespan
+from gateway.refused_heads import RefusedHeads
 
 log = logging.getLogger(__name__)
 
@@ -53,11 +55,16 @@ class Server(uvicorn.Server):
         self._reload = reload
         self._hung_up = asyncio.Event()
         self.exit_code = 0
+        services = self._services
+        most = most_connections(services.config.server.max_connections)
+        connection = functools.partial(
+            Connection, limit=ConnectionLimit(most, services.metrics), refused=RefusedHeads(services.metrics)
+        )
         super().__init__(
             uvicorn.Config(
                 app,
                 loop="uvloop",
-                http=Connection,
+                http=connection,  # type: ignore[arg-type]  # makes what a class would
                 ws="none",
                 log_config=None,
                 access_log=False,

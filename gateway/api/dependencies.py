@@ -74,11 +74,23 @@ async def services(request: Request) -> Services:
     return services
 
 
-async def authenticate(request: Request, services: Annotated[Services, Depends(services)]) -> Principal:
+async def identify(request: Request, services: Services) -> Principal:
     """Return the caller, and note who it is for the access log. Raises what `Authenticator` raises."""
     principal = await services.authenticator.authenticate(request)
     request.state.key_id = principal.key_id
     request.state.tenant = principal.tenant
+    return principal
+
+
+async def authenticate(request: Request, services: Annotated[Services, Depends(services)]) -> Principal:
+    """Return the caller, whose connection is from now on not closed to make room for another.
+
+    Raises what `identify` raises, and Overloaded.
+    """
+    principal = await identify(request, services)
+    hold_connection = getattr(request.state, "hold_connection", None)
+    if hold_connection is not None:  # it is there where the app runs in this product's own server
+        hold_connection()
     return principal
 
 

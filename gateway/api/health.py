@@ -17,7 +17,7 @@ from engine.admission import QueuedEngine
 from engine.pool import Replicated
 from engine.supervisor import SupervisedEngine
 from gateway import __version__
-from gateway.api.dependencies import Services, authenticate, services
+from gateway.api.dependencies import Services, authenticate, identify, services
 from gateway.auth import Principal
 from gateway.drain import INTERRUPTED
 from gateway.errors import MetricsNotAllowed, StoreUnavailable
@@ -48,7 +48,7 @@ async def get_ready(services: AppServices) -> JSONResponse:
 async def _scraper(request: Request, services: AppServices) -> None:
     if services.config.server.metrics_public:
         return
-    principal = await authenticate(request, services)
+    principal = await identify(request, services)  # also while there is no room for requests
     if not (principal.admin or principal.metrics):
         raise MetricsNotAllowed("This API key may not read /metrics. Use an admin key, or a key with 'metrics': true.")
 

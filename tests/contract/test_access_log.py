@@ -245,6 +245,34 @@ async def test_nothing_that_was_said_is_logged(serve: Start, caplog: pytest.LogC
     assert CANARY not in caplog.text + str(fields)
 
 
+@pytest.mark.parametrize(
+    ("raw", "status", "code"),
+    [
+        (b"Zarathustra\r\n\r\n", 400, "invalid_http"),
+        (b"GET /Zarathustra HTTP/1.1\r\nZarathustra: Zarathustra\r\n\r\n", 400, "invalid_http"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nExpect: Zarathustra\r\n\r\n", 417, "expectation_failed"),
+        (b"GET /" + b"Zarathustra" * 10_000, 431, "headers_too_large"),
+        (b"\x16\x03\x01Zarathustra", 400, "invalid_http"),
+    ],
+)
+async def test_line_of_what_is_no_request(
+    serve: Start, access_log: AccessLog, caplog: pytest.LogCaptureFixture, raw: bytes, status: int, code: str
+) -> None:
+    gateway = await serve()
+    host, port = gateway.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(raw)
+    answer = await asyncio.wait_for(reader.read(), 10)
+    writer.close()
+
+    line = await access_log.last()
+    assert answer.startswith(b"HTTP/1.1 %d " % status)
+    assert b"x-request-id: %b\r\n" % line.pop("request_id").encode() in answer
+    assert line == {"path": "unmatched", "status": status, "error": code, "client": "127.0.0.1"}
+    assert CANARY not in caplog.text
+    assert (await gateway.samples("shannon_requests_total"))["unmatched", str(status)] == 1
+
+
 def test_every_line_of_a_gateway_is_json(tmp_path: Path) -> None:
     """A real process, from its first line to its last, whatever the logger; a key is in none of them."""
     tree = {"engines": {"main": {"kind": "mock"}}}

@@ -1,0 +1,99 @@
+"""How many clients may be connected, and whose connection is closed where that is too many.
+
+Each connection takes a file descriptor. Where none is left, accepting a client fails, and so does everything else:
+the store, engines, probes. The bound is below that, and connections are in two groups:
+
+    waiting    no request of a known key runs: new, idle, half a request sent, or an answer without a key
+    working    a request of a known key runs
+
+At the bound, a new connection takes the place of the one that has been waiting longest. Clients without a key can't
+close working connections. An eighth of the bound is never given to working ones: there probes are answered, and
+clients are told that there is no room. Raises Overloaded.
+"""
+
+from __future__ import annotations
+
+import logging
+import resource
+import time
+from collections import OrderedDict
+from typing import Protocol
+
+from gateway.errors import Overloaded
+from gateway.events import Clock
+from gateway.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+_CLIENT_SHARE = 2
+"""Clients get one of so many descriptors. A stream to a remote engine takes another one for each client."""
+_WAITING_SHARE = 8
+_WARN_EVERY_S = 60.0
+
+
+class Closable(Protocol):
+    """A connection that can be closed at once."""
+
+    def abort(self) -> None: ...
+
+
+class ConnectionLimit:
+    """The open connections of one server, `most` at once."""
+
+    def __init__(self, most: int, metrics: Metrics, clock: Clock = time.monotonic) -> None:
+        self._most = most
+        self._metrics = metrics
+        metrics.connections.set_function(lambda: self.open)
+        self._clock = clock
+        self._waiting: OrderedDict[Closable, None] = OrderedDict()
+        """The one that has been waiting longest is first."""
+        self._working: set[Closable] = set()
+        self._warned_at: float | None = None
+
+    @property
+    def open(self) -> int:
+        """How many connections there are."""
+        return len(self._waiting) + len(self._working)
+
+    def add(self, connection: Closable) -> None:
+        """Count a new connection, and close another one if that makes too many."""
+        if self.open >= self._most:
+            longest, _ = self._waiting.popitem(last=False)  # there is one: not all may be working
+            longest.abort()
+            self._metrics.connections_closed.inc()
+            self._warn()
+        self._waiting[connection] = None
+
+    def discard(self, connection: Closable) -> None:
+        """Forget a connection that is closed."""
+        self._waiting.pop(connection, None)
+        self._working.discard(connection)
+
+    def begin(self, connection: Closable) -> None:
+        """Note that a request of a known key runs. Raises Overloaded."""
+        if connection in self._waiting:
+            if len(self._working) >= self._most - max(1, self._most // _WAITING_SHARE):
+                raise Overloaded("The server has too many connections. Try again shortly.")
+            del self._waiting[connection]
+            self._working.add(connection)
+
+    def end(self, connection: Closable) -> None:
+        """Note that no request runs any more."""
+        if connection in self._working:
+            self._working.remove(connection)
+            self._waiting[connection] = None
+
+    def _warn(self) -> None:
+        now = self._clock()
+        if self._warned_at is None or now - self._warned_at >= _WARN_EVERY_S:
+            self._warned_at = now
+            log.warning("%d clients are connected, as many as may be: those that wait longest are closed", self._most)
+
+
+def most_connections(wanted: int) -> int:
+    """Return how many clients may be connected: `wanted`, or as many as this process has descriptors for."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if files == resource.RLIM_INFINITY or files // _CLIENT_SHARE >= wanted:
+        return wanted
+    log.info("at most %d clients may be connected: this process may open %d files", files // _CLIENT_SHARE, files)
+    return max(_WAITING_SHARE, files // _CLIENT_SHARE)

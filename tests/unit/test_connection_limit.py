@@ -1,0 +1,133 @@
+"""Which connection makes room for a new one, and when there is none to make."""
+
+from __future__ import annotations
+
+import logging
+import random
+import resource
+
+import pytest
+
+from gateway.connection_limit import ConnectionLimit, most_connections
+from gateway.errors import Overloaded
+from gateway.metrics import Metrics
+from tests.conftest import FakeClock
+
+
+class Client:
+    """A connection that knows whether it was closed."""
+
+    def __init__(self, limit: ConnectionLimit) -> None:
+        self._limit = limit
+        self.closed = False
+        limit.add(self)
+
+    def abort(self) -> None:
+        self.closed = True
+        self._limit.discard(self)
+
+
+def limit_of(most: int, clock: FakeClock | None = None) -> ConnectionLimit:
+    return ConnectionLimit(most, Metrics(), clock or FakeClock())
+
+
+def test_connection_that_waits_longest_makes_room() -> None:
+    limit = limit_of(16)
+    clients = [Client(limit) for _ in range(20)]
+
+    assert [client.closed for client in clients] == [True] * 4 + [False] * 16
+    assert limit.open == 16
+
+
+def test_working_connection_is_not_closed() -> None:
+    limit = limit_of(16)
+    worker = Client(limit)
+    limit.begin(worker)
+    later = [Client(limit) for _ in range(40)]
+
+    assert not worker.closed
+    assert sum(not client.closed for client in later) == 15
+
+
+def test_connection_waits_from_the_end_of_its_request() -> None:
+    limit = limit_of(16)
+    worker, idle = Client(limit), Client(limit)
+    limit.begin(worker)
+    limit.end(worker)
+    for _ in range(15):
+        Client(limit)
+
+    assert (idle.closed, worker.closed) == (True, False)
+
+
+def test_an_eighth_of_the_connections_never_works() -> None:
+    limit = limit_of(16)
+    clients = [Client(limit) for _ in range(16)]
+    for client in clients[:14]:
+        limit.begin(client)
+    limit.begin(clients[0])  # once more is nothing new
+    with pytest.raises(Overloaded):
+        limit.begin(clients[14])
+    limit.end(clients[3])
+    limit.begin(clients[14])
+
+    assert limit.open == 16
+
+
+def test_connections_are_never_more_than_the_limit() -> None:
+    limit = limit_of(16)
+    choices = random.Random(7)
+    clients: list[Client] = []
+    for _ in range(5_000):
+        clients = [client for client in clients if not client.closed]
+        client = choices.choice(clients) if clients else None
+        action = choices.randrange(5)
+        if action < 2 or client is None:
+            clients.append(Client(limit))
+        elif action == 2:
+            before = [other.closed for other in clients]
+            try:
+                limit.begin(client)
+            except Overloaded:
+                assert len(clients) > 14
+            assert [other.closed for other in clients] == before
+        elif action == 3:
+            limit.end(client)
+        else:
+            client.abort()
+        assert limit.open == sum(not client.closed for client in clients) <= 16
+
+
+def test_warning_is_one_line_a_minute(caplog: pytest.LogCaptureFixture) -> None:
+    clock = FakeClock()
+    limit = limit_of(16, clock)
+    for _ in range(100):
+        Client(limit)
+    assert len(caplog.records) == 1
+    clock.advance(61)
+    Client(limit)
+    assert len(caplog.records) == 2
+
+
+def test_metrics_show_open_and_closed_connections() -> None:
+    metrics = Metrics()
+    limit = ConnectionLimit(16, metrics, FakeClock())
+    clients = [Client(limit) for _ in range(19)]
+    clients[-1].abort()
+    page = metrics.render().decode()
+
+    assert "shannon_connections 15.0" in page
+    assert "shannon_connections_closed_total 3.0" in page
+
+
+@pytest.mark.parametrize(
+    ("files", "most"), [(65_536, 8192), (16_384, 8192), (1024, 512), (12, 8), (resource.RLIM_INFINITY, 8192)]
+)
+def test_clients_get_half_of_the_files(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, files: int, most: int
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (files, files))
+
+    assert most_connections(8192) == most
+    assert bool(caplog.records) == (most < 8192)
