@@ -34,7 +34,7 @@ from uvicorn.server import ServerState
 
 from gateway.asgi import Exchange
 from gateway.connection_limit import ConnectionLimit
-from gateway.errors import BadRequest
+from gateway.errors import BadRequest, Unavailable
 from gateway.middleware import new_request_id
 from gateway.refused_heads import RefusedHeads
 from gateway.request_body import Body, body_of
@@ -162,10 +162,13 @@ class Connection(asyncio.Protocol):
     # What uvicorn's server calls
 
     def shutdown(self) -> None:
-        """Close once the running request, if there is one, is answered."""
+        """Close once the running request, if there is one, is answered. It fails if its body is not complete."""
         self.persistent = False
         if self._exchange is None:
             self._close()
+        elif not self._exchange.complete:
+            self._drop_what_comes()
+            self._exchange.fail(Unavailable("The server shut down before the request was complete.", retry_after_s=1.0))
 
     # What the exchange calls
 

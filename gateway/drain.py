@@ -33,9 +33,13 @@ class Drain:
         self._idle.set()
 
     def admit(self) -> None:
-        """Raise Unavailable once draining has begun."""
+        """Raise Unavailable once draining has begun. The client is to connect again: perhaps to another replica."""
         if self.draining:
-            raise Unavailable("The server is shutting down. Try again; another replica may answer.", retry_after_s=1.0)
+            error = Unavailable(
+                "The server is shutting down. Try again; another replica may answer.", retry_after_s=1.0
+            )
+            error.extra_headers["Connection"] = "close"
+            raise error
 
     @contextmanager
     def track(self, exchange: Interruptible) -> Iterator[None]:

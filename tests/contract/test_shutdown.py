@@ -45,6 +45,7 @@ async def test_running_stream_finishes_while_new_requests_are_refused(serve: Sta
             assert refused.headers["x-should-retry"] == "true"
             assert refused.headers["retry-after"] == "1"
             assert refused.headers["retry-after-ms"] == "1000"
+            assert refused.headers["connection"] == "close"  # a retry may reach another replica
 
         raw += b"".join([piece async for piece in pieces])
 
@@ -173,3 +174,22 @@ async def test_body_that_arrives_after_the_signal_is_refused(serve: Start) -> No
 
     assert status.startswith(b"HTTP/1.1 503 ")
     assert gateway.mock.requests == []
+
+
+@pytest.mark.parametrize("expects", [b"", b"Expect: 100-continue\r\n"], ids=["half a body", "expecting"])
+async def test_request_whose_body_is_not_complete_at_the_end_is_told(serve: Start, expects: bytes) -> None:
+    gateway = await serve(server={"drain_timeout_s": 0.05})
+    host, port = gateway.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {gateway.key}\r\n".encode()
+    writer.write(head + expects + b"Content-Length: 100\r\n\r\n" + (b"" if expects else b"{"))
+    await until(lambda: gateway.requests_in_progress() == 1)
+
+    terminate()
+    answer = (await asyncio.wait_for(reader.read(), 5)).removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n")
+    writer.close()
+
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert b"\r\nconnection: close\r\n" in answer.lower()
+    assert b"shut down before the request was complete" in answer
+    await ended(gateway)
