@@ -94,6 +94,8 @@ class Connection(asyncio.Protocol):
         self._buffer = bytearray()
         """Has come and was not parsed yet."""
         self._reader = HeadReader()
+        self._new = True
+        """No request has come yet."""
         self._exchange: Exchange | None = None
         self._body: Body | None = None
         self.persistent = True
@@ -243,10 +245,11 @@ class Connection(asyncio.Protocol):
     def _await_head(self, begun: bool) -> None:
         if self._at_end:
             self._close()
-        elif self._reader.begun and not begun:
+        elif self._reader.begun and not begun and not self._new:
             self._expect_by(HEAD_TIMEOUT_S)
 
     def _begin(self, head: Head) -> None:
+        self._new = False
         self._stop_deadline()
         scope: Scope = {
             "type": "http",

@@ -266,12 +266,11 @@ def check_trailer(section: bytes) -> None:
 
 
 def _split_target(head: Head) -> None:
-    """Set path and query. An absolute target's host replaces the Host header (RFC 9112, 3.2.2)."""
+    """Set path and query. An absolute target's host replaces the Host header, or is one (RFC 9112, 3.2.2)."""
     target = head.target
     if target[:1] != b"/" and (match := _ABSOLUTE_FORM.fullmatch(target)):
         head.authority, target = match.groups()
         if target[:1] != b"/":
             target = b"/" + target
-        host = head.authority
-        head.headers = [(name, host if name == b"host" else value) for name, value in head.headers]
+        head.headers = [(b"host", head.authority), *(line for line in head.headers if line[0] != b"host")]
     head.raw_path, _, head.query = target.partition(b"?")

@@ -111,6 +111,20 @@ async def test_connection_in_any_state_is_closed(serve: Start) -> None:
     assert still_open == []
 
 
+async def test_first_byte_of_a_new_connection_does_not_put_off_its_deadline(serve: Start) -> None:
+    gateway = await serve()
+    await gateway.client.aclose()
+    _, writer = await connect(gateway)
+    await until(lambda: bool(connections(gateway)))
+    (connection,) = connections(gateway)
+    deadline = connection._deadline
+    writer.write(b"G")
+    await until(lambda: connection._reader.begun)
+
+    assert connection._deadline is deadline
+    writer.close()
+
+
 @pytest.mark.parametrize("reads_bytes", [0, 1])
 async def test_reader_without_a_key_that_takes_nothing_is_cut_off(serve: Start, reads_bytes: int) -> None:
     """One that takes a byte now and then is no better."""

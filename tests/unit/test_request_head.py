@@ -172,6 +172,11 @@ def test_absolute_target_names_the_host(target: bytes, path: str, query: bytes, 
     assert (head.path, head.query, head.headers) == (path, query, [(b"host", host)])
 
 
+def test_absolute_target_names_the_host_where_no_header_does() -> None:
+    raw = b"GET http://b.test/p HTTP/1.0\r\nX: y\r\n\r\n"
+    assert read(raw).headers == [(b"host", b"b.test"), (b"x", b"y")]
+
+
 @pytest.mark.parametrize(
     "target",
     [
