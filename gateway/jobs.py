@@ -23,7 +23,7 @@ from weakref import WeakValueDictionary
 from gateway.auth import Principal
 from gateway.config import JobSettings
 from gateway.drain import Drain
-from gateway.errors import NotFound, RateLimitExceeded, StoreUnavailable, Unavailable
+from gateway.errors import GatewayError, NotFound, RateLimitExceeded, StoreUnavailable, Unavailable
 from gateway.event_log import (
     LEASE_S,
     RENEW_S,
@@ -142,7 +142,12 @@ class Jobs:
     async def _attach(self, reader: Reader, run: RunJob) -> Opened:
         """Make `reader` the stream of its client, and this process the one that runs its jobs if there is no other."""
         # A client that leaves meanwhile must not leave a log behind that nobody writes.
-        return await asyncio.shield(self._spawn(self._attach_in_turn(reader, run)))
+        attaching = self._spawn(self._attach_in_turn(reader, run))
+        try:
+            return await asyncio.shield(attaching)
+        except asyncio.CancelledError:
+            attaching.add_done_callback(_log_unexpected)
+            raise
 
     async def _attach_in_turn(self, reader: Reader, run: RunJob) -> Opened:
         self._drain.admit()
@@ -403,6 +408,13 @@ class Jobs:
         for reader in list(self._readers.values()):
             reader.stop("shutdown")
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def _log_unexpected(attaching: asyncio.Task[Opened]) -> None:
+    """Log what an attempt to attach failed with, unless it is what its client, who has left, would have been told."""
+    error = None if attaching.cancelled() else attaching.exception()
+    if error is not None and not isinstance(error, GatewayError | StoreUnavailable | LogRefused):
+        log.error("a client's stream could not be opened", exc_info=error)
 
 
 def _log_id(principal: Principal, client_id: str) -> str:

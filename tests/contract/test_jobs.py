@@ -644,6 +644,24 @@ async def test_closing_leaves_clients_to_other_gateways(start: Start, serve: Sta
     await assert_settled(gateway, other)
 
 
+async def test_client_that_leaves_while_the_store_is_silent_leaves_no_traceback(
+    serve: Start, store_server: StoreServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    gateway = await serve(config={"store": {"command_timeout_ms": 300, "breaker_s": 0.05}})
+    host, port = gateway.url.removeprefix("http://").split(":")
+    store_server.send(signal.SIGSTOP)
+    try:
+        request = f"GET /api/v1/chat/stream/c HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {gateway.key}\r\n\r\n"
+        _, writer = await asyncio.open_connection(host, int(port))
+        writer.write(request.encode())
+        await until(lambda: bool(gateway.services.jobs._tasks))
+        writer.close()
+        await until(lambda: gateway.requests_in_progress() == 0 and not gateway.services.jobs._tasks)
+    finally:
+        store_server.send(signal.SIGCONT)
+    assert "Traceback" not in caplog.text
+
+
 async def test_store_that_is_away_is_told(serve: Start, store_server: StoreServer) -> None:
     config = {"store": {"command_timeout_ms": 200, "breaker_s": 0.05}}
     gateway = await serve(mock=lambda: MockEngine(token_s=0.002), config=config)
