@@ -57,7 +57,7 @@ class StoreRefused(StoreUnavailable):
 
 
 class WritesRefused(StoreUnavailable):
-    """The store answers reads and takes no writes. `reason` is `full` or `disk`."""
+    """The store answers reads and takes no writes. `reason` is `full`, `disk` or `replicas`."""
 
     def __init__(self, message: str, reason: str) -> None:
         super().__init__(message)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable
@@ -18,15 +19,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import redis.asyncio as redis
-from redis.exceptions import (
-    ClusterDownError,
-    MasterDownError,
-    ReadOnlyError,
-    RedisClusterException,
-    RedisError,
-    ResponseError,
-    TryAgainError,
-)
+from redis.exceptions import ClusterCrossSlotError, RedisClusterException, RedisError, ResponseError
 
 from gateway.errors import StoreRefused, StoreUnavailable, WritesRefused
 from gateway.metrics import LaneMetrics
@@ -40,13 +33,13 @@ _T = TypeVar("_T")
 
 SCHEMA = 1
 """Version of the layout that `gateway.store` describes."""
-SCHEMA_CHECK: list[Command] = [("SET", "sh:schema", SCHEMA, "NX"), ("GET", "sh:schema")]
+SCHEMA_CHECK: list[Command] = [Script("schema").call(["sh:schema"], [SCHEMA]), ("GET", "sh:schema")]
+"""A script: a server that runs none for this gateway, by its ACL, is of no use to it."""
 _LAG_S = 0.005  # a timer that fires this late says that the loop was busy
 _MAX_WAITS = 5
 """A command that has waited this often its lane's patience for those before it is given up without being sent."""
-# A replica turned read-only may not know the latest keys: it is as good as away, and so is a lost primary, or slots on
-# the move.
-_AWAY = (ClusterDownError, MasterDownError, ReadOnlyError, TryAgainError)
+_CODE = re.compile(r"([A-Z]{3,}) ")
+"""What a server's error begins with, unless it is the general ERR, which redis-py leaves out."""
 # RedisClusterException, of a cluster without a node that answers, is no RedisError.
 _FAILURES = (RedisError, RedisClusterException, OSError, TimeoutError)
 
@@ -348,8 +341,16 @@ def speaks(found: Any) -> bool:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Tell whether a command's error is the server's word on that command. A cluster's pipeline returns any other."""
-    return isinstance(error, ResponseError) and not isinstance(error, _AWAY)
+    """Tell whether a command's error is about that command alone: its script, or a value of another type.
+
+    Every other error means that the server can't serve this gateway now, and the next command would get it as well:
+    READONLY of a replica, which may not know the latest keys, CLUSTERDOWN, TRYAGAIN and MOVED of a cluster, MASTERDOWN,
+    BUSY during somebody's long script, NOPERM after a change of its ACL, and what is not known here.
+    """
+    if isinstance(error, ClusterCrossSlotError):
+        return True
+    code = _CODE.match(str(error))
+    return type(error) is ResponseError and (code is None or code[1] == "WRONGTYPE")
 
 
 def _fail(batch: Iterable[_Group]) -> None:

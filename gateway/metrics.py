@@ -171,11 +171,11 @@ class Metrics:
         )
         self.store_writes_refused = Gauge(
             "shannon_store_writes_refused",
-            "1 while the store answers but takes no writes, by reason: full (maxmemory), disk.",
+            "1 while the store answers but takes no writes, by reason: full (maxmemory), disk, replicas.",
             ["reason"],
             registry=self._registry,
         )
-        for reason in ("full", "disk"):
+        for reason in ("full", "disk", "replicas"):
             self.store_writes_refused.labels(reason).set(0)
         self.store_memory_used = Gauge(
             "shannon_store_memory_used_bytes",

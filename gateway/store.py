@@ -138,11 +138,25 @@ class Store(Lane):
             _, found = await self.greet()
             if not speaks(found):
                 raise StoreError(f"the store has layout version {found}, this gateway speaks {SCHEMA}")
-            version = str((await self.patient.run("INFO", "server")).get("redis_version", _OLDEST_REDIS))
+            version = await self._version()
             if int(version.partition(".")[0]) < _OLDEST_REDIS:
                 raise StoreError(f"the store is Redis {version}; Redis {_OLDEST_REDIS} or Valkey is needed")
             await self.look()
         self._watch = asyncio.create_task(self._watch_state())
+
+    async def _version(self) -> str:
+        """Return the server's version in Redis's count; the oldest that will do where the server does not say."""
+        client = self.patient._client
+        try:
+            async with asyncio.timeout(self._patience_s):
+                if isinstance(client, redis.RedisCluster):
+                    info = await client.info("server", target_nodes=client.get_default_node())
+                else:
+                    (info,) = await self.patient._send([("INFO", "server")])
+        except Exception as error:  # an ACL may leave it out
+            log.debug("the store's version can't be read: %r", error)
+            return str(_OLDEST_REDIS)
+        return str(info["redis_version"])
 
     async def close(self) -> None:
         await end(self._watch)

@@ -1,7 +1,7 @@
 """What the gateway knows of its store's server: its clock, its memory, and whether it takes writes.
 
-A server that is full, or that can't write to its disk, still answers reads. It is logged once when that begins and
-once when it ends.
+A server that is full, that can't write to its disk, or that has fewer replicas than it must have, still answers reads.
+It is logged once when that begins and once when it ends.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from gateway.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-Refusal = Literal["full", "disk"]
+Refusal = Literal["full", "disk", "replicas"]
 REFUSALS: dict[Refusal, str] = {
     "full": "The store is full and takes no writes.",
     "disk": "The store can't write to its disk and takes no writes.",
+    "replicas": "The store has too few replicas and takes no writes.",
 }
 """Why a server that answers takes no writes, in a sentence for clients."""
 _FREE = 0.98
@@ -33,7 +34,8 @@ def refusal_of(error: BaseException) -> Refusal | None:
     """Return why the server refused a write, or None if this is another kind of error."""
     if isinstance(error, OutOfMemoryError):
         return "full"
-    return "disk" if str(error).startswith("MISCONF") else None
+    code = str(error).partition(" ")[0]
+    return "disk" if code == "MISCONF" else "replicas" if code == "NOREPLICAS" else None
 
 
 class StoreState:
@@ -68,8 +70,13 @@ class StoreState:
                 "Raise its maxmemory, or store.max_memory_mb of the bundled server",
                 self._memory,
             )
-        else:
+        elif refusal == "disk":
             log.error("the store can't write to its disk, and takes no writes; reads go on. See its log and its disk")
+        else:
+            log.error(
+                "the store has fewer replicas than its min-replicas-to-write, and takes no writes; reads go on. "
+                "See its replicas"
+            )
 
     def remember(self, info: Mapping[str, Any]) -> None:
         """Take what INFO memory says."""
@@ -82,7 +89,7 @@ class StoreState:
 
     def accepted(self) -> None:
         """Note that the server took a write of a few bytes."""
-        if self.refusal == "disk" or (self.refusal == "full" and not self._crowded):
+        if self.refusal is not None and not (self.refusal == "full" and self._crowded):
             self._set(None)
             log.warning("the store takes writes again%s", self._memory)
 

@@ -20,6 +20,8 @@ from gateway.errors import StoreError, unknown_argument
 _SENTINEL_PORT = 26379
 _SENTINEL_TIMEOUT_S = 1.0  # then the next Sentinel is asked
 _SENTINEL_TLS = "sentinel_tls"
+_TEXT: dict[str, Any] = {"decode_responses": True, "encoding_errors": "replace"}
+"""Bytes that are no UTF-8 spoil the value that they are in, not the other answers of its pipeline."""
 
 
 class Client(Protocol):
@@ -32,11 +34,11 @@ def connect(url: str) -> Client:
     scheme, _, rest = url.partition("://")
     try:
         if scheme.startswith(("redis+cluster", "rediss+cluster")):
-            cluster: Client = redis.RedisCluster.from_url(f"{scheme.partition('+')[0]}://{rest}", decode_responses=True)
+            cluster: Client = redis.RedisCluster.from_url(f"{scheme.partition('+')[0]}://{rest}", **_TEXT)
             return cluster
         if scheme in ("redis+sentinel", "rediss+sentinel"):
             return _sentinel_primary(url)
-        client = redis.Redis.from_url(url, decode_responses=True, retry=_no_retry())
+        client = redis.Redis.from_url(url, **_TEXT, retry=_no_retry())
         _check(client)
     except TypeError as error:
         name = unknown_argument(error)
@@ -96,7 +98,7 @@ def _sentinel_primary(url: str) -> Client:
     asking |= {"socket_connect_timeout": _SENTINEL_TIMEOUT_S, "socket_timeout": _SENTINEL_TIMEOUT_S}
     serving = _options(tls, credentials, own) | {"db": int(database or 0)}
     sentinel = _Sentinel(hosts, sentinel_kwargs=asking)  # type: ignore[no-untyped-call]
-    primary = sentinel.master_for(service, decode_responses=True, **serving)
+    primary = sentinel.master_for(service, **_TEXT, **serving)
     _check(primary, sentinel.sentinels[0])
     client: Client = primary
     return client
