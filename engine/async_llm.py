@@ -31,6 +31,7 @@ from engine.base import EngineError, EngineUnavailable, InvalidRequest, Prepared
 from engine.client_errors import defect
 from engine.core_processes import CoreProcesses, cpu_time_s, died
 from engine.demo import WEIGHTS as DEMO_WEIGHTS
+from engine.process import without_terminal_signals
 from engine.vllm_metrics import claim_name, drop_metrics, stat_logger
 from engine.weights import find_snapshot, is_hub_id
 
@@ -59,7 +60,8 @@ _CPU_ENVIRONMENT = {
 # bfloat16 dies with SIGILL in the AMX attention kernel of some virtual machines; float32 always works.
 # Block size 32 lets short prompts hit the prefix cache, which the CPU default of 128 does not.
 _CPU_ARGS: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "block_size": 32}
-_SHUTDOWN_S = 1.0  # a healthy core leaves at once
+_SHUTDOWN_S = 5.0
+"""Longest wait for a core to end by itself, which takes a healthy one 1 to 2 s: it collects garbage several times."""
 _CLOSE_S = 20.0
 """Longest that `close` waits for vLLM; after that its processes are killed under it."""
 _LOOK_EVERY_S = 5.0
@@ -214,11 +216,12 @@ class AsyncLLMEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         self._args["served_model_name"] = [claim_name(self._metrics, self._args["served_model_name"])]
-        return AsyncLLM.from_engine_args(
-            self._engine_args(),
-            usage_context=UsageContext.OPENAI_API_SERVER,  # defaults of the scheduler go by it: on an H100, four times
-            stat_loggers=[stat_logger(self._metrics)],
-        )
+        with without_terminal_signals():
+            return AsyncLLM.from_engine_args(
+                self._engine_args(),
+                usage_context=UsageContext.OPENAI_API_SERVER,  # its scheduler defaults: on an H100, four times as many
+                stat_loggers=[stat_logger(self._metrics)],
+            )
 
     def _trace_headers(self, prepared: Prepared) -> Mapping[str, str] | None:
         """Return the trace that vLLM is to tell of its work in, if it was told where: else it would warn."""
@@ -288,11 +291,12 @@ class AsyncLLMEngine:
     async def close(self) -> None:
         """End the generations, ask the core to stop, and kill it if it does not: a frozen one acts on no SIGTERM."""
         processes = self._core_processes()
+        grace_s = 0.0 if cpu_time_s(processes) is None else _SHUTDOWN_S
         llm, self._llm = self._llm, None
         if self._core is not None:
             self._core.end()
         if llm is not None:
-            shutdown = _in_thread(llm.shutdown, _SHUTDOWN_S)
+            shutdown = _in_thread(llm.shutdown, grace_s)
             await asyncio.wait([shutdown], timeout=_CLOSE_S)
             if not shutdown.done():
                 log.warning("vLLM's shutdown of %s takes longer than %g s: killing it", self._model, _CLOSE_S)

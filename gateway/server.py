@@ -120,9 +120,14 @@ class Server(uvicorn.Server):
                 bound.close()
 
     def _on_signal(self) -> None:
-        if self._services.drain.draining:
-            log.warning("second signal: closing without waiting")
+        drain = self._services.drain
+        if drain.hurried:
+            log.warning("third signal: closing without telling clients and without the last usage")
             self.force_exit = self.should_exit = True
+            return
+        if drain.draining:
+            log.warning("second signal: interrupting what still runs")
+            drain.hurry()
             return
         self._draining = asyncio.get_running_loop().create_task(self._drain())
 

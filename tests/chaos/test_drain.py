@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from tests.chaos.test_engine_failure import BODY, Client
-from tests.gateway_process import serve
+from tests.gateway_process import serve, wait_until
 
 pytest.importorskip("vllm", reason="this drains a real engine; `make setup` installs vllm")
 
@@ -34,7 +34,7 @@ def test_sigterm_lets_short_streams_finish_and_tells_long_ones(tmp_path: Path) -
         with httpx.stream("POST", url, json=STORY, headers=gateway.authorization, timeout=60) as short:
             lines = short.iter_lines()
             next(lines)
-            os.kill(gateway.process.pid, signal.SIGTERM)
+            os.killpg(gateway.process.pid, signal.SIGTERM)  # the core must not hear it
             refused = _until_refused(url, gateway.authorization)
             assert refused.json()["error"]["code"] == "engine_unavailable"
             assert httpx.get(f"{gateway.url}/ready").status_code == 503
@@ -44,6 +44,8 @@ def test_sigterm_lets_short_streams_finish_and_tells_long_ones(tmp_path: Path) -
         error = json.loads(long.frames[-1].removeprefix("data: "))["error"]
         assert "shut down" in error["message"]
         assert gateway.process.wait(timeout=30) == 0
+        wait_until(lambda: "Finished" in gateway.log.read_text(), "the log is not complete")
+        assert "leaked" not in gateway.log.read_text()
 
 
 def _until_refused(url: str, headers: dict[str, str]) -> httpx.Response:

@@ -132,7 +132,26 @@ async def test_interrupt_from_the_keyboard_drains_too(serve: Start) -> None:
     await ended(gateway)
 
 
-async def test_second_signal_ends_without_waiting(serve: Start) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_second_signal_interrupts_what_still_runs(serve: Start, number: signal.Signals) -> None:
+    """It ends as after the timeout: clients get an error frame, the ledger gets the usage, everything is closed."""
+    gateway = await serve(server={"drain_timeout_s": 3600})
+    gateway.mock.faults.append(Fault(at_token=2))
+    async with gateway.stream() as response:
+        pieces = response.aiter_raw()
+        raw = await anext(pieces)
+        signal.raise_signal(number)
+        await until(lambda: gateway.services.drain.draining)
+        signal.raise_signal(number)
+        raw += b"".join([piece async for piece in pieces])
+
+    assert "shut down" in json.loads(data_lines(raw)[-1])["error"]["message"]
+    await ended(gateway, within_s=5)
+    assert gateway.engine.state == "closed"
+    assert b'shannon_tokens_total{kind="completion",model="shannon-chat"} 2.0' in gateway.services.metrics.render()
+
+
+async def test_third_signal_ends_without_waiting(serve: Start) -> None:
     gateway = await serve(server={"drain_timeout_s": 3600})
     gateway.mock.faults.append(Fault(at_token=1))
     async with gateway.stream() as response:
@@ -140,8 +159,10 @@ async def test_second_signal_ends_without_waiting(serve: Start) -> None:
         terminate()
         await until(lambda: gateway.services.drain.draining)
         terminate()
+        await until(lambda: gateway.services.drain.hurried)
+        terminate()
 
-        await ended(gateway, within_s=2)
+        await ended(gateway, within_s=5)
 
 
 async def test_reader_that_has_stalled_does_not_hold_up_the_shutdown(serve: Start) -> None:
