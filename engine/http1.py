@@ -8,11 +8,16 @@ A connection is kept for a few seconds and used again only if nothing about it i
 
     the request           was sent whole
     the response          has ended by its own framing, and allows keep-alive; whether its body was read doesn't matter
+    its framing           is plain: a length, or `Transfer-Encoding: chunked` and nothing else. What httptools takes but
+                          another parser in between may read in another way is served and not relied on
     the bytes behind it   there are none, neither received nor in the kernel's buffer
     reading               is not paused
 
 Anything else closes it, so that no byte of one response can become part of another. A reused connection that the
 server closed at the moment the request was sent is replaced once, by a new one.
+
+Names are looked up by the function that it is given, or else by the system, on a few threads that all lookups share. A
+name's addresses are dialled in turn, each for its share of the time.
 
 Does not handle proxies, HTTP/2, upgrades, and request bodies that come in pieces. Waits without deadlines of its own,
 but for connecting: the caller sets one around each call. Raises httpx's exceptions. Leaving a response before its end
@@ -25,7 +30,8 @@ import asyncio
 import contextlib
 import select
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
 from typing import cast
 
 import httptools
@@ -42,14 +48,24 @@ _HIGH_WATER_BYTES = 16 * 2**20
 """What may wait to be read before the server is made to wait. An engine generates no slower for it, so a sane answer
 is taken in whole: what stayed in the kernel's buffers could not be counted when the reader leaves."""
 _Origin = tuple[str, str, int]
+Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
+"""Returns the addresses of a host in the order in which to dial them. Raises OSError."""
 
 
 class Http1Transport(httpx.AsyncBaseTransport):
     """See the module."""
 
-    def __init__(self, context: ssl.SSLContext | None, *, keepalive_s: float, max_idle: int = 64) -> None:
+    def __init__(
+        self,
+        context: ssl.SSLContext | None,
+        *,
+        keepalive_s: float,
+        max_idle: int = 64,
+        resolve: Resolve | None = None,
+    ) -> None:
         """`context` is for https; at most `max_idle` connections are kept per server, for `keepalive_s` each."""
         self._context = context
+        self._resolve = resolve
         self._keepalive_s = keepalive_s
         self._max_idle = max_idle
         self._idle: dict[_Origin, list[_Connection]] = {}
@@ -117,12 +133,9 @@ class Http1Transport(httpx.AsyncBaseTransport):
             connection.abort()
 
     async def _connect(self, origin: _Origin, timeout_s: float | None) -> _Connection:
-        scheme, host, port = origin
         try:
             async with asyncio.timeout(timeout_s):
-                _, connection = await asyncio.get_running_loop().create_connection(
-                    lambda: _Connection(self.connections), host, port, ssl=self._context if scheme == "https" else None
-                )
+                connection = await self._dial(origin, timeout_s)
         except TimeoutError as error:
             raise httpx.ConnectTimeout("no connection in time") from error
         except (OSError, UnicodeError) as error:  # the latter from names that are none
@@ -131,6 +144,26 @@ class Http1Transport(httpx.AsyncBaseTransport):
             connection.abort()
             raise httpx.ConnectError("the transport was closed")
         return connection
+
+    async def _dial(self, origin: _Origin, timeout_s: float | None) -> _Connection:
+        """Return a connection to the first address that takes one. Raises OSError, TimeoutError."""
+        scheme, host, port = origin
+        context = self._context if scheme == "https" else None
+        loop = asyncio.get_running_loop()
+        until = None if timeout_s is None else loop.time() + timeout_s
+        addresses = [host] if self._resolve is None else await self._resolve(host, port)
+        failure: OSError = OSError("the name has no address")
+        for number, address in enumerate(addresses):
+            share_s = None if until is None else (until - loop.time()) / (len(addresses) - number)
+            make = partial(_Connection, self.connections)
+            try:
+                async with asyncio.timeout(share_s):
+                    name = host if context is not None else None
+                    _, connection = await loop.create_connection(make, address, port, ssl=context, server_hostname=name)
+                    return connection
+            except OSError as error:  # TimeoutError is one
+                failure = error
+        raise failure
 
     async def aclose(self) -> None:
         """Break every connection; whoever reads from one gets httpx.ReadError."""
@@ -169,6 +202,8 @@ class _Connection(asyncio.Protocol):
         """Arrived and not read."""
         self._complete = False
         self._keeps_alive = False
+        self._is_plain = True
+        """Nothing of the answer's framing could be read in another way."""
         self.answering = False
         """Some of the answer has arrived."""
         self.status = 0
@@ -257,6 +292,8 @@ class _Connection(asyncio.Protocol):
         if self._complete:  # nothing was asked
             self.abort(httpx.RemoteProtocolError("an answer to no request"))
             return
+        if not self.answering:
+            self._is_plain = data[:5] == b"HTTP/"[: len(data)]  # httptools skips empty lines
         self.answering = True
         self._bytes_without_body += len(data)
         try:
@@ -290,6 +327,14 @@ class _Connection(asyncio.Protocol):
             for name, value in self.headers
         )
 
+    def _is_plainly_framed(self) -> bool:
+        """Return whether every parser sees the same end of the response, by its head."""
+        fields = [(name.lower(), value) for name, value in self.headers]
+        codings = [value.strip().lower() for name, value in fields if name == b"transfer-encoding"]
+        if codings and (codings != [b"chunked"] or self._parser.get_http_version() != "1.1"):
+            return False
+        return self.status != 205 and not any(name == b"upgrade" for name, _ in fields)
+
     # httptools' calls
 
     def on_message_begin(self) -> None:
@@ -300,10 +345,13 @@ class _Connection(asyncio.Protocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._head_complete:  # trailers are nobody's
             self.headers.append((name, value))
+        elif name.lower() in (b"transfer-encoding", b"content-length"):
+            self._is_plain = False
 
     def on_headers_complete(self) -> None:
         self.status = self._parser.get_status_code()
         self._head_complete = self.status >= 200  # those before are not the answer yet
+        self._is_plain = self._is_plain and self._is_plainly_framed()
         if self._bodiless and self._head_complete:  # httptools does not know, and would wait for the body
             self._complete = True
 
@@ -319,7 +367,7 @@ class _Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         self._complete = self._head_complete
-        self._keeps_alive = not self._bodiless and self._parser.should_keep_alive()
+        self._keeps_alive = not self._bodiless and self._is_plain and self._parser.should_keep_alive()
 
 
 class _Body(httpx.AsyncByteStream):

@@ -49,6 +49,7 @@ from engine.base import (
     resolve_max_tokens,
 )
 from engine.event_stream import Frames
+from engine.http1 import Resolve
 from engine.pool import AttemptFailed, Attempts, Breaker, Choice, Pool, Replica, blame
 from engine.remote_tokenizer import RemoteTokenizer
 from engine.reply import Reply, merge, read_vectors
@@ -98,13 +99,14 @@ class RemoteEngine:
         priority: bool = False,
         tls_verify: bool = True,
         tls_ca_file: str | None = None,
+        resolve: Resolve | None = None,
         clock: Callable[[], float] = time.monotonic,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         """`urls` end with /v1; `model` is the name there. `gateway.config.RemoteSettings` explains the others.
 
-        `clock` is the breakers', `transport` stands in for the network. Raises EngineError when the file of
-        certificates can't be read.
+        `resolve` looks the servers' names up, `clock` is the breakers', `transport` stands in for the network. Raises
+        EngineError when the file of certificates can't be read.
         """
         self.max_num_seqs: int | None = None
         self.takes_images = takes_images
@@ -123,6 +125,7 @@ class RemoteEngine:
             tls=any(url.startswith("https:") for url in urls),
             tls_verify=tls_verify,
             tls_ca_file=tls_ca_file,
+            resolve=resolve,
             transport=transport,
         )
         breakers = [Breaker(breaker_failures, breaker_open_s, breaker_max_open_s, clock) for _ in urls]

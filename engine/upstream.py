@@ -19,7 +19,7 @@ import orjson
 
 from engine.base import EmbeddingRequest, EngineError, EngineUnavailable, GenerationRequest, Prepared
 from engine.event_stream import Frames
-from engine.http1 import Http1Transport, make_context
+from engine.http1 import Http1Transport, Resolve, make_context
 from engine.pool import AttemptFailed, Outcome, Replica
 from engine.reply import read_count
 from engine.wire import CONTINUOUS_USAGE, MAX_TOKENS, STREAM_OPTIONS, Call, refuse, refused_option, retry_after_s
@@ -72,9 +72,11 @@ class Upstream:
         tls: bool,
         tls_verify: bool,
         tls_ca_file: str | None,
+        resolve: Resolve | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         """`tls` tells whether it is needed, `transport` stands in for the network. Raises EngineError."""
+        self._resolve = resolve
         self.model = model
         self._headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         if api_key:
@@ -102,7 +104,9 @@ class Upstream:
 
     def open(self) -> None:
         """Make the connection pool; connections come as they are needed."""
-        self._transport = self._network or Http1Transport(self._context, keepalive_s=_KEEPALIVE_S)
+        self._transport = self._network or Http1Transport(
+            self._context, keepalive_s=_KEEPALIVE_S, resolve=self._resolve
+        )
 
     async def close(self) -> None:
         """Close all connections; whoever reads from one gets AttemptFailed. Idempotent."""

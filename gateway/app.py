@@ -81,6 +81,7 @@ from gateway.live_responses import LiveResponses
 from gateway.metrics import Metrics
 from gateway.middleware import ErrorResponse, RequestMiddleware
 from gateway.own_keys import own_keys
+from gateway.resolver import Resolver
 from gateway.resumable import ResumableStreams
 from gateway.sessions import Sessions
 from gateway.store import Store
@@ -291,7 +292,7 @@ def _factory(name: str, settings: EngineSettings, environment: Mapping[str, str]
         api_key = environment.get(settings.api_key_env, "").strip() if settings.api_key_env else ""
         if settings.api_key_env and not api_key:
             raise EngineError(f"{settings.api_key_env} is not set.")
-        return lambda: RemoteEngine(**settings.arguments(), api_key=api_key)
+        return lambda: RemoteEngine(**settings.arguments(), api_key=api_key, resolve=Resolver())
     # The engine's name on vLLM's metrics: two engines may well have the same model.
     args: dict[str, Any] = {"served_model_name": [name]}
     if endpoint := traces_endpoint(environment):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+import socket
 import ssl
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -278,7 +279,7 @@ async def test_many_requests_run_at_once() -> None:
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its certificate with openssl")
 async def test_certificates_are_checked_against_the_given_authority(tmp_path: Path) -> None:
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    subject = ["-subj", "/CN=upstream", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subject = ["-subj", "/CN=upstream", "-addext", "subjectAltName=IP:127.0.0.1,DNS:upstream.test"]
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject]
     command += ["-keyout", str(key), "-out", str(certificate)]
     await asyncio.to_thread(subprocess.run, command, check=True, capture_output=True)
@@ -292,3 +293,54 @@ async def test_certificates_are_checked_against_the_given_authority(tmp_path: Pa
         for context in (make_context(True, str(certificate)), make_context(False, None)):
             async with client(context=context) as http:
                 assert (await http.get(server.url)).text == "ok"
+        checked = make_context(True, str(certificate))
+        transport = Http1Transport(checked, keepalive_s=60.0, resolve=resolving("127.0.0.1"))
+        async with httpx.AsyncClient(transport=transport, timeout=10) as http:
+            assert (await http.get(server.url.replace("127.0.0.1", "upstream.test"))).text == "ok"
+            with pytest.raises(httpx.ConnectError):
+                await http.get(server.url.replace("127.0.0.1", "other.test"))
+
+
+# Names
+
+
+def resolving(*addresses: str) -> Callable[[str, int], Awaitable[list[str]]]:
+    async def resolve(host: str, port: int) -> list[str]:
+        return list(addresses)
+
+    return resolve
+
+
+async def test_addresses_of_a_name_are_dialled_in_turn() -> None:
+    async with served(raw(OK)) as server:
+        transport = Http1Transport(None, keepalive_s=60.0, resolve=resolving("127.0.0.9", "::1", "127.0.0.1"))
+        async with httpx.AsyncClient(transport=transport, timeout=10) as http:
+            assert (await http.get(server.url.replace("127.0.0.1", "a.test"))).text == "ok"
+
+
+async def test_address_that_takes_no_connections_leaves_time_for_the_next() -> None:
+    with socket.socket() as deaf, contextlib.ExitStack() as waiting:
+        deaf.bind(("127.0.0.2", 0))
+        deaf.listen(0)
+        port = deaf.getsockname()[1]
+        for _ in range(4):  # fill its queue, so that the kernel answers no more
+            one = waiting.enter_context(socket.socket())
+            one.setblocking(False)
+            one.connect_ex(("127.0.0.2", port))
+        server = Server([raw(OK)])
+        listening = await asyncio.start_server(server.serve, "127.0.0.1", port)
+        transport = Http1Transport(None, keepalive_s=60.0, resolve=resolving("127.0.0.2", "127.0.0.1"))
+        timeout = httpx.Timeout(10, connect=0.4)
+        async with httpx.AsyncClient(transport=transport, timeout=timeout) as http:
+            assert (await http.get(f"http://a.test:{port}/")).text == "ok"
+        listening.close()
+        for task in server.tasks:
+            task.cancel()
+
+
+@pytest.mark.parametrize("addresses", [[], ["127.0.0.9"]], ids=["none", "refusing"])
+async def test_name_without_an_address_that_answers_is_no_connection(addresses: list[str]) -> None:
+    transport = Http1Transport(None, keepalive_s=60.0, resolve=resolving(*addresses))
+    async with httpx.AsyncClient(transport=transport, timeout=10) as http:
+        with pytest.raises(httpx.ConnectError):
+            await http.get("http://a.test:9/")

@@ -274,3 +274,60 @@ async def test_request_that_a_server_has_worked_on_is_not_sent_again(monkeypatch
             await http.get(server.url)
 
         assert server.requests == 2
+
+
+# Answers that two parsers may read in two ways
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 200 OK\r\ntransfer-encoding: gzip, chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked, chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+        b"HTTP/1.0 200 OK\r\nconnection: keep-alive\r\ntransfer-encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+        CHUNKED + b"2\r\nok\r\n0\r\ntransfer-encoding: chunked\r\n\r\n",
+        b"HTTP/1.1 205 Reset Content\r\ncontent-length: 2\r\n\r\nok",
+        b"HTTP/1.1 200 OK\r\nconnection: upgrade\r\nupgrade: h2c\r\ncontent-length: 2\r\n\r\nok",
+        b"\r\n" + OK,
+        b"\n\n" + OK,
+        b"HTTP/2.0 200 OK\r\ncontent-length: 2\r\n\r\nok",
+    ],
+    ids=["gzip", "list", "twice", "1.0", "trailer", "205", "upgrade", "CRLF before", "LF before", "2.0"],
+)
+async def test_answer_of_doubtful_framing_is_read_and_ends_its_connection(answer: bytes) -> None:
+    async with served(raw(answer), raw(OK)) as server, client() as http:
+        assert (await http.get(server.url)).text == "ok"
+        assert (await http.get(server.url)).text == "ok"
+
+        assert server.connections == 2
+
+
+_HEAD = b"HTTP/1.1 200 OK\r\n"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *(OK.replace(b"\r\n", b"\n"), _HEAD + b"a: b\ncontent-length: 2\r\n\r\nok", OK[:-4] + b"\nok"),
+        *(_HEAD + b"a: b\r\n c: d\r\ncontent-length: 2\r\n\r\nok", _HEAD + b"content-length:\r\n 2\r\n\r\nok"),
+        *(_HEAD + b"content-length : 2\r\n\r\nok", _HEAD + b"transfer-encoding : chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n"),
+        *(_HEAD + b"a: \0\r\ncontent-length: 2\r\n\r\nok", _HEAD + b"a: b\rc\r\ncontent-length: 2\r\n\r\nok"),
+        *(_HEAD + b"content-length: 2, 2\r\n\r\nok", _HEAD + b"content-length: +2\r\n\r\nok"),
+        *(CHUNKED + b"2\nok\r\n0\r\n\r\n", CHUNKED + b"2\r\nok\n0\r\n\r\n", CHUNKED + b"2\r\nok0\r\n\r\n"),
+        *(
+            CHUNKED + b"2 \r\nok\r\n0\r\n\r\n",
+            CHUNKED + b"0x2\r\nok\r\n0\r\n\r\n",
+            CHUNKED + b"2;a\nb\r\nok\r\n0\r\n\r\n",
+        ),
+        *(CHUNKED + b"2\r\nok\r\n0\r\na: b\n\r\n", CHUNKED + b"2\r\nok\r\n0\r\ncontent-length: 5\r\n\r\n"),
+    ],
+)
+async def test_answer_that_is_not_strictly_http_never_lends_its_connection(answer: bytes) -> None:
+    """httptools refuses all of these; its compatible successor has to, too."""
+    async with served(raw(answer), raw(ME)) as server, client() as http:
+        with contextlib.suppress(httpx.RemoteProtocolError):
+            await http.get(server.url)
+        assert (await http.get(server.url)).text == "me"
+
+        assert server.connections == 2

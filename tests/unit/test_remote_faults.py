@@ -19,7 +19,11 @@ from engine.base import EmbeddingRequest, EngineError, EngineOverloaded, EngineU
 from engine.pool import RULES, AttemptFailed, Outcome
 from engine.remote import RemoteEngine
 from engine.wire import refuse, retry_after_s
+from gateway.app import build_engines
+from gateway.config import parse_config
+from gateway.resolver import Resolver
 from tests.conftest import Start, until
+from tests.dns_server import AAAA, A, Zone, run_name_server
 from tests.unit.test_remote import DEAD, generate, hello, refusing, remote, request, saying
 from tests.upstream_server import (
     SECRET_WORDS,
@@ -33,6 +37,7 @@ from tests.upstream_server import (
 pytestmark = pytest.mark.anyio
 
 Answer = Callable[[Connection], Awaitable[None]]
+NEVER = frozenset({A, AAAA})
 POISON = [{"role": "user", "content": "poison"}]
 
 
@@ -410,3 +415,29 @@ def test_content_filter_is_named(status: int) -> None:
 )
 def test_retry_after_is_read_in_all_its_forms(headers: dict[str, str], seconds: float | None) -> None:
     assert retry_after_s(headers) == seconds
+
+
+async def test_names_that_nobody_answers_for_delay_no_other_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system's own lookups share a few threads, each of which such a name would hold for many seconds."""
+    async with run_name_server() as names, run_upstream(hello) as server:
+        names.zones |= {f"dead-{number}.test": Zone(silent=NEVER) for number in range(8)}
+        names.zones["well.test"] = Zone(["127.0.0.1"])
+        monkeypatch.setattr("gateway.app.Resolver", lambda: Resolver(servers=[names.address]))
+        urls = {name: f"http://{name}:{server.port}/v1" for name in names.zones}
+        remote_engine = {"kind": "remote", "model": "demo", "max_model_len": 1000}
+        tree: dict[str, Any] = {
+            "engines": {name.removesuffix(".test"): remote_engine | {"urls": [url]} for name, url in urls.items()},
+            "models": {"shannon-chat": {"engine": "well", "description": "The one that is well"}},
+        }
+        engines = build_engines(parse_config(tree), {})
+        starts = [asyncio.create_task(engine.start()) for name, engine in engines.items() if name != "well"]
+        await until(lambda: names.names >= {f"dead-{number}.test" for number in range(8)})
+
+        await engines["well"].start()
+        prepared = await engines["well"].prepare(request())
+        assert [delta.finish_reason for delta in [d async for d in engines["well"].generate(prepared)]][-1] == "stop"
+        assert not any(start.done() for start in starts)
+        for start in starts:
+            start.cancel()
+        await asyncio.gather(*starts, return_exceptions=True)
+        await asyncio.gather(*(engine.close() for engine in engines.values()))
