@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import gc
 import json
 import logging
@@ -23,7 +22,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from engine.weights import WeightsError
-from gateway import __version__, logs, tracing
+from gateway import __version__, event_loop, logs, tracing
 from gateway.app import build_authenticator, build_engines, build_store, create_app
 from gateway.config import Config, ConfigError, StoreSettings, load_config
 from gateway.data_dir import usable_data_dir
@@ -135,8 +134,6 @@ def _load(args: argparse.Namespace) -> Config:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    import uvloop
-
     from gateway.reload import Reload
     from gateway.server import Server
 
@@ -171,7 +168,7 @@ def _serve(args: argparse.Namespace) -> int:
         else:
             console.print(f"Starting engine [bold]{name}[/bold] ({engine.kind}) ...")
     try:
-        uvloop.run(server.serve())
+        event_loop.run(server.serve())
     except OSError as error:
         if server.started:
             raise
@@ -214,7 +211,7 @@ def _doctor(args: argparse.Namespace) -> int:
     from gateway.doctor.report import show
 
     with console.status("Looking around ..."):  # vLLM takes seconds to import, a server that is away to give up on
-        findings = asyncio.run(examine(None if args.config is None else Path(args.config)))
+        findings = event_loop.run(examine(None if args.config is None else Path(args.config)))
     show(findings, as_json=args.json)
     return int(any(finding.verdict == "failed" for finding in findings))
 
@@ -247,7 +244,7 @@ def _with_store(run: Callable[[Store, argparse.Namespace], Awaitable[None]]) -> 
         finally:
             await store.close()
 
-    return lambda args: asyncio.run(with_store(args))
+    return lambda args: event_loop.run(with_store(args))
 
 
 async def _create_key(store: Store, args: argparse.Namespace) -> None:
