@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
+import contextlib
 import gc
 import json
 import logging
@@ -23,7 +23,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from engine.weights import WeightsError
-from gateway import __version__, logs, tracing
+from gateway import __version__, event_loop, logs, tracing
 from gateway.app import build_authenticator, build_engines, build_store, create_app
 from gateway.config import Config, ConfigError, StoreSettings, load_config
 from gateway.data_dir import usable_data_dir
@@ -33,6 +33,7 @@ from gateway.errors import GatewayError, StoreError, StoreUnavailable, from_vali
 from gateway.keys import KeyRecord, Keys, KeySpec, make_key
 from gateway.metrics import Metrics
 from gateway.own_keys import BOOTSTRAP, BOOTSTRAP_FILE
+from gateway.standard_streams import discard_output, lossy_output, prepare_streams
 from gateway.store import Store
 from gateway.usage import Ledger
 
@@ -42,16 +43,28 @@ log = logging.getLogger("shannon")
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Returns the exit code."""
+    prepare_streams()
     args = _parser().parse_args(argv)
     try:
-        return int(args.run(args) or 0)
+        code = int(args.run(args) or 0)
+        sys.stdout.flush()
+        return code
     except StoreUnavailable:
         message = "the store does not answer; is SHANNON_REDIS_URL right?"
     except (ConfigError, StoreError, GatewayError, RedisError, WeightsError) as error:
         message = str(error)
     except KeyboardInterrupt:
         return 130
-    console.print("[red]shannon:[/red]", escape(" ".join(message.splitlines())), soft_wrap=True)
+    except BrokenPipeError:  # its reader has what it wanted
+        discard_output()
+        return 141
+    except OSError as error:
+        if args.run is _serve:
+            raise
+        discard_output()
+        message = f"{error.filename}: {error.strerror}" if error.filename else f"can't go on: {error.strerror or error}"
+    with contextlib.suppress(OSError):  # there is nowhere left to say it
+        console.print("[red]shannon:[/red]", escape(" ".join(message.splitlines())), soft_wrap=True)
     return 2
 
 
@@ -135,8 +148,11 @@ def _load(args: argparse.Namespace) -> Config:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    import uvloop
+    with lossy_output():
+        return _serve_until_stopped(args)
 
+
+def _serve_until_stopped(args: argparse.Namespace) -> int:
     from gateway.reload import Reload
     from gateway.server import Server
 
@@ -171,7 +187,7 @@ def _serve(args: argparse.Namespace) -> int:
         else:
             console.print(f"Starting engine [bold]{name}[/bold] ({engine.kind}) ...")
     try:
-        uvloop.run(server.serve())
+        event_loop.run(server.serve())
     except OSError as error:
         if server.started:
             raise
@@ -214,7 +230,7 @@ def _doctor(args: argparse.Namespace) -> int:
     from gateway.doctor.report import show
 
     with console.status("Looking around ..."):  # vLLM takes seconds to import, a server that is away to give up on
-        findings = asyncio.run(examine(None if args.config is None else Path(args.config)))
+        findings = event_loop.run(examine(None if args.config is None else Path(args.config)))
     show(findings, as_json=args.json)
     return int(any(finding.verdict == "failed" for finding in findings))
 
@@ -247,7 +263,7 @@ def _with_store(run: Callable[[Store, argparse.Namespace], Awaitable[None]]) -> 
         finally:
             await store.close()
 
-    return lambda args: asyncio.run(with_store(args))
+    return lambda args: event_loop.run(with_store(args))
 
 
 async def _create_key(store: Store, args: argparse.Namespace) -> None:
@@ -311,7 +327,7 @@ def _print_secret(record: KeyRecord, key: str, as_json: bool) -> None:
     if as_json:
         print(json.dumps(record.public() | {"key": key}))
         return
-    print(key)
+    print(key, flush=True)
     console.print(f"This is the only time that key [bold]{record.id}[/bold] ({escape(record.name)}) is shown.")
 
 

@@ -7,7 +7,6 @@ download goes on with the next run.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import time
@@ -22,6 +21,7 @@ from rich.progress import TransferSpeedColumn as SpeedColumn
 
 from engine.hub import Hub
 from engine.weights import File, Offline, Plan, find_snapshot, is_hub_id, show_bytes
+from gateway import event_loop
 from gateway.config import Config, ConfigError, EmbeddedSettings
 from gateway.environment import VARIABLES, hub_token
 
@@ -85,7 +85,7 @@ def download(
             soft_wrap=True,
         )
         with reporter(plan, console) as shown:
-            snapshot = asyncio.run(hub.download(plan, shown.advance))
+            snapshot = event_loop.run(hub.download(plan, shown.advance))
         results.append(_result(plan.model, plan.revision, snapshot, plan.size_bytes, missing))
     if as_json:
         print(json.dumps(results))

@@ -17,6 +17,8 @@ from typing import Any
 
 import orjson
 
+from gateway.standard_streams import LossyStream
+
 VLLM_CONFIG = Path(__file__).with_name("vllm_logging.json")
 _WORDY = ("httpx", "httpx2", "mcp")
 """They log whole URLs, with what users search for in them."""
@@ -69,12 +71,22 @@ def _timestamp(record: logging.LogRecord) -> str:
     return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+class _Handler(logging.StreamHandler[Any]):
+    """Writes to stderr, and says how many lines were lost where it is a stream that loses them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if isinstance(self.stream, LossyStream) and (lost := self.stream.take_lost_lines()):
+            text = "%d lines of this log were lost: nothing took them in time"
+            super().emit(logging.LogRecord(__name__, logging.WARNING, "", 0, text, (lost,), None))
+        super().emit(record)
+
+
 def configure(form: str, level: str) -> None:
     """Have all loggers of this process write to stderr in `form`, `text` or `json`, our own from `level` on.
 
     Others begin at INFO at the earliest: what they tell below that may quote requests.
     """
-    handler = logging.StreamHandler()
+    handler = _Handler()
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     least = logging.getLevelNamesMapping()[level.upper()]
     logging.basicConfig(level=max(least, logging.INFO), handlers=[handler])

@@ -9,7 +9,8 @@ which c-ares bounds by age and not by size. A channel takes about 50 us to make.
 
 How many lookups run at once is bounded by `gateway.fetch`, of which they are a part.
 
-Not handled: other sources than files and DNS in /etc/nsswitch.conf (mDNS, LDAP). Raises OSError.
+Not handled: other sources than files and DNS in /etc/nsswitch.conf (mDNS, LDAP). Raises OSError, and NoSuchName where
+they may be worth asking.
 """
 
 from __future__ import annotations
@@ -28,6 +29,11 @@ LOOKUP_S = 5.0
 """Deadline of one lookup. c-ares asks a name server again, or the next one, after 2 s."""
 _TICK_S = 0.25
 """How often a channel is asked whether one of its queries is late."""
+_NOT_THERE = (pycares.errno.ARES_ENOTFOUND, pycares.errno.ARES_ENODATA)
+
+
+class NoSuchName(OSError):
+    """DNS was asked, and has no such name or no address of it."""
 
 
 class Resolver:
@@ -124,7 +130,8 @@ class _Lookup:
         if self._found.done():
             return
         if error is not None or result is None:
-            self._found.set_exception(OSError(pycares.errno.strerror(error or 0)))
+            kind = NoSuchName if error in _NOT_THERE else OSError
+            self._found.set_exception(kind(pycares.errno.strerror(error or 0)))
             return
         addresses = (node.addr[0] for node in result.nodes)
         texts = (text.decode() if isinstance(text, bytes) else str(text) for text in addresses)

@@ -14,12 +14,15 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import IO
 
 from engine.process import die_with_parent
 from gateway.data_dir import SOCKET, usable_data_dir
 from gateway.errors import StoreError
 
 _START_TIMEOUT_S = 10.0
+_LOCK_TIMEOUT_S = _START_TIMEOUT_S + 5.0
+"""For another process that starts the server of the same data directory."""
 
 
 class EmbeddedValkey:
@@ -44,7 +47,7 @@ class EmbeddedValkey:
     async def _start(self) -> None:
         self._data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         with (self._data_dir / "valkey.lock").open("w") as lock:
-            await asyncio.to_thread(fcntl.flock, lock, fcntl.LOCK_EX)
+            await _take(lock)
             if await self._answers():
                 return
             self.socket.unlink(missing_ok=True)
@@ -115,6 +118,18 @@ class EmbeddedValkey:
         except subprocess.TimeoutExpired:
             process.kill()
             await asyncio.to_thread(process.wait)
+
+
+async def _take(lock: IO[str]) -> None:
+    """Lock a file. Raises StoreError where another process keeps it: it may be frozen, or its server may be."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_LOCK_TIMEOUT_S):
+            while True:
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return
+                await asyncio.sleep(0.02)
+    raise StoreError(f"the bundled Valkey can't be started: another process holds {lock.name}; end that one first")
 
 
 def _last_line(log: Path) -> str:

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import datetime
-import ssl
 from collections.abc import AsyncIterator, Sequence
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from gateway.config import FetchSettings
 from gateway.fair_slots import working_for
 from gateway.fetch import Fetcher, FetchError, FetchFailed, TooLarge, UrlRefused, is_public, parse_url
 from gateway.resolver import Resolver
+from tests.certificates import certify
 from tests.conftest import until
 from tests.dns_server import AAAA, A, Zone, open_sockets, run_name_server
 from tests.website import Website, page, redirect, run_website
@@ -402,34 +397,6 @@ async def test_leaving_a_fetch_ends_its_lookup_and_gives_its_slot_back(site: Web
         await until(lambda: open_sockets() == sockets)
         url = f"http://127.0.0.1:{site.port}/"
         assert (await asyncio.wait_for(fetch.fetch(url, max_bytes=10), 5)).content == b"hi"
-
-
-def certify(folder: Path, name: str) -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    """Return contexts of a server that can prove to be `name`, and of a client that believes it."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    now = datetime.datetime.now(datetime.UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    pem = folder / "server.pem"
-    secret = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    public = certificate.public_bytes(serialization.Encoding.PEM)
-    pem.write_bytes(secret + public)
-    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    server.load_cert_chain(pem)
-    return server, ssl.create_default_context(cadata=public.decode())
 
 
 async def test_certificate_must_be_the_hosts_though_an_address_is_dialled(tmp_path: Path) -> None:
