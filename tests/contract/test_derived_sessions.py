@@ -14,7 +14,7 @@ import pytest
 from engine.mock import MockEngine
 from gateway.errors import StoreUnavailable
 from gateway.keys import KeySpec
-from tests.conftest import KEY_ID, Gateway, Start, until
+from tests.conftest import KEY_ID, Gateway, Start
 from tests.store_server import StoreServer
 
 pytestmark = pytest.mark.anyio
