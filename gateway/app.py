@@ -78,6 +78,7 @@ from gateway.jobs import Jobs
 from gateway.keys import Keys, KeySpec
 from gateway.limits import Limits
 from gateway.live_responses import LiveResponses
+from gateway.logs import without_keys
 from gateway.metrics import Metrics
 from gateway.middleware import ErrorResponse, RequestMiddleware
 from gateway.own_keys import own_keys
@@ -389,7 +390,7 @@ async def _on_store_unavailable(request: Request, error: Exception) -> Response:
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     """Put Starlette's own 404 and 405 into OpenAI's shape."""
     assert isinstance(error, HTTPException)
-    where = f"{request.method} {request.scope['path']}"
+    where = f"{request.method} {without_keys(request.scope['path'])}"
     if error.status_code == 405:
         response = ErrorResponse(MethodNotAllowed(f"Not allowed to {where}. Check the HTTP method."))
         response.headers.update(error.headers or {})  # Allow

@@ -32,7 +32,8 @@ _REREAD_S = 60.0
 """A cached key is read again after this, should the announcement of a change to it have been lost."""
 _MAX_CACHED_KEYS = 10_000
 _MAX_ADDRESSES = 10_000
-_MAX_KNOWN = 64  # keys remembered per address
+_MAX_KNOWN = 1024
+"""Keys remembered per address. Behind a proxy or a NAT many clients share one."""
 _NO_DIGEST = digest("")
 _UNCHECKED = "API keys can't be checked at the moment. Try again shortly."
 _VOID = "The API key of this work was revoked or has expired before the work was done."
@@ -99,7 +100,19 @@ class _Address:
 
     allowed: float
     since: float
-    known: set[str] = field(default_factory=set)
+    known: dict[str, None] = field(default_factory=dict)
+    """By hash, the one not used for longest first."""
+
+    def note_success(self, fingerprint: str) -> None:
+        self.known.pop(fingerprint, None)
+        self.known[fingerprint] = None
+        if len(self.known) > _MAX_KNOWN:
+            del self.known[next(iter(self.known))]
+
+    def note_failure(self, fingerprint: str, least: float) -> None:
+        """Count a wrong key. A key that was good here before is a guess like any other from now on."""
+        self.known.pop(fingerprint, None)
+        self.allowed = max(least, self.allowed - 1)
 
 
 class Authenticator:
@@ -165,12 +178,12 @@ class Authenticator:
             self._refuse_guessing(address)
         principal = await self._identify(key, fingerprint)
         if principal is None or (principal.expires_at is not None and time.time() >= principal.expires_at):
-            self._note_failure(host)
+            # Bounded, so that no number of failures at once locks the address out for longer than two minutes.
+            self._address(host).note_failure(fingerprint, -self._failed_per_minute)
             raise InvalidApiKey("Incorrect API key provided.")
         if address is None:
             address = self._address(host)
-        if len(address.known) < _MAX_KNOWN:
-            address.known.add(fingerprint)
+        address.note_success(fingerprint)
         return principal
 
     async def renewed(self, principal: Principal) -> Principal:
@@ -246,9 +259,6 @@ class Authenticator:
         if address.allowed < 1:
             wait_s = (1 - address.allowed) / rate
             raise RateLimitExceeded("Too many requests with a wrong API key from this address.", retry_after_s=wait_s)
-
-    def _note_failure(self, host: str) -> None:
-        self._address(host).allowed -= 1
 
     def _address(self, host: str) -> _Address:
         """Return what is known of an address; the one not heard of for longest is forgotten for it."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +24,13 @@ VLLM_CONFIG = Path(__file__).with_name("vllm_logging.json")
 _WORDY = ("httpx", "httpx2", "mcp")
 """They log whole URLs, with what users search for in them."""
 _OURS = ("gateway", "engine", "shannon")
+_LONG_SEGMENT = re.compile(r"[^/]{20,}")
+"""As long as an API key is at least, see MIN_KEY_LENGTH in auth.py."""
+
+
+def without_keys(path: str) -> str:
+    """Return a URL's path without the segments that may be API keys. A client may have been given one as its URL."""
+    return _LONG_SEGMENT.sub("[...]", path)
 
 
 class TextFormatter(logging.Formatter):

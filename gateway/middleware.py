@@ -21,6 +21,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.errors import CLIENT_DISCONNECTED, BadRequest, GatewayError, InternalError, RequestTimeout, RequestTooLarge
+from gateway.logs import without_keys
 from gateway.meter import Meter
 from gateway.metrics import Metrics
 from gateway.tracing import Span, Tracing
@@ -177,7 +178,7 @@ class RequestMiddleware:
         level = self._level(scope, status)
         if log.isEnabledFor(level):
             # As it was asked for only where that helps. The server has decoded it: it could hold a line break.
-            path = quote(scope["path"])[:_MAX_PATH_CHARS] if route == UNMATCHED else route
+            path = quote(without_keys(scope["path"]), safe="/[]")[:_MAX_PATH_CHARS] if route == UNMATCHED else route
             fields = _fields(scope, route, status, started, duration_s) | {"trace_id": span.trace_id}
             told = {name: value for name, value in fields.items() if value is not None}
             log.log(level, "%s %s %d", scope["method"], path, status, extra={"fields": told})

@@ -6,8 +6,10 @@ A member of a key's account is `s:<session id>` or `r:<response id>`. Raises Sto
 from __future__ import annotations
 
 from gateway.pieces import places
-from gateway.store import Lane
+from gateway.store import Lane, Script
 from gateway.stored_bytes import MEMBER_BYTES, StoredBytes
+
+_EVICT = Script("kept_evict")
 
 
 class Retention(StoredBytes):
@@ -22,9 +24,19 @@ class Retention(StoredBytes):
         while leaving:
             _, leaving = await self._charge(key_id, member, size_bytes + MEMBER_BYTES, ttl_s, "evict")
             for other, expiry in zip(leaving[::2], leaving[1::2], strict=True):
-                kind, _, other_id = other.partition(":")
-                await self._store.run("DEL", *(session_keys if kind == "s" else response_keys)(other_id))
+                await self._store.run(*_EVICT.call(_keys_of(other), [key_id]))
                 await self.release(key_id, other, expiry)
+        if await self._store.run("HGET", _keys_of(member)[0], "payer") != key_id:
+            await self.release(key_id, member)  # it was deleted before it was counted
+
+
+def _keys_of(member: str) -> list[str]:
+    """Return the store's keys of a member, first the hash that names the API key that pays."""
+    kind, _, id_ = member.partition(":")
+    if kind == "s":
+        return session_keys(id_)
+    response, state, *rest = response_keys(id_)
+    return [state, response, *rest]
 
 
 def session_keys(session_id: str) -> list[str]:

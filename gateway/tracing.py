@@ -25,6 +25,7 @@ from engine.base import EmbeddingRequest, EngineError, GenerationRequest, Prepar
 from gateway import __version__
 from gateway.config import ConfigError
 from gateway.errors import CLIENT_DISCONNECTED, GatewayError, from_engine
+from gateway.logs import without_keys
 
 if TYPE_CHECKING:
     from opentelemetry import trace as otel
@@ -182,7 +183,7 @@ class Tracing:
         """Open the span of an HTTP request, below the one that its `traceparent` names."""
         if self._provider is None:
             return _NOTHING
-        attributes = {"http.request.method": method, "url.scheme": scheme, "url.path": path}
+        attributes = {"http.request.method": method, "url.scheme": scheme, "url.path": without_keys(path)}
         return self._open(method, attributes, kind="SERVER", above=self._propagator.extract(headers))
 
     def workflow(self, name: str, model_id: str) -> AbstractContextManager[Span]:

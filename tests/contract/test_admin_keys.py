@@ -33,6 +33,10 @@ async def chat_with(gateway: Gateway, key: str, **fields: Any) -> httpx.Response
     return await gateway.client.post("/v1/chat/completions", json={"messages": HELLO} | fields, headers=headers)
 
 
+async def get_models(gateway: Gateway, key: str) -> httpx.Response:
+    return await gateway.client.get("/v1/models", headers={"Authorization": f"Bearer {key}"})
+
+
 def dump(raw: redis.Redis) -> str:
     """Return everything in the store, names and values."""
     readers: dict[str, Any] = {
@@ -312,3 +316,49 @@ async def test_key_that_is_used_between_guesses_works_on(start: Start) -> None:
     for number in range(8):
         await chat_with(gateway, f"wrong-wrong-wrong-{number}")
         assert (await chat_with(gateway, used["key"])).status_code == 200
+
+
+async def test_key_that_was_revoked_and_is_sent_on_locks_nobody_out(serve: Start) -> None:
+    """It was known to be good at its address, so its requests are looked up."""
+    gateway = await serve(config={"limits": {"failed_auth_per_minute": 60, "enabled": False}})
+    lost, fresh = await create(gateway), await create(gateway)
+    assert (await get_models(gateway, lost["key"])).status_code == 200
+    await gateway.client.delete(f"/admin/keys/{lost['id']}")
+    async with asyncio.timeout(5):
+        while (await get_models(gateway, lost["key"])).status_code == 200:
+            pass
+    statuses = [(await get_models(gateway, lost["key"])).status_code for _ in range(300)]
+
+    assert statuses[-1] == 429
+    refused = await get_models(gateway, fresh["key"])
+    assert refused.status_code == 200 or int(refused.headers["retry-after-ms"]) <= 1000, "one guess more is due"
+
+
+async def test_guesses_at_once_lock_an_address_out_for_two_minutes_at_most(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = await start(config={"limits": {"failed_auth_per_minute": 5}})
+    fresh = await create(gateway)
+    keys = gateway.services.authenticator._keys
+    find, waiting = keys.find, 0
+
+    async def find_together(key_id: str) -> Any:
+        nonlocal waiting
+        waiting += 1
+        await until(lambda: waiting == 60)
+        return await find(key_id)
+
+    monkeypatch.setattr(keys, "find", find_together)
+    await asyncio.gather(*(get_models(gateway, f"wrong-wrong-wrong-{number}") for number in range(60)))
+
+    assert int((await get_models(gateway, fresh["key"])).headers["retry-after"]) <= 120
+
+
+async def test_address_of_many_clients_remembers_all_their_keys(start: Start) -> None:
+    gateway = await start(config={"limits": {"failed_auth_per_minute": 5}})
+    keys = [(await create(gateway))["key"] for _ in range(100)]
+    assert {(await get_models(gateway, key)).status_code for key in keys} == {200}
+    for number in range(8):
+        await get_models(gateway, f"wrong-wrong-wrong-{number}")
+
+    assert {(await get_models(gateway, key)).status_code for key in keys} == {200}

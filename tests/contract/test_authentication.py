@@ -168,10 +168,19 @@ async def test_keys_are_never_logged(serve: Start, caplog: pytest.LogCaptureFixt
         gateway.client.headers.pop("Authorization", None)
         responses.append(await gateway.client.get(f"/v1/models?key={wrong}", headers=headers))
 
-    assert {response.status_code for response in responses} == {401}
+    for path in (
+        f"/{wrong}/v1/models",
+        f"/v1/nothing/{wrong}",
+        f"/v1/models/{wrong}",
+        f"/%73{wrong[1:]}",
+        "/" + "W" * 20,
+    ):
+        responses.append(await gateway.client.get(path))
+
+    assert {response.status_code for response in responses} == {401, 404}
     assert all("WWWW" not in response.text for response in responses)
     lines = [record.__dict__["fields"] for record in caplog.records if record.name == "shannon.access"]
-    assert [line.get("key_id") for line in lines] == [KEY_ID] * 3 + [None] * 3, "the id is logged"
+    assert [line.get("key_id") for line in lines] == [KEY_ID] * 3 + [None] * 8, "the id is logged"
     assert SECRET not in str(lines)
     assert "WWWW" not in str(lines)
     assert SECRET not in caplog.text

@@ -14,6 +14,7 @@ from gateway.config import JobSettings, ResumeSettings, SessionSettings, StoreSe
 from gateway.keys import KeySpec
 from gateway.metrics import Metrics
 from gateway.pieces import PIECE_BYTES
+from gateway.retention import Retention
 from gateway.store import Store
 from gateway.stored_bytes import MEMBER_BYTES, StoredBytes
 from tests.conftest import KEY_ID, ROOT, Gateway, Start, until
@@ -145,6 +146,64 @@ async def test_last_writer_of_a_shared_session_pays(start: Start, store_server: 
     assert accounted(store_server, "kept", record.id) == 0
 
 
+def deleted_before_it_is_counted(gateway: Gateway, monkeypatch: pytest.MonkeyPatch, kept: Retention, path: str) -> None:
+    """Have the first thing that a key keeps be deleted right after it is written, before it is counted."""
+    keep, raced = kept.keep, False
+
+    async def delete_and_keep(key_id: str, member: str, size_bytes: int, ttl_s: float) -> None:
+        nonlocal raced
+        if not raced:
+            raced = True
+            (await gateway.client.delete(f"{path}/{member[2:]}")).raise_for_status()
+        await keep(key_id, member, size_bytes, ttl_s)
+
+    monkeypatch.setattr(kept, "keep", delete_and_keep)
+
+
+async def test_room_made_for_one_key_costs_no_other_tenant_its_session(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The account of a key may still name a session that was deleted and begun again by somebody else."""
+    gateway = await start(mock=echoing, config=CONFIG)
+    _, other = await gateway.services.keys.create(KeySpec(name="other", tenant="other"))
+    theirs = {"X-Session-ID": "user-1", "Authorization": f"Bearer {other}"}
+    kept = gateway.services.sessions._kept
+    await kept.charge(KEY_ID, "s:user-1", 1, 3600)  # the release of it was lost
+    body = {"messages": [{"role": "user", "content": "precious"}]}
+    (await gateway.client.post("/v1/chat/completions", json=body, headers=theirs)).raise_for_status()
+
+    for number in range(36):
+        body = {"messages": [{"role": "user", "content": "é" * 25_000}]}
+        headers = {"X-Session-ID": f"s{number}"}
+        (await gateway.client.post("/v1/chat/completions", json=body, headers=headers)).raise_for_status()
+    assert (await gateway.client.get("/v1/sessions/s0")).status_code == 404, "room was made"
+    shown = await gateway.client.get("/v1/sessions/user-1", headers=theirs)
+    assert shown.json()["messages"][0]["content"] == "precious"
+
+
+async def test_session_that_is_deleted_before_it_is_counted_is_not_counted(
+    start: Start, store_server: StoreServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = await start(mock=echoing, config=CONFIG)
+    deleted_before_it_is_counted(gateway, monkeypatch, gateway.services.sessions._kept, "/v1/sessions")
+    body = {"messages": [{"role": "user", "content": "x" * 5000}]}
+    headers = {"X-Session-ID": "gone"}
+    (await gateway.client.post("/v1/chat/completions", json=body, headers=headers)).raise_for_status()
+
+    assert accounted(store_server, "kept") == 0
+
+
+async def test_response_that_is_deleted_before_it_is_counted_is_not_counted(
+    start: Start, store_server: StoreServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = await start(mock=echoing, config=CONFIG)
+    stored = gateway.services.responses.stored
+    deleted_before_it_is_counted(gateway, monkeypatch, stored._kept, "/v1/responses")
+    (await gateway.client.post("/v1/responses", json={"input": "hello"})).raise_for_status()
+
+    assert accounted(store_server, "kept") == 0
+
+
 async def test_deleted_responses_are_no_longer_counted(start: Start, store_server: StoreServer) -> None:
     gateway = await start(mock=echoing, config=CONFIG)
     body = (await gateway.client.post("/v1/responses", json={"input": "hello"})).json()
@@ -229,8 +288,7 @@ async def test_members_of_an_account_expire(store_server: StoreServer) -> None:
 
 async def test_readme_names_the_sum_of_the_bounds() -> None:
     sessions, resume, jobs = SessionSettings(), ResumeSettings(), JobSettings()
-    digests = 256 * 1024
-    total = sessions.derived_bytes_per_key + digests + sessions.max_bytes_per_key
+    total = sessions.derived_bytes_per_key + sessions.max_bytes_per_key
     total += resume.max_bytes_per_key + jobs.max_queued_bytes_per_key
     text = (ROOT / "README.md").read_text()
     assert f"**{total / 2**20:g} MiB** of values" in text

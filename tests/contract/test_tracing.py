@@ -47,6 +47,20 @@ async def tree(spans: Spans, gateway: Gateway) -> tuple[ReadableSpan, list[Reada
     return root, spans.below(root)
 
 
+async def test_path_of_a_span_shows_no_key(serve: Start, spans: Spans) -> None:
+    gateway = await serve(tracing=spans.tracing)
+    await gateway.client.get(f"/{KEY}/v1/models")
+    await gateway.client.get(f"/v1/models/{KEY}")
+    await until(lambda: spans.open == 0)
+
+    paths = {
+        attributes(span)["url.path"]
+        for name in ("GET unmatched", "GET /v1/models/{model:path}")
+        for span in spans.named(name)
+    }
+    assert paths == {"/[...]/v1/models", "/v1/models/[...]"}
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_chat_is_one_generation_below_its_request(serve: Start, spans: Spans, stream: bool) -> None:
     gateway = await serve(tracing=spans.tracing)
