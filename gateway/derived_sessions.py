@@ -1,13 +1,12 @@
 """Sessions of requests that name none.
 
-Each such request gets an id of its own, so that its client may name it later. The request's messages and their answer
-are kept under it for some minutes, within a number of bytes per API key, until the id is named: then it becomes an
-ordinary session (sessions.py). It belongs to the key, not to the tenant, and an id tells whose it is, so that other
-keys can't use it first.
+Such a request gets an id of its own, so that its client may name it later. What was said is kept for some minutes,
+within a number of bytes per API key, until the id is named: then it becomes an ordinary session (sessions.py). It
+belongs to the key, not to the tenant, and an id tells whose it is, so that other keys can't use it first.
 
-A request never continues the session of an earlier one, even if it repeats that one's messages and answer. The
-messages alone do not show whose conversation it is: two users of one application may begin with the same words and get
-the same answer.
+A request that brings a session's whole conversation continues it, if that is certain: the prompt of the last answer
+must be known to have been asked in this session alone, and to have got this very answer. Two conversations that began
+alike are never taken for each other: from the second on, those that continue either get a session of their own.
 
 Not handled: sessions in which more was said than PIECE_BYTES, which are not kept. Raises StoreUnavailable.
 """
@@ -17,17 +16,53 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import orjson
 
 from gateway.config import SessionSettings
 from gateway.pieces import PIECE_BYTES
 from gateway.store import Lane, Script
-from gateway.turns import Message
+from gateway.turns import Message, text_of
 
 _OPEN, _KEEP, _TAKE = (Script("derived", f"derived_{name}") for name in ("open", "keep", "take"))
 _ID = re.compile(r"oai-([0-9a-f]{22})([0-9a-f]{10})")
+_REMEMBERED_S = 86_400
+"""How long prompts are remembered, as digests: longer than the sessions, so that a conversation that was put aside is
+not taken for a later one that began alike."""
+_MAX_PROMPTS = 512
 _MAX_SESSIONS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Transcript:
+    """Digests of a conversation, each 16 hexadecimal digits."""
+
+    prompt: str
+    """All of it."""
+    before: str
+    """What came before its last answer; empty if there is none."""
+    answered: str
+    """The same with that answer."""
+
+    @classmethod
+    def of(cls, key_id: str, messages: Iterable[Message]) -> Transcript:
+        """Read a conversation. Images don't count."""
+        digest = hashlib.sha256(key_id.encode())
+        before = answered = ""
+        for message in messages:
+            if message["role"] == "assistant":
+                before = digest.hexdigest()[:16]
+            digest.update(_essence(message))
+            if message["role"] == "assistant":
+                answered = digest.hexdigest()[:16]
+        return cls(digest.hexdigest()[:16], before, answered)
+
+
+def _essence(message: Message) -> bytes:
+    parts = [message["role"], text_of(message), message.get("tool_calls"), message.get("tool_call_id")]
+    return orjson.dumps(parts) + b"\n"
 
 
 def make_id(key_id: str) -> str:
@@ -58,22 +93,30 @@ class DerivedSessions:
         self._store = store
         self._ttl_ms = settings.derived_ttl_s * 1000
         self._most_bytes = settings.derived_bytes_per_key
-        self.kept_bytes = min(settings.derived_bytes_per_key, PIECE_BYTES)
-        """Most bytes of one session, as JSON."""
+        self._kept_bytes = min(settings.derived_bytes_per_key, PIECE_BYTES)
 
-    async def open(self, key_id: str) -> str:
-        """Begin a session and return its id."""
-        arguments = [make_id(key_id), self._ttl_ms, _MAX_SESSIONS]
-        session_id: str = await self._store.run(*_OPEN.call(_keys(key_id), arguments))
-        return session_id
+    async def open(self, key_id: str, messages: list[Message]) -> tuple[str, bool, str]:
+        """Return the session that a request continues, or a new one: its id, whether it is new, and the prompt's
+        digest, which is empty where the conversation is too large to be kept."""
+        prompt, before, answered = "", "", ""
+        if sum(len(text_of(message)) for message in messages) <= self._kept_bytes:
+            transcript = Transcript.of(key_id, messages)
+            prompt, before, answered = transcript.prompt, transcript.before, transcript.answered
+        times = [self._ttl_ms, max(self._ttl_ms, _REMEMBERED_S * 1000)]
+        arguments = [make_id(key_id), prompt, before, answered, *times, _MAX_PROMPTS, _MAX_SESSIONS]
+        how, session_id = await self._store.run(*_OPEN.call(_keys(key_id), arguments))
+        return session_id, how == "new", prompt
 
-    async def keep(self, key_id: str, session_id: str, messages: list[Message], created: int) -> bool:
-        """Store a conversation, or nothing of it where it is too large. Returns whether it was stored."""
-        text = orjson.dumps([created, messages]).decode() if messages else ""
-        if len(text.encode()) > self.kept_bytes:
+    async def keep(self, key_id: str, session_id: str, prompt: str, messages: list[Message], created: int) -> bool:
+        """Store a conversation whose last message is the answer. Returns whether it was."""
+        text, answered = "", ""
+        if prompt:
+            text = orjson.dumps([created, messages]).decode()
+            answered = Transcript.of(key_id, messages).prompt
+        if len(text.encode()) > self._kept_bytes:
             text = ""
-        arguments = [session_id, text, self._ttl_ms, self._most_bytes]
-        return bool(await self._store.run(*_KEEP.call(_keys(key_id), arguments)))
+        arguments = [session_id, text, self._ttl_ms, self._most_bytes, prompt, answered]
+        return bool(await self._store.run(*_KEEP.call(_keys(key_id)[:3], arguments)))
 
     async def take(self, key_id: str, session_id: str) -> list[Message] | None:
         """Return what was said and forget it here; None if there is nothing."""
@@ -91,10 +134,10 @@ class DerivedSessions:
         return there
 
     async def _run_take(self, key_id: str, session_id: str, *, forget: bool) -> tuple[bool, str]:
-        there, text = await self._store.run(*_TAKE.call(_keys(key_id), [session_id, int(forget)]))
+        there, text = await self._store.run(*_TAKE.call(_keys(key_id)[:3], [session_id, int(forget)]))
         return bool(there), text
 
 
 def _keys(key_id: str) -> list[str]:
     head = f"sh:{{k:{key_id}}}:derived"
-    return [head, f"{head}:at", f"{head}:bytes"]
+    return [head, f"{head}:at", f"{head}:prompts", f"{head}:seen"]

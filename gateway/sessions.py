@@ -2,10 +2,10 @@
 
 An id belongs to the tenant that used it first; other tenants that send it get a fresh one. Stored turns come before a
 request's messages only when the client names the session and brings no history (an assistant message) of its own;
-history that it brings replaces what is stored. Each request that names no session gets one of derived_sessions.py.
-Turns are stored when they complete, in the order in which their requests came, and only in the incarnation of the
-session in which the request began: what was deleted stays deleted. While the store is away conversations continue
-without history, and say so. Raises BadRequest and NotFound.
+history that it brings replaces what is stored. Requests that name no session get one of derived_sessions.py. Turns are
+stored when they complete, in the order in which their requests came, and only in the incarnation of the session in
+which the request began: what was deleted stays deleted. While the store is away conversations continue without
+history, and say so. Raises BadRequest and NotFound.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ class Session:
     """Differs from that of a session that was deleted and begun again under the same id."""
     derived: bool = False
     """The request named no session."""
+    prompt: str = ""
+    """Digest of a derived session's prompt."""
     affinity: str = ""
     """Where the conversation's prefix may be cached, if the id does not say."""
     may_store: Callable[[], Awaitable[bool]] | None = None
@@ -229,18 +231,18 @@ class Sessions:
         if self._settings.derived:
             session.derived = True
             # Nothing of it is needed before the first token, so it need not wait for the store.
-            session.opening = asyncio.create_task(self._open_derived(session))
+            session.opening = asyncio.create_task(self._open_derived(session, messages))
         return session
 
-    async def _open_derived(self, session: Session) -> None:
+    async def _open_derived(self, session: Session, messages: list[Message]) -> None:
         try:
-            session.id = await self._derived.open(session.key_id)
+            session.id, session.announce, session.prompt = await self._derived.open(session.key_id, messages)
         except StoreUnavailable:
             self._note_unavailable(session)
             return
         session.number = 1
-        session.announce = True
-        self._metrics.session("created")
+        if session.announce:
+            self._metrics.session("created")
 
     async def _open(self, session: Session, *, wants_history: bool) -> None:
         try:
@@ -321,11 +323,9 @@ class Sessions:
 
     async def _append(self, session: Session, turn: list[Message]) -> None:
         if session.derived:
-            if sum(len(text_of(message)) for message in turn) > self._derived.kept_bytes:
-                turn = []
-            elif len(orjson.dumps(turn)) > self._settings.derived_bytes_per_key // IMAGES_SHARE:
+            if session.prompt and len(orjson.dumps(turn)) > self._settings.derived_bytes_per_key // IMAGES_SHARE:
                 turn = [without_images(message) for message in turn]
-            await self._derived.keep(session.key_id, session.id, turn, int(time.time()))
+            await self._derived.keep(session.key_id, session.id, session.prompt, turn, int(time.time()))
             return
         # The number makes equal turns different members of the set.
         most = self._settings.max_bytes

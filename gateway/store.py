@@ -23,7 +23,7 @@ Keys, all under `sh:`; the braces are hash tags, so that what one script touches
     sh:{k:<key id>}:u:<date>:<model> hash: usage of that day (UTC), for 400 days
     sh:{k:<key id>}:days             set of "<date>:<model>" that have usage, for 400 days
     sh:{k:<key id>}:derived          hash: sessions of requests that named none, by id, as JSON; `:at` by expiry,
-                                     `:bytes` their bytes, see derived_sessions.py
+                                     `:prompts` and `:seen` digests of their prompts, see derived_sessions.py
     sh:{k:<key id>}:kept             sorted set: sessions and responses that the key pays for, by expiry in ms; `:b`
                                      hash: their bytes. `:logs`, `:jobs`: the same of event logs and waiting jobs
     sh:cache-salt                    secret that the gateways of this store salt cached prompts with

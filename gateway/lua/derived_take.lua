@@ -1,6 +1,6 @@
 -- Hand out a derived session, to make it an ordinary one, to show it or to delete it.
 --
--- KEYS  contents, expiries, bytes of all: all of one API key
+-- KEYS  contents, expiries, prompts: all of one API key
 -- ARGV  1 id  2 whether it is to be forgotten here (0 or 1)
 -- Returns  {1 if there is one, what was said in it or ''}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 import re
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx
@@ -113,69 +112,34 @@ async def test_id_of_another_key_is_never_begun(start: Start, store_server: Stor
     assert prompted(gateway) == ([] if forgotten else [user("hi"), assistant()]) + [user("more")]
 
 
-async def test_each_request_has_a_session_with_what_it_said(start: Start) -> None:
+async def test_conversation_that_is_brought_back_continues_its_session(start: Start) -> None:
     gateway = await start(mock=answering)
     conversation = [user("hi")]
-    sessions = [await announced(gateway, *conversation)]
+    session = await announced(gateway, *conversation)
     for number in range(5):
         conversation += [assistant(), user(f"question {number}")]
-        sessions.append(await announced(gateway, *conversation))
+        assert "x-session-id" not in (await say(gateway, *conversation)).headers, "it is not new"
 
-    assert len(set(sessions)) == 6
-    for number, session in enumerate(sessions):
-        assert await stored(gateway, session) == [*conversation[: 2 * number + 1], assistant()]
-    await say(gateway, user("last"), session=sessions[-1])
+    assert await stored(gateway, session) == [*conversation, assistant()]
+    await say(gateway, user("last"), session=session)
     assert prompted(gateway) == [*conversation, assistant(), user("last")]
 
 
-async def _before_the_store(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def away(*_: object) -> Any:
-        raise StoreUnavailable("away")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(gateway.services.sessions._derived._store, "run", away)
-        await say(gateway, user("hi"))
-
-
-async def _with_another_key(gateway: Gateway, _: pytest.MonkeyPatch) -> None:
-    await say(gateway, user("hi"), key=await other_key(gateway))
-
-
-async def _in_a_named_session(gateway: Gateway, _: pytest.MonkeyPatch) -> None:
-    await say(gateway, user("hi"), session="mine")
-
-
-async def _by_responses(gateway: Gateway, _: pytest.MonkeyPatch) -> None:
-    (await gateway.client.post("/v1/responses", json={"input": "hi"})).raise_for_status()
-
-
-async def _long_ago(gateway: Gateway, _: pytest.MonkeyPatch) -> None:
-    await say(gateway, user("hi"))
-    await gateway.services.store.run("FLUSHALL")
-
-
-async def _many_requests_ago(gateway: Gateway, _: pytest.MonkeyPatch) -> None:
-    await say(gateway, user("hi"))
-    for number in range(600):
-        await say(gateway, user(f"{number}"))
-
-
 @pytest.mark.parametrize(
-    "begin",
-    [_before_the_store, _with_another_key, _in_a_named_session, _by_responses, _long_ago, _many_requests_ago],
+    "changed",
+    [
+        [user("hello"), assistant(), user("more")],
+        [user("hi"), assistant("as I edited it"), user("more")],
+        [{"role": "system", "content": "x"}, user("hi"), assistant(), user("more")],
+        [user("hi"), assistant(), user("more"), assistant(), user("and more")],
+    ],
 )
-async def test_conversation_whose_beginning_is_not_known_joins_no_other(
-    start: Start, monkeypatch: pytest.MonkeyPatch, begin: Callable[[Gateway, pytest.MonkeyPatch], Awaitable[None]]
-) -> None:
-    """Both begin with the same words and get the same answer. Only the second one's beginning is in the store."""
-    gateway = await start(mock=answering, config=UNLIMITED)
-    await begin(gateway, monkeypatch)
-    second = await announced(gateway, user("hi"))
-    await say(gateway, user("hi"), assistant(), user("a secret of the first"))
+async def test_conversation_that_differs_is_another(start: Start, changed: list[dict[str, Any]]) -> None:
+    gateway = await start(mock=answering)
+    first = await announced(gateway, user("hi"))
 
-    assert await stored(gateway, second) == [user("hi"), assistant()]
-    await say(gateway, user("what did I say?"), session=second)
-    assert prompted(gateway) == [user("hi"), assistant(), user("what did I say?")]
+    assert await announced(gateway, *changed) != first
+    assert await stored(gateway, first) == [user("hi"), assistant()]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -184,22 +148,42 @@ async def test_session_never_shows_turns_of_another_conversation(start: Start, s
     chosen = random.Random(seed)
     gateway = await start(mock=answering, config=UNLIMITED)
     said: list[list[dict[str, Any]]] = [[] for _ in range(8)]
-    told: dict[str, list[dict[str, Any]]] = {}
+    owner: dict[str, int] = {}
 
     async def continue_(number: int) -> None:
         conversation = said[number]
         text = "hi" if len(conversation) < 3 else f"secret of {number}"
         conversation += [user(text)]
-        session = await announced(gateway, *conversation)
+        response = await say(gateway, *conversation)
         conversation += [assistant()]
-        assert session not in told
-        told[session] = list(conversation)
+        if id_ := response.headers.get("x-session-id"):
+            assert owner.setdefault(id_, number) == number
 
     for _ in range(12):
         await asyncio.gather(*(continue_(number) for number in chosen.sample(range(8), 3)))
 
-    for session, conversation in told.items():
-        assert await stored(gateway, session) == conversation
+    for id_, number in owner.items():
+        messages = await stored(gateway, id_) or []
+        assert messages == said[number][: len(messages)]
+
+
+async def test_two_requests_that_continue_at_once_lose_nothing_to_others(start: Start) -> None:
+    gateway = await start(mock=answering)
+    session = await announced(gateway, user("hi"))
+    texts = [f"fork {number}" for number in range(6)]
+    await asyncio.gather(*(say(gateway, user("hi"), assistant(), user(text)) for text in texts))
+
+    messages = await stored(gateway, session)
+    assert messages is not None
+    assert messages[:2] == [user("hi"), assistant()]
+    assert messages[2] in [user(text) for text in texts]
+
+
+async def test_retry_of_a_continuation_keeps_the_session(start: Start) -> None:
+    gateway = await start(mock=answering)
+    await announced(gateway, user("hi"))
+    for _ in range(3):
+        assert "x-session-id" not in (await say(gateway, user("hi"), assistant(), user("more"))).headers
 
 
 async def test_named_session_is_no_longer_derived(start: Start) -> None:
@@ -224,17 +208,16 @@ async def test_first_uses_at_once_make_one_session(start: Start) -> None:
 
 
 @pytest.mark.parametrize("named", [False, True])
-async def test_deleted_session_does_not_come_back_from_a_turn_that_runs(serve: Start, named: bool) -> None:
-    gateway = await serve(mock=answering)
-    session = await announced(gateway, user("hi")) if named else ""
+async def test_deleted_session_does_not_come_back_from_a_turn_that_runs(start: Start, named: bool) -> None:
+    gateway = await start(mock=answering)
+    session = await announced(gateway, user("hi"))
     gateway.mock._token_s = 0.3
-    headers = {"X-Session-ID": session} if named else {}
-    body = {"messages": [user("more")], "stream": True}
-    async with gateway.client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as running:
-        session = session or running.headers["x-session-id"]
-        deleted = await gateway.client.delete(f"/v1/sessions/{session}")
-        assert gateway.mock.unfinished_requests == 1
-        await running.aread()
+    conversation = [user("more")] if named else [user("hi"), assistant(), user("more")]
+    running = asyncio.create_task(say(gateway, *conversation, session=session if named else ""))
+    await until(lambda: gateway.mock.unfinished_requests == 1)
+    deleted = await gateway.client.delete(f"/v1/sessions/{session}")
+    assert not running.done()
+    await running
 
     assert deleted.status_code == 200
     assert await stored(gateway, session) is None
@@ -282,7 +265,7 @@ async def test_bytes_of_derived_sessions_are_bounded(start: Start, store_server:
     with store_server.client() as raw:
         kept = raw.hvals(CONTENTS)
         assert sum(len(text.encode()) for text in kept) <= most
-        assert int(str(raw.get(f"{CONTENTS}:bytes"))) == sum(len(text.encode()) for text in kept)
+        assert int(raw.hget(f"{CONTENTS}:prompts", "")) == sum(len(text.encode()) for text in kept)
 
     assert await stored(gateway, sessions[-1]) is not None, "the newest stay"
     assert await stored(gateway, sessions[0]) is None

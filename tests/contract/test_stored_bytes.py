@@ -288,7 +288,8 @@ async def test_members_of_an_account_expire(store_server: StoreServer) -> None:
 
 async def test_readme_names_the_sum_of_the_bounds() -> None:
     sessions, resume, jobs = SessionSettings(), ResumeSettings(), JobSettings()
-    total = sessions.derived_bytes_per_key + sessions.max_bytes_per_key
+    digests = 256 * 1024
+    total = sessions.derived_bytes_per_key + digests + sessions.max_bytes_per_key
     total += resume.max_bytes_per_key + jobs.max_queued_bytes_per_key
     text = (ROOT / "README.md").read_text()
     assert f"**{total / 2**20:g} MiB** of values" in text
