@@ -6,7 +6,8 @@ belongs to the key, not to the tenant, and an id tells whose it is, so that othe
 
 A request that brings a session's whole conversation continues it, if that is certain: the prompt of the last answer
 must be known to have been asked in this session alone, and to have got this very answer. Two conversations that began
-alike are never taken for each other: from the second on, those that continue either get a session of their own.
+alike are never taken for each other: from the second on, those that continue either get a session of their own. So does
+every request of a key of which a prompt was forgotten or could not be recorded in the last 24 hours.
 
 Not handled: sessions in which more was said than PIECE_BYTES, which are not kept. Raises StoreUnavailable.
 """
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 import orjson
 
 from gateway.config import SessionSettings
+from gateway.errors import StoreUnavailable
 from gateway.pieces import PIECE_BYTES
 from gateway.store import Lane, Script
 from gateway.turns import Message, text_of
@@ -31,7 +33,8 @@ _ID = re.compile(r"oai-([0-9a-f]{22})([0-9a-f]{10})")
 _REMEMBERED_S = 86_400
 """How long prompts are remembered, as digests: longer than the sessions, so that a conversation that was put aside is
 not taken for a later one that began alike."""
-_MAX_PROMPTS = 512
+_MAX_PROMPTS = 2_000
+"""Per API key: their digests, sessions and answers take at most 256 KiB."""
 _MAX_SESSIONS = 256
 
 
@@ -94,6 +97,8 @@ class DerivedSessions:
         self._ttl_ms = settings.derived_ttl_s * 1000
         self._most_bytes = settings.derived_bytes_per_key
         self._kept_bytes = min(settings.derived_bytes_per_key, PIECE_BYTES)
+        self._unrecorded: set[str] = set()
+        """Keys of which a prompt could not be recorded, until the store has taken note."""
 
     async def open(self, key_id: str, messages: list[Message]) -> tuple[str, bool, str]:
         """Return the session that a request continues, or a new one: its id, whether it is new, and the prompt's
@@ -103,8 +108,15 @@ class DerivedSessions:
             transcript = Transcript.of(key_id, messages)
             prompt, before, answered = transcript.prompt, transcript.before, transcript.answered
         times = [self._ttl_ms, max(self._ttl_ms, _REMEMBERED_S * 1000)]
-        arguments = [make_id(key_id), prompt, before, answered, *times, _MAX_PROMPTS, _MAX_SESSIONS]
-        how, session_id = await self._store.run(*_OPEN.call(_keys(key_id), arguments))
+        unrecorded = key_id in self._unrecorded
+        arguments = [make_id(key_id), prompt, before, answered, *times, _MAX_PROMPTS, _MAX_SESSIONS, int(unrecorded)]
+        try:
+            how, session_id = await self._store.run(*_OPEN.call(_keys(key_id), arguments))
+        except StoreUnavailable:
+            self._unrecorded.add(key_id)
+            raise
+        if unrecorded:
+            self._unrecorded.discard(key_id)
         return session_id, how == "new", prompt
 
     async def keep(self, key_id: str, session_id: str, prompt: str, messages: list[Message], created: int) -> bool:

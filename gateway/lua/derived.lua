@@ -2,7 +2,8 @@
 --
 -- All of a key's derived sessions are in one hash, so that one script can hold them to a common bound: id -> what was
 -- said, as JSON. `prompts` maps the digest of each prompt that began a turn to the session it belongs to, "*" where it
--- was more than one, and holds the bytes of all sessions under ''.
+-- was more than one. It holds the bytes of all sessions under '', and under '?' when the newest prompt that is missing
+-- from it was forgotten or not recorded.
 
 local function forget(contents, expiries, prompts, id)
   local size = redis.call('HSTRLEN', contents, id)

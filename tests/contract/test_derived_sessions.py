@@ -13,7 +13,7 @@ import pytest
 from engine.mock import MockEngine
 from gateway.errors import StoreUnavailable
 from gateway.keys import KeySpec
-from tests.conftest import KEY_ID, Gateway, Start
+from tests.conftest import KEY_ID, Gateway, Start, until
 from tests.store_server import StoreServer
 
 pytestmark = pytest.mark.anyio
@@ -60,6 +60,11 @@ async def stored(gateway: Gateway, session: str, key: str = "") -> list[dict[str
 
 async def other_key(gateway: Gateway, tenant: str = "default") -> str:
     return (await gateway.services.keys.create(KeySpec(name="other", tenant=tenant)))[1]
+
+
+async def away(*_: object) -> Any:
+    """Stand in for a store that does not answer."""
+    raise StoreUnavailable("away")
 
 
 def prompted(gateway: Gateway) -> list[dict[str, Any]]:
@@ -165,6 +170,28 @@ async def test_session_never_shows_turns_of_another_conversation(start: Start, s
     for id_, number in owner.items():
         messages = await stored(gateway, id_) or []
         assert messages == said[number][: len(messages)]
+
+
+@pytest.mark.parametrize("missing", ["forgotten", "not recorded"])
+async def test_conversation_is_not_continued_where_a_prompt_is_missing(
+    start: Start, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    """An earlier conversation with the same words and answer could not be told from the one in the session."""
+    monkeypatch.setattr("gateway.derived_sessions._MAX_PROMPTS", 3)
+    gateway = await start(mock=answering, config=UNLIMITED)
+    if missing == "forgotten":
+        for text in ("hi", "one", "two", "three"):
+            await say(gateway, user(text))
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(gateway.services.sessions._derived._store, "run", away)
+            await say(gateway, user("hi"))
+    theirs = await announced(gateway, user("hi"))
+    mine = await announced(gateway, user("hi"), assistant(), user("my secret"))
+
+    assert mine != theirs
+    assert await stored(gateway, theirs) == [user("hi"), assistant()]
+    assert await stored(gateway, mine) == [user("hi"), assistant(), user("my secret"), assistant()]
 
 
 async def test_two_requests_that_continue_at_once_lose_nothing_to_others(start: Start) -> None:
@@ -297,9 +324,6 @@ async def test_store_that_is_away_costs_the_session_and_not_the_answer(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gateway = await start(mock=answering)
-
-    async def away(*_: object) -> Any:
-        raise StoreUnavailable("away")
 
     monkeypatch.setattr(gateway.services.sessions._derived._store, "run", away)
     response = await say(gateway, user("hi"))
