@@ -110,9 +110,21 @@ class ConnectionLimit:
 
 
 def most_connections(wanted: int) -> int:
-    """Return how many clients may be connected: `wanted`, or as many as this process has descriptors for."""
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if files == resource.RLIM_INFINITY or files // _CLIENT_SHARE >= wanted:
+    """Return how many clients may be connected: `wanted`, or half as many as this process may open files.
+
+    Raises the soft limit of open files as far as that helps: common defaults are 1024 and, for the hard limit, more
+    than 500,000.
+    """
+    files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = wanted * _CLIENT_SHARE
+    if _is_less(files, needed):
+        files = hard if _is_less(hard, needed) else needed
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+    if not _is_less(files, needed):
         return wanted
     log.info("at most %d clients may be connected: this process may open %d files", files // _CLIENT_SHARE, files)
     return max(_WAITING_SHARE, files // _CLIENT_SHARE)
+
+
+def _is_less(limit: int, number: int) -> bool:
+    return limit != resource.RLIM_INFINITY and limit < number

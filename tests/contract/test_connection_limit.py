@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import resource
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -109,22 +107,10 @@ async def test_connection_is_held_only_while_a_request_of_its_key_runs(serve: St
         writer.close()
 
 
-@contextlib.contextmanager
-def open_files(soft: int) -> Iterator[None]:
-    """Have the processes that are started meanwhile open no more than `soft` files each."""
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
-
-
 def test_clients_leave_files_to_the_rest_of_the_process(tmp_path: Path) -> None:
     tree = {"engines": {"main": {"kind": "mock"}}, "limits": {"enabled": False}}
     with contextlib.ExitStack() as stack:
-        with open_files(128):
-            gateway = stack.enter_context(serve_process(tmp_path, tree))
+        gateway = stack.enter_context(serve_process(tmp_path, tree, module="tests.few_files"))
         gateway.wait_until_ready()
         host, port = gateway.url.removeprefix("http://").split(":")
         for _ in range(300):

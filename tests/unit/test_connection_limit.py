@@ -137,14 +137,29 @@ def test_metrics_show_open_and_closed_connections() -> None:
     assert "shannon_connections_closed_total 3.0" in page
 
 
+NONE = resource.RLIM_INFINITY
+
+
 @pytest.mark.parametrize(
-    ("files", "most"), [(65_536, 8192), (16_384, 8192), (1024, 512), (12, 8), (resource.RLIM_INFINITY, 8192)]
+    ("soft", "hard", "raised", "most"),
+    [
+        (65_536, 65_536, 65_536, 8192),
+        (NONE, NONE, NONE, 8192),
+        (1024, 524_288, 16_384, 8192),
+        (1024, NONE, 16_384, 8192),
+        (1024, 4096, 4096, 2048),
+        (1024, 1024, 1024, 512),
+        (12, 12, 12, 8),
+    ],
 )
 def test_clients_get_half_of_the_files(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, files: int, most: int
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, soft: int, hard: int, raised: int, most: int
 ) -> None:
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (files, files))
+    limits = [(soft, hard)]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, both: limits.append(both))
 
     assert most_connections(8192) == most
+    assert limits[-1] == (raised, hard)
     assert bool(caplog.records) == (most < 8192)
