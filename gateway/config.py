@@ -434,9 +434,9 @@ class ServerSettings(_Settings):
     metrics_public: bool = False
     """Serve GET /metrics without a key, for a Prometheus that can't send one."""
     max_connections: int = Field(8192, ge=16)
-    """Clients connected at once, at most half of the files that the process may open (`ulimit -n`). Beyond it,
-    connections without a running request of a key are closed, those first that have been so for longest. Each may hold
-    64 KiB of a request that is not complete."""
+    """Clients connected at once, at most half of the files that the process may open (`ulimit -Hn`). Beyond it,
+    connections without a running request of a key are closed, those first that have been so for longest; one key gets
+    about two thirds. Each may hold 64 KiB of a request that is not complete."""
     max_body_bytes: int = Field(8 * 2**20, ge=1024)
     """Largest request body. 8 MiB holds a million-token prompt, and stops a flood before it is parsed."""
     max_large_bodies: int = Field(32, ge=1)

@@ -217,9 +217,9 @@ class Connection(asyncio.Protocol):
         self._exchange = self._body = None
         self._limit.end(self)
 
-    def _hold(self) -> None:
-        """Keep the connection until the request is answered: its key is known. Raises Overloaded."""
-        self._limit.begin(self)
+    def _hold(self, key_id: str) -> None:
+        """Keep the connection until the request of this key is answered. Raises what the limit raises."""
+        self._limit.begin(self, key_id)
 
     # From bytes to requests
 

@@ -8,7 +8,8 @@ the store, engines, probes. The bound is below that, and connections are in two 
 
 At the bound, a new connection takes the place of the one that has been waiting longest. Clients without a key can't
 close working connections. An eighth of the bound is never given to working ones: there probes are answered, and
-clients are told that there is no room. Raises Overloaded.
+clients are told that there is no room. One key gets at most three times as many of the other places as stay free, so
+that there is always room for another key. Raises Overloaded and RateLimitExceeded.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from __future__ import annotations
 import logging
 import resource
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from typing import Protocol
 
-from gateway.errors import Overloaded
+from gateway.errors import Overloaded, RateLimitExceeded
 from gateway.events import Clock
 from gateway.metrics import Metrics
 
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 _CLIENT_SHARE = 2
 """Clients get one of so many descriptors. A stream to a remote engine takes another one for each client."""
 _WAITING_SHARE = 8
+_PER_FREE_PLACE = 3
+"""One key alone gets three quarters of the places; two get three sevenths each, and a seventh stays free."""
 _WARN_EVERY_S = 60.0
 
 
@@ -47,7 +50,10 @@ class ConnectionLimit:
         self._clock = clock
         self._waiting: OrderedDict[Closable, None] = OrderedDict()
         """The one that has been waiting longest is first."""
-        self._working: set[Closable] = set()
+        self._working: dict[Closable, str] = {}
+        """By the id of the key."""
+        self._of_key: Counter[str] = Counter()
+        self._most_working = most - max(1, most // _WAITING_SHARE)
         self._warned_at: float | None = None
 
     @property
@@ -66,22 +72,35 @@ class ConnectionLimit:
 
     def discard(self, connection: Closable) -> None:
         """Forget a connection that is closed."""
+        self.end(connection)
         self._waiting.pop(connection, None)
-        self._working.discard(connection)
 
-    def begin(self, connection: Closable) -> None:
-        """Note that a request of a known key runs. Raises Overloaded."""
-        if connection in self._waiting:
-            if len(self._working) >= self._most - max(1, self._most // _WAITING_SHARE):
-                raise Overloaded("The server has too many connections. Try again shortly.")
-            del self._waiting[connection]
-            self._working.add(connection)
+    def begin(self, connection: Closable, key_id: str) -> None:
+        """Note that a request of a known key runs. Raises Overloaded, and RateLimitExceeded if the key has too many."""
+        if connection not in self._waiting:
+            return
+        free = self._most_working - len(self._working)
+        if free == 0:
+            raise Overloaded("The server has too many connections. Try again shortly.")
+        if self._of_key[key_id] >= free * _PER_FREE_PLACE:
+            raise RateLimitExceeded(
+                f"This API key has requests on {self._of_key[key_id]} connections, and others need the rest. "
+                "Wait until some have ended.",
+                code="too_many_connections",
+                retry_after_s=1.0,
+            )
+        del self._waiting[connection]
+        self._working[connection] = key_id
+        self._of_key[key_id] += 1
 
     def end(self, connection: Closable) -> None:
         """Note that no request runs any more."""
-        if connection in self._working:
-            self._working.remove(connection)
+        key_id = self._working.pop(connection, None)
+        if key_id is not None:
             self._waiting[connection] = None
+            self._of_key[key_id] -= 1
+            if not self._of_key[key_id]:
+                del self._of_key[key_id]
 
     def _warn(self) -> None:
         now = self._clock()
@@ -91,9 +110,21 @@ class ConnectionLimit:
 
 
 def most_connections(wanted: int) -> int:
-    """Return how many clients may be connected: `wanted`, or as many as this process has descriptors for."""
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if files == resource.RLIM_INFINITY or files // _CLIENT_SHARE >= wanted:
+    """Return how many clients may be connected: `wanted`, or half as many as this process may open files.
+
+    Raises the soft limit of open files as far as that helps: common defaults are 1024 and, for the hard limit, more
+    than 500,000.
+    """
+    files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = wanted * _CLIENT_SHARE
+    if _is_less(files, needed):
+        files = hard if _is_less(hard, needed) else needed
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+    if not _is_less(files, needed):
         return wanted
     log.info("at most %d clients may be connected: this process may open %d files", files // _CLIENT_SHARE, files)
     return max(_WAITING_SHARE, files // _CLIENT_SHARE)
+
+
+def _is_less(limit: int, number: int) -> bool:
+    return limit != resource.RLIM_INFINITY and limit < number

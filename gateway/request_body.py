@@ -116,11 +116,10 @@ class _ChunkedBody:
         if end >= 0:
             section = bytes(buffer[at:end])
             if section.count(b"\r\n") >= MAX_FIELDS:
-                raise Refusal(f"The request's trailer has more than {MAX_FIELDS} fields.", 431, "headers_too_large")
+                raise Refusal(f"The request's trailer has more than {MAX_FIELDS} fields.")
             check_trailer(section)
             self.complete = True
             return end + 4
         if len(buffer) - at >= MAX_TRAILER_BYTES:
-            message = f"The request's trailer is larger than the limit of {MAX_TRAILER_BYTES} bytes."
-            raise Refusal(message, 431, "headers_too_large")
+            raise Refusal(f"The request's trailer is larger than the limit of {MAX_TRAILER_BYTES} bytes.")
         return None

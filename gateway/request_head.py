@@ -195,8 +195,8 @@ class HeadReader:
             message = f"The request's headers are larger than the limit of {MAX_HEAD_BYTES} bytes."
             raise Refusal(message, 431, "headers_too_large")
         if end < 0:
-            self._seen_bytes = len(buffer)
             self._read_line_early(buffer)
+            self._seen_bytes = len(buffer)
             return None
         lines = bytes(buffer[:end]).split(b"\r\n")
         del buffer[:head_bytes]
@@ -204,7 +204,7 @@ class HeadReader:
 
     def _read_line_early(self, buffer: bytearray) -> None:
         """Refuse a wrong request line at once: who speaks HTTP/0.9 sends no more and waits."""
-        if not self._line_read and (end := buffer.find(b"\r\n")) >= 0:
+        if not self._line_read and (end := buffer.find(b"\r\n", max(self._seen_bytes - 1, 0))) >= 0:
             _parse_request_line(bytes(buffer[:end]))
             self._line_read = True
 

@@ -216,6 +216,8 @@ def _all(key: bytes) -> Iterator[tuple[bytes, tuple[int, ...]]]:
         b"0\r\nContent-Length: 5\r\n\r\n",
         b"0\r\nTransfer-Encoding: chunked\r\n\r\n",
         b"0\r\nHost: y\r\n\r\n",
+        b"0\r\nX: " + b"y" * 9_000 + b"\r\n\r\n",
+        b"0\r\n" + b"X: y\r\n" * 300 + b"\r\n",
         b"0\r\nAuthorization: Bearer x\r\n\r\n",
         b"0\r\n" + hidden,
     ):

@@ -55,15 +55,14 @@ class Bodies:
             yield await self._read(request, key_id, places)
 
     async def _read(self, request: Request, key_id: str, places: AsyncExitStack) -> bytes:
-        chunks: list[bytes] = []
-        size, placed = 0, False
+        body = bytearray()  # a list of pieces of two bytes would take twenty times their size
+        placed = False
         async for chunk in request.stream():
-            chunks.append(chunk)
-            size += len(chunk)
-            if size > LARGE_BYTES and not placed:
+            body += chunk
+            if len(body) > LARGE_BYTES and not placed:
                 placed = True
                 await places.enter_async_context(self._place(key_id))
-        return b"".join(chunks)
+        return bytes(body)
 
     @asynccontextmanager
     async def _place(self, key_id: str) -> AsyncIterator[None]:

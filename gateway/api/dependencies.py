@@ -85,12 +85,12 @@ async def identify(request: Request, services: Services) -> Principal:
 async def authenticate(request: Request, services: Annotated[Services, Depends(services)]) -> Principal:
     """Return the caller, whose connection is from now on not closed to make room for another.
 
-    Raises what `identify` raises, and Overloaded.
+    Raises what `identify` raises, and Overloaded and RateLimitExceeded where there are too many connections.
     """
     principal = await identify(request, services)
     hold_connection = getattr(request.state, "hold_connection", None)
     if hold_connection is not None:  # it is there where the app runs in this product's own server
-        hold_connection()
+        hold_connection(principal.key_id)
     return principal
 
 

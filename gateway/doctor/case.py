@@ -17,6 +17,8 @@ from gateway.config import Config, EmbeddedSettings
 from gateway.doctor.gpus import Driver, find_driver
 
 DISTRIBUTION = "shannon-gateway"
+_KERNEL_OPEN_FILES = 2**20
+"""What Linux allows a process that has no limit (`fs.nr_open`)."""
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -30,7 +32,7 @@ class Machine:
     shm_bytes: int | None = 16 * 2**30
     """Size of /dev/shm; None where there is none."""
     open_files: int = 65_536
-    """The soft limit on open files."""
+    """The hard limit on open files; the server raises its soft one."""
     python: tuple[int, ...] = sys.version_info[:3]
     packages: Mapping[str, str] = field(default_factory=dict)
     """Distribution -> version."""
@@ -61,9 +63,14 @@ def inspect_machine(environment: Mapping[str, str]) -> Machine:
         driver=find_driver(environment),
         memory_bytes=_memory_bytes(),
         shm_bytes=shutil.disk_usage(shm).total if shm.is_dir() else None,
-        open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        open_files=_most_open_files(),
         packages=_packages(),
     )
+
+
+def _most_open_files() -> int:
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    return _KERNEL_OPEN_FILES if hard == resource.RLIM_INFINITY else hard
 
 
 def _memory_bytes() -> int:

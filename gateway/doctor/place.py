@@ -81,7 +81,7 @@ def check_open_files(case: Case) -> Finding:
     limit = case.machine.open_files
     if limit < _OPEN_FILES:
         text = f"{limit} may be open at once: a connection takes one, a stream to a remote engine another"
-        return Finding("open_files", "warning", text, "ulimit -n 65536, or LimitNOFILE=65536 in the unit")
+        return Finding("open_files", "warning", text, "ulimit -Hn 65536, or LimitNOFILE=65536 in the unit")
     return Finding("open_files", "ok", f"{limit} may be open at once")
 
 

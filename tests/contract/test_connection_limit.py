@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import resource
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -19,6 +17,7 @@ from tests.gateway_process import serve as serve_process
 pytestmark = pytest.mark.anyio
 
 MOST = 16
+OTHER_KEY = "another-key-of-somebody-else"
 UNLIMITED = {"limits": {"enabled": False}}
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 
@@ -74,16 +73,22 @@ async def test_flood_without_a_key_keeps_nobody_out(serve: Start, begin: bytes) 
             writer.transport.abort()
 
 
-async def test_client_beyond_the_limit_is_told_so_and_probes_are_answered(serve: Start) -> None:
-    gateway = await serve(mock=endless, server={"max_connections": MOST}, config=UNLIMITED)
-    async with contextlib.AsyncExitStack() as stack:
-        await open_streams(gateway, stack, MOST - MOST // 8)
-        chat = await gateway.chat()
-        assert (chat.status_code, chat.json()["error"]["code"]) == (503, "server_overloaded")
-        assert chat.headers["retry-after"]
-        for path in ("/health", "/ready", "/metrics"):
-            assert (await gateway.client.get(path)).status_code == 200
-        assert (await gateway.samples("shannon_connections"))[()] == MOST - 1
+async def test_key_that_takes_too_many_connections_leaves_room_for_others(serve: Start) -> None:
+    config = UNLIMITED | {"keys": [{"name": "other", "key_env": "OTHER"}]}
+    server = {"max_connections": MOST}
+    gateway = await serve(mock=endless, server=server, config=config, environment={"OTHER": OTHER_KEY})
+    half = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %b\r\nContent-Length: 99\r\n\r\n{"
+    uploads = [await connect(gateway, half % KEY.encode()) for _ in range(11)]  # of 14; three stay free
+    await until(lambda: gateway.requests_in_progress() == len(uploads))
+    refused = await gateway.chat()
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "too_many_connections")
+    assert refused.headers["retry-after"]
+    for path in ("/health", "/ready", "/metrics"):
+        assert (await gateway.client.get(path)).status_code == 200
+    others = {"Authorization": f"Bearer {OTHER_KEY}"}
+    assert (await gateway.client.get("/v1/models", headers=others)).status_code == 200
+    for _, writer in uploads:
+        writer.close()
     await until(lambda: gateway.requests_in_progress() == 0)
     assert (await gateway.chat()).status_code == 200
 
@@ -102,22 +107,10 @@ async def test_connection_is_held_only_while_a_request_of_its_key_runs(serve: St
         writer.close()
 
 
-@contextlib.contextmanager
-def open_files(soft: int) -> Iterator[None]:
-    """Have the processes that are started meanwhile open no more than `soft` files each."""
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
-
-
 def test_clients_leave_files_to_the_rest_of_the_process(tmp_path: Path) -> None:
     tree = {"engines": {"main": {"kind": "mock"}}, "limits": {"enabled": False}}
     with contextlib.ExitStack() as stack:
-        with open_files(128):
-            gateway = stack.enter_context(serve_process(tmp_path, tree))
+        gateway = stack.enter_context(serve_process(tmp_path, tree, module="tests.few_files"))
         gateway.wait_until_ready()
         host, port = gateway.url.removeprefix("http://").split(":")
         for _ in range(300):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Any
@@ -42,6 +43,25 @@ async def bodies() -> AsyncIterator[Bodies]:
     bodies = Bodies(ServerSettings(max_large_bodies=3, max_large_bodies_per_key=2, body_timeout_s=60))
     yield bodies
     bodies.close()
+
+
+async def test_body_in_tiny_pieces_takes_no_more_memory(bodies: Bodies) -> None:
+    pieces = 100_000
+    left = pieces
+
+    async def receive() -> dict[str, Any]:
+        nonlocal left
+        left -= 1
+        return {"type": "http.request", "body": b"%02d" % (left % 100), "more_body": left > 0}
+
+    request = Request({"type": "http", "method": "POST", "path": "/", "headers": []}, receive)
+    tracemalloc.start()
+    try:
+        async with bodies.receive(request, "a") as body:
+            assert len(body) == 2 * pieces
+            assert tracemalloc.get_traced_memory()[1] < 5 * len(body)
+    finally:
+        tracemalloc.stop()
 
 
 async def hold(bodies: Bodies, stack: AsyncExitStack, key_id: str) -> bytes:

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 import gateway.tools
 import gateway.workflows
+from gateway.request_head import HeadReader, Refusal
 from gateway.tools.documents import read_document
 from gateway.tools.json_arguments import arguments_model
 from gateway.tools.passages import passages
@@ -219,6 +220,24 @@ _BAITS = (
 def test_work_takes_linear_time(name: str) -> None:
     work, chars = WORKS[name]
     assert not [unit for unit in (*_UNITS, *_BAITS) if grows_too_fast(work, "", unit, chars)]
+
+
+def _byte_by_byte(text: str) -> None:
+    reader, buffer = HeadReader(), bytearray()
+    for byte in text.encode():
+        buffer.append(byte)
+        if reader.take(buffer) is not None:
+            break
+
+
+@pytest.mark.parametrize("begin", ["", "GET /", "GET / HTTP/1.1\r\nHost: x", "GET / HTTP/1.1\r\nHost: x\r\n"])
+@pytest.mark.parametrize("unit", ["a", "a: b\r\n", "%2F"])
+def test_head_that_comes_byte_by_byte_takes_linear_time(begin: str, unit: str) -> None:
+    def read(text: str) -> None:
+        with contextlib.suppress(Refusal):
+            _byte_by_byte(text)
+
+    assert not grows_too_fast(read, begin, unit, 60_000, end="")
 
 
 def test_a_robots_txt_of_many_groups_keeps_rules_for_us_only() -> None:
