@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import idna
@@ -25,6 +25,9 @@ _NAMED = re.compile(rf"(?:https?://|www\.){ADDRESS_CHARS}", re.I)
 _WORD = re.compile(r"[^\s<>()\[\]\"'`|,;]{4,2000}")
 _HOST = re.compile(r"(?:[A-Za-z0-9\u00a1-\uffef-]{1,63}\.){1,10}[A-Za-z\u00a1-\uffef]{2,24}(?::\d{1,5})?(?:[/?#]|\Z)")
 _END = ".,;:!?*_~"
+_MAX_NAMED = 10_000
+"""Addresses of each form, out of what the user wrote. A message of 8 MiB has room for a million, which would take 30
+times its size in memory."""
 _MARKDOWN = re.compile(r"[\x00-\x20<>`|\\\[\]\"^{}\x7f]|[^\x00-\x7f]")
 
 
@@ -67,16 +70,13 @@ class Addresses:
         """Read, or named by the user: by normal URL, as they were given."""
         self._given: dict[str, str] = {}
         """The same, and what searches found."""
-        self._emails: set[str] = set()
-        self._dois = {split_end(found[0])[0].lower() for found in _DOI.finditer(said)}
-        for found in _NAMED.finditer(said):
-            self._name(split_end(found[0])[0])
-        for word in _WORD.findall(said):
-            bare = split_end(word)[0]
-            if "@" in bare and "/" not in bare:
-                self._emails.add(bare.lower().removeprefix("mailto:"))
-            elif _HOST.match(bare):
-                self._name(bare)
+        self._dois = set(_first(_bare(found).lower() for found in _DOI.finditer(said)))
+        for written in _first(map(_bare, _NAMED.finditer(said))):
+            self._name(written)
+        emails, hosts = _first(_emails(said)), _first(_hosts(said))
+        self._emails = {word.lower().removeprefix("mailto:") for word in emails}
+        for host in hosts:
+            self._name(host)
 
     def add(self, sources: Iterable[Source]) -> None:
         """Note what a tool found, or read."""
@@ -108,6 +108,33 @@ class Addresses:
         key = normal_url(url)
         self._live.setdefault(key, url)
         self._given.setdefault(key, url)
+
+
+def _first(values: Iterable[str]) -> list[str]:
+    """Return the first different values, a bounded number of them. No more are taken."""
+    found: dict[str, None] = {}
+    for value in values:
+        found[value] = None
+        if len(found) == _MAX_NAMED:
+            break
+    return list(found)
+
+
+def _bare(found: re.Match[str]) -> str:
+    return split_end(found[0])[0]
+
+
+def _emails(said: str) -> Iterator[str]:
+    # Word by word: `findall` would hold the GIL until it has all of them.
+    for word in map(_bare, _WORD.finditer(said)):
+        if "@" in word and "/" not in word:
+            yield word
+
+
+def _hosts(said: str) -> Iterator[str]:
+    for word in map(_bare, _WORD.finditer(said)):
+        if "." in word and ("@" not in word or "/" in word) and _HOST.match(word):
+            yield word
 
 
 def _with_scheme(written: str) -> str:

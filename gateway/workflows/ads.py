@@ -20,7 +20,7 @@ from gateway.tools.base import Observation
 from gateway.workflows.agents import AGENT_FAILURES, Agent, Decision, Outside, Prompt, fenced, quoted
 from gateway.workflows.checked_answer import check_unbound, checked_answer
 from gateway.workflows.citations import Sources
-from gateway.workflows.excerpts import excerpt
+from gateway.workflows.excerpts import excerpt, one_line
 from gateway.workflows.figures import Figures
 from gateway.workflows.offer_filter import OfferFilter
 from gateway.workflows.offers import Advertiser, Profile, ads_table, advertisers_of, checked, comparison
@@ -97,7 +97,7 @@ class _AdsResearch:
         except AGENT_FAILURES:
             pass  # reported by the agent itself
         if plan is None:
-            return Queries(queries=[" ".join(run.question.split())[:80] or "?"], country="", language="")
+            return Queries(queries=[one_line(run.question, 80) or "?"], country="", language="")
         return plan.model_copy(update={"queries": list(dict.fromkeys(plan.queries))})
 
     def _search_job(

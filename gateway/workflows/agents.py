@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from engine.base import Delta, FinishReason, GenerationRequest, Prepared, Usage
 from gateway.errors import BadRequest, GatewayError, InternalError, Overloaded, RateLimitExceeded
 from gateway.tools.base import Observation
+from gateway.workflows.filtering import filtered
 from gateway.workflows.links import LinkFilter
 from gateway.workflows.prompting import Outside, Prompt, fenced, quoted
 from gateway.workflows.run import OutOfBudget, Run
@@ -210,8 +211,8 @@ class Agent:
                     opening = ""
                 finish_reason = delta.finish_reason or finish_reason
                 self.stop_reason = delta.stop_reason or self.stop_reason
-                piece = through(delta.text)
-                thought = thoughts(delta.reasoning) if delta.reasoning else ""
+                piece = await filtered(delta.text, through)
+                thought = await filtered(delta.reasoning, thoughts) if delta.reasoning else ""
                 if delta.text or delta.finish_reason:
                     thought += thoughts.flush()  # it has ended thinking
                 if piece or thought:

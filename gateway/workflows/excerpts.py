@@ -22,6 +22,11 @@ _MOST_OF_A_WORD = 3
 """Occurrences of one word in a passage that count: more of them say nothing more."""
 
 
+def one_line(text: str, most_chars: int) -> str:
+    """Return how a text begins, on one line. Only its beginning is looked at: it may have millions of words."""
+    return " ".join(text.lstrip()[: 4 * most_chars].split())[:most_chars].rstrip()
+
+
 def excerpt(text: str, question: str, most_chars: int) -> str:
     """Return the passages of `text` that bear most on `question`, in their order, `most_chars` in all at most."""
     if len(text) <= most_chars:

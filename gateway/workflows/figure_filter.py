@@ -51,6 +51,8 @@ class FigureFilter(SentenceFilter):
         return self._with_markers(_TOKEN.sub(self._looked_up, sentence))
 
     def _texts_in(self, sentence: str) -> list[tuple[int, int, set[int]]]:
+        if not _DIGITS.search(sentence):  # as each of them does
+            return []
         lowered = sentence.lower()
         if len(lowered) != len(sentence):  # a few letters become two
             return []

@@ -13,6 +13,7 @@ import datetime
 import math
 import re
 from dataclasses import dataclass, field
+from itertools import chain, islice
 
 from gateway.workflows.number_words import NUMBER_WORDS
 
@@ -69,6 +70,8 @@ _GAP = re.compile(r"[\s=|]+")
 _GROUPING = re.compile("[ \u00a0\u202f'\u2019]")
 _MOST_TEXTS = 20_000
 """Texts with digits that are looked for in each sentence of an answer."""
+_MOST_NUMBERS = 100_000
+"""Of one text. Each may take some 400 bytes, and a question of 8 MiB has room for two million."""
 _MOST_ZEROS = 15
 """Of a number's step: floats have no more digits."""
 
@@ -112,7 +115,7 @@ class Figures:
 
     def add_all(self, text: str, report: int = QUESTION) -> None:
         """Note every number of a text, wherever in it it stands."""
-        for match in _TOKEN.finditer(text):
+        for match in islice(_TOKEN.finditer(text), _MOST_NUMBERS):
             self._add_match(match, report)
         self._add_words(text, report)
 
@@ -139,7 +142,8 @@ class Figures:
                 self.add(value, report, percent=True)
 
     def _add_words(self, text: str, report: int) -> None:
-        for word in {text, *(word.strip(_PUNCTUATION) for word in _WORD.findall(text))}:
+        # Word by word: `findall` would hold the GIL until it has all of them.
+        for word in chain((text,), (found[0].strip(_PUNCTUATION) for found in _WORD.finditer(text))):
             if not 2 < len(word) <= 200 or not any(character.isdigit() for character in word) or _is_plain(word):
                 continue
             if len(self.texts) < _MOST_TEXTS or word.lower() in self.texts:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from itertools import islice
 
 from gateway.workflows.figures import TOKEN, Figures, values_of
 from gateway.workflows.sentences import SentenceFilter
@@ -23,6 +24,8 @@ _DOMAIN = re.compile(
 )
 _NO_ENDINGS = frozenset({"html", "htm", "pdf", "txt", "md", "csv", "json", "js", "css", "php", "png", "jpg", "svg"})
 """Of files, not of domains that anybody has."""
+_MOST_NAMED = 10_000
+"""Domains out of what the user wrote. Each domain of an answer is compared with all of them."""
 
 
 class OfferFilter(SentenceFilter):
@@ -33,7 +36,8 @@ class OfferFilter(SentenceFilter):
         super().__init__()
         self.removed = 0
         self._figures = figures
-        self._domains = frozenset(domains) | {match[0].lower() for match in _DOMAIN.finditer(said)}
+        named = (match[0].lower() for match in islice(_DOMAIN.finditer(said), _MOST_NAMED))
+        self._domains = frozenset(domains) | frozenset(named)
 
     def check(self, sentence: str) -> str:
         """Return the sentence without what stands nowhere."""

@@ -17,6 +17,7 @@ from pydantic import Field
 from gateway.errors import BadRequest
 from gateway.events import ORCHESTRATOR
 from gateway.workflows.agents import AGENT_FAILURES, Agent, Decision, Prompt, fenced
+from gateway.workflows.excerpts import one_line
 from gateway.workflows.researcher import SEARCHES, Library, Notes, Researcher, SubQuestion, Thoroughness
 from gateway.workflows.run import Run, Workflow
 from gateway.workflows.synthesis import answer
@@ -247,5 +248,5 @@ class _Research:
 
 def _whole(question: str) -> SubQuestion:
     """Return the question as its only part."""
-    said = " ".join(question.split()) or "?"
-    return SubQuestion(question=said[:200], queries=[said[:100]])
+    said = one_line(question, 200) or "?"
+    return SubQuestion(question=said, queries=[said[:100]])

@@ -18,7 +18,7 @@ from pydantic import Field
 from gateway.tools.base import Observation, Source
 from gateway.workflows.agents import AGENT_FAILURES, Agent, Decision, Prompt, fenced, quoted
 from gateway.workflows.citations import Sources, normal_url
-from gateway.workflows.excerpts import excerpt
+from gateway.workflows.excerpts import excerpt, one_line
 from gateway.workflows.run import OutOfBudget, Run
 
 SEARCHES = ("web_search", "local_search")
@@ -175,7 +175,7 @@ class Researcher:
 
     def _new(self, queries: Sequence[str]) -> list[str]:
         """Return the queries that say something and were not searched for by this agent."""
-        stripped = dict.fromkeys(" ".join(query.split())[:200] for query in queries)
+        stripped = dict.fromkeys(one_line(query, 200) for query in queries)
         return [query for query in stripped if query and query.casefold() not in self._searched]
 
     async def _search(self, queries: Sequence[str]) -> None:

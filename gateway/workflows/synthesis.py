@@ -14,6 +14,7 @@ from gateway.errors import BadRequest, GatewayError
 from gateway.workflows.agents import Agent, Prompt
 from gateway.workflows.bound_answers import BoundFilter
 from gateway.workflows.citations import AnswerFilter, Sources
+from gateway.workflows.filtering import filtered
 from gateway.workflows.run import OutOfBudget, Run
 
 _NO_ROOM = "The limits of this API key left no room to write an answer. This is what was found.\n\n"
@@ -44,13 +45,13 @@ async def answer(
             else:
                 text, finish_reason = await writer.speak(prompt, answer_filter, opening)
         except (BadRequest, OutOfBudget) as error:
-            text, finish_reason = _without_writer(run, error, writer, answer_filter, opening, instead)
+            text, finish_reason = await _without_writer(run, error, writer, answer_filter, opening, instead)
     if not run.constrained:
         tail = answer_filter.flush()
         text += tail
         # What is put behind may be of a model's making as well.
         last_filter = AnswerFilter(sources, run.addresses, run.image_hosts)
-        tail += last_filter(closing(text)) + last_filter.flush()
+        tail += await filtered(closing(text), last_filter) + last_filter.flush()
     listing = sources.listing(text) if sources.fetched else []
     if listing:
         async with Agent(run, "citation", "librarian") as librarian:
@@ -60,7 +61,7 @@ async def answer(
     run.result["sources"] = listing
 
 
-def _without_writer(
+async def _without_writer(
     run: Run, error: GatewayError | OutOfBudget, writer: Agent, answer_filter: AnswerFilter, opening: str, instead: str
 ) -> tuple[str, FinishReason]:
     """Send what was found in place of an answer. Raises where the client is better served by the error."""
@@ -69,6 +70,6 @@ def _without_writer(
             raise error.__cause__
         raise error
     run.emit("PROGRESS", writer.id, f"No answer can be written: {error}", role=writer.role)
-    text = answer_filter(instead or "Nothing was found.")
+    text = await filtered(instead or "Nothing was found.", answer_filter)
     run.send(Delta(opening + _NO_ROOM + text))
     return text, "length"

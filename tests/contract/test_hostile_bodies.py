@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
 from tests.conftest import build_app
-from tests.fuzz.bodies import HostileBody, Route, bodies_for, routes_of, sample
+from tests.fuzz.bodies import HostileBody, Route, bodies_for, for_models, routes_of, sample
 from tests.fuzz.checks import MAX_BODY_BYTES, faults_of
-from tests.fuzz.server import Target, gateway
+from tests.fuzz.server import AGENT_MODELS, Target, gateway
 
 WORST = [
     ("/v1/chat/completions", "messages[0].content", "ints"),
@@ -30,6 +31,12 @@ WORST = [
     ("/admin/keys", "body", "wide_strings"),
 ]
 """What was once the worst of its kind."""
+WORST_FOR_AGENTS = [
+    ("shannon-quick-research", "/v1/chat/completions", "messages[0].content", "hosts"),
+    ("shannon-quick-research", "/v1/chat/completions", "messages[0].content", "short_words"),
+    ("shannon-deep-research", "/v1/responses", "input", "markers"),
+    ("shannon-complex", "/v1/messages", "messages[0].content", "emphasis"),
+]
 SAMPLE_BYTES = MAX_BODY_BYTES // 4
 
 
@@ -41,9 +48,10 @@ def all_routes() -> list[Route]:
 ROUTES = all_routes()
 
 
-def find(path: str, place: str, filling: str) -> HostileBody:
-    (route,) = (route for route in ROUTES if route.path == path)
-    return next(body for body in bodies_for(route) if str(body) == f"POST {path} {place} <- {filling}")
+def find(path: str, place: str, filling: str, model: str = "") -> HostileBody:
+    (route,) = (replace(route, model=model) for route in ROUTES if route.path == path)
+    wanted = f"POST {path} {place} <- {filling}" + (f" to {model}" if model else "")
+    return next(body for body in bodies_for(route) if str(body) == wanted)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +63,19 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
 @pytest.mark.parametrize(("path", "place", "filling"), WORST)
 def test_worst_body_of_its_kind_stalls_nobody(target: Target, path: str, place: str, filling: str) -> None:
     assert faults_of(target, find(path, place, filling)) == []
+
+
+@pytest.mark.parametrize(("model", "path", "place", "filling"), WORST_FOR_AGENTS)
+def test_worst_body_of_its_kind_for_agents_stalls_nobody(
+    target: Target, model: str, path: str, place: str, filling: str
+) -> None:
+    assert faults_of(target, find(path, place, filling, model)) == []
+
+
+@pytest.mark.parametrize("model", AGENT_MODELS)
+def test_hostile_body_for_each_model_with_agents_stalls_nobody(target: Target, model: str) -> None:
+    (body,) = sample(for_models(ROUTES, [model]), random.Random(model), 1)
+    assert faults_of(target, body, SAMPLE_BYTES) == [], str(body)
 
 
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.path)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import FastAPI
@@ -18,6 +18,10 @@ from fastapi.routing import APIRoute
 
 NO_BODY = {"/admin/keys/{key_id}/rotate", "/v1/responses/{response_id}/cancel"}
 """Routes for POST that read none."""
+CONVERSATIONS = {"/v1/chat/completions", "/v1/responses", "/v1/messages"}
+"""Routes that serve models with agents."""
+
+_SAID = {"messages", "input", "system", "instructions", "shannon_options"}
 
 _EXAMPLES: dict[str, Any] = {
     "ChatMessage": {"role": "user", "content": "hi"},
@@ -43,6 +47,8 @@ class Route:
     path: str
     schema: str
     schemas: dict[str, Any]
+    model: str = ""
+    """Named in each body; the default model where empty."""
 
     def places(self) -> list[tuple[Path, dict[str, Any]]]:
         """Return where a value of the body may stand, each with its schema."""
@@ -92,6 +98,8 @@ class Route:
     def around(self, path: Path) -> tuple[bytes, bytes]:
         """Return what stands before and behind a place of the smallest valid body."""
         whole = self._filled(path, {"$ref": f"#/components/schemas/{self.schema}"})
+        if self.model and path and path[0] != "model":
+            whole = {"model": self.model} | whole
         before, _, behind = json.dumps(whole).partition(f'"{_HOLE}"')
         return before.encode(), behind.encode()
 
@@ -122,7 +130,13 @@ class HostileBody:
 
     def __str__(self) -> str:
         place = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in self.place)
-        return f"POST {self.route.path} {place.lstrip('.') or 'body'} <- {self.filling}"
+        model = f" to {self.route.model}" if self.route.model else ""
+        return f"POST {self.route.path} {place.lstrip('.') or 'body'} <- {self.filling}{model}"
+
+    @property
+    def is_said(self) -> bool:
+        """Whether it is in what agents read."""
+        return bool(self.place) and self.place[0] in _SAID
 
     def of(self, size: int) -> bytes:
         """Return the body, of about `size` bytes, never more."""
@@ -167,8 +181,13 @@ def sample(routes: list[Route], rng: random.Random, count: int) -> list[HostileB
     bodies: list[HostileBody] = []
     while len(bodies) < count:
         for route in rng.sample(routes, len(routes)):
-            bodies.append(rng.choice(bodies_for(route)))
+            bodies.append(rng.choice([body for body in bodies_for(route) if not route.model or body.is_said]))
     return bodies[:count]
+
+
+def for_models(routes: list[Route], models: Iterable[str]) -> list[Route]:
+    """Return the routes of conversations, once for each of the models."""
+    return [replace(route, model=model) for route in routes if route.path in CONVERSATIONS for model in models]
 
 
 def _list(item: bytes, size: int) -> bytes:
@@ -255,6 +274,18 @@ FILLINGS: dict[str, Callable[[int], bytes]] = {
     "different_names": _different_names,
     "text": _text(b"x"),
     "words": _text(b"a "),
+    "short_words": _text(b"abcd "),
+    "hosts": lambda size: b'"' + b" ".join(b"%06x.io" % number for number in range(max(0, (size - 2) // 10))) + b'"',
+    "mails": lambda size: b'"' + b" ".join(b"%06x@io" % number for number in range(max(0, (size - 2) // 10))) + b'"',
+    "urls": lambda size: b'"' + b" ".join(b"http://a.io/%06x" % n for n in range(max(0, (size - 2) // 19))) + b'"',
+    "numbers": lambda size: b'"' + b" ".join(b"%d" % number for number in range(max(0, (size - 2) // 8))) + b'"',
+    "emphasis": _text(b"*a"),
+    "links": _text(b"[a](http://a.io) "),
+    "markers": _text(b"[1] "),
+    "thoughts": _text(b"<think>"),
+    "tables": _text(b"|a|b\\n"),
+    "sources": lambda size: b'"a\\n\\n## Sources' + b"\\n\\n[1] a" * max(0, (size - 20) // 9) + b'"',
+    "hidden": _text("\u200b".encode()),
     "emoji": lambda size: '"😀'.encode() + b"x" * max(0, size - 6) + b'"',
     "chinese": _text("字".encode()),
     "escapes": _text(b"\\u0041"),

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.conftest import build_app
-from tests.fuzz.bodies import routes_of, sample
+from tests.fuzz.bodies import for_models, routes_of, sample
 from tests.fuzz.checks import MAX_BODY_BYTES, faults_of
-from tests.fuzz.server import Target, gateway
+from tests.fuzz.server import AGENT_MODELS, Target, gateway
 
 Kind = Callable[[random.Random, float], Iterator[str]]
 """Yields a line for each finding, until `time.monotonic()` is past the second argument. All chance comes from the
@@ -19,9 +19,10 @@ first, so that a run can be repeated."""
 
 
 def bodies(rng: random.Random, until: float) -> Iterator[str]:
-    """Send hostile bodies of any size to all routes."""
+    """Send hostile bodies of any size to all routes, and to all models with agents."""
     app, _, _ = build_app(config={"inspector": {"enabled": True}})
     routes = routes_of(app)
+    routes += for_models(routes, AGENT_MODELS)
     with tempfile.TemporaryDirectory() as folder, gateway(Path(folder)) as process:
         target = Target(process)
         while time.monotonic() < until:

@@ -9,11 +9,17 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
-from tests.gateway_process import UNLIMITED, GatewayProcess, serve
+import yaml
+
+from tests.gateway_process import ROOT, UNLIMITED, GatewayProcess, serve
 
 TIMEOUT_S = 60.0
+MODELS: dict[str, Any] = yaml.safe_load((ROOT / "configs/models.yaml").read_text())["models"]
+AGENT_MODELS = [name for name, model in MODELS.items() if "workflow" in model]
+_BUDGET = {"seconds": 20, "tokens": 10**9, "tool_calls": 20}
 _PAUSE_S = 0.002
 
 
@@ -32,10 +38,16 @@ class Answer:
 
 @contextlib.contextmanager
 def gateway(folder: Path) -> Iterator[GatewayProcess]:
-    """Run the gateway with the mock engine, whose context holds everything, and limits that nobody reaches."""
+    """Run the gateway with the mock engine, whose context holds everything, limits that nobody reaches, and documents
+    for agents to search in."""
+    documents = folder / "documents"
+    documents.mkdir()
+    (documents / "hello.md").write_text("# Hello\n\nhi there, a word of abcd\n" * 1000)
+    agents = {name: MODELS[name] | {"limits": UNLIMITED, "budget": _BUDGET} for name in AGENT_MODELS}
     tree = {
         "engines": {"main": {"kind": "mock", "args": {"max_model_len": 100_000_000}}},
-        "models": {"shannon-chat": {"description": "Chat", "limits": UNLIMITED}},
+        "models": {"shannon-chat": {"description": "Chat", "limits": UNLIMITED}, **agents},
+        "tools": {"local_search": {"folder": str(documents)}},
         "inspector": {"enabled": True, "public": True, "requests_per_minute": 10**6, "burst": 10**6},
     }
     with serve(folder, tree) as process:
