@@ -25,6 +25,7 @@ from gateway.errors import (
     Overloaded,
     StoreUnavailable,
     Unavailable,
+    from_store,
 )
 from gateway.frames.responses import RUNNING, ResponseFrames
 from gateway.metrics import Metrics
@@ -78,6 +79,8 @@ class LiveResponse:
     failure: GatewayError | None = None
     kept: bool = False
     """The store has it, unless it was deleted since."""
+    unkept: StoreUnavailable = field(default_factory=StoreUnavailable)
+    """Why the store does not have it."""
 
     def interrupt(self, reason: GatewayError) -> None:
         if self.exchange is not None:
@@ -161,10 +164,15 @@ class LiveResponses:
         if not live.store:
             return
         turn = [*live.turn, live.frames.message()] if live.frames.finished else None
-        if await self.stored.keep(live.record(), turn):
-            live.kept = True
-        else:
+        try:
+            if await self.stored.keep(live.record(), turn):
+                live.kept = True
+            else:
+                live.session.unavailable = True
+        except StoreUnavailable as error:
+            self._metrics.session("unavailable")
             live.session.unavailable = True
+            live.unkept = error
 
     async def detach(self, live: LiveResponse, chunks: AsyncGenerator[bytes, None]) -> dict[str, Any]:
         """Make the response in the background, and return its object. Raises what ends it right at the start."""
@@ -184,11 +192,7 @@ class LiveResponses:
         live.announced = True
         if live.session.unavailable:
             live.interrupt(Cancelled("The response could not be kept."))
-            raise Unavailable(
-                "Responses in the background can't be kept at the moment. Try again shortly.",
-                code="store_unavailable",
-                retry_after_s=1.0,
-            )
+            raise from_store(live.unkept, "Responses in the background can't be kept at the moment.")
         return live.frames.response()
 
     async def _run_detached(self, live: LiveResponse, chunks: AsyncGenerator[bytes, None]) -> None:
