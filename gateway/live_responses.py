@@ -79,6 +79,8 @@ class LiveResponse:
     failure: GatewayError | None = None
     kept: bool = False
     """The store has it, unless it was deleted since."""
+    opening: asyncio.Task[None] | None = None
+    """Stores it for the first time."""
     unkept: StoreUnavailable = field(default_factory=StoreUnavailable)
     """Why the store does not have it."""
 
@@ -135,7 +137,8 @@ class LiveResponses:
         if self._watcher is None or self._watcher.done():
             self._watcher = asyncio.create_task(self._watch())
         # Nothing of it is needed before the first token, so it need not wait for the store.
-        return asyncio.create_task(self._keep(live))
+        live.opening = asyncio.create_task(self._keep(live))
+        return live.opening
 
     async def _begin(self, live: LiveResponse, opening: asyncio.Task[None] | None) -> None:
         live.started.set()
@@ -189,6 +192,8 @@ class LiveResponses:
                 waiter.cancel()
         if live.failure is not None and not live.started.is_set():
             raise live.failure
+        if live.opening is not None:  # the engine may be faster than the store
+            await asyncio.wait([live.opening])
         live.announced = True
         if live.session.unavailable:
             live.interrupt(Cancelled("The response could not be kept."))
