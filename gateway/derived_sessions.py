@@ -28,7 +28,9 @@ from gateway.pieces import PIECE_BYTES
 from gateway.store import Lane, Script
 from gateway.turns import Message, text_of
 
-_OPEN, _KEEP, _TAKE = (Script("derived", f"derived_{name}") for name in ("open", "keep", "take"))
+_OPEN, _KEEP = Script("derived", "derived_open"), Script("derived", "derived_keep")
+_SHOW = Script("derived", "derived_show", reads=True)
+_DELETE = Script("derived", "derived_delete", when_full=True)
 _ID = re.compile(r"oai-([0-9a-f]{22})([0-9a-f]{10})")
 _REMEMBERED_S = 86_400
 """How long prompts are remembered, as digests: longer than the sessions, so that a conversation that was put aside is
@@ -130,24 +132,17 @@ class DerivedSessions:
         arguments = [session_id, text, self._ttl_ms, self._most_bytes, prompt, answered]
         return bool(await self._store.run(*_KEEP.call(_keys(key_id)[:3], arguments)))
 
-    async def take(self, key_id: str, session_id: str) -> list[Message] | None:
-        """Return what was said and forget it here; None if there is nothing."""
-        _, text = await self._run_take(key_id, session_id, forget=True)
-        return orjson.loads(text)[1] if text else None
-
     async def show(self, key_id: str, session_id: str) -> tuple[int, list[Message]] | None:
-        """Return when it was created and what was said; None if there is nothing."""
-        _, text = await self._run_take(key_id, session_id, forget=False)
-        return tuple(orjson.loads(text)) if text else None
+        """Return when it was created and what was said, None if there is no such session.
+
+        During its first turn nothing was said.
+        """
+        there, text = await self._store.run(*_SHOW.call(_keys(key_id)[:2], [session_id]))
+        return tuple(orjson.loads(text)) if text else (0, []) if there else None
 
     async def delete(self, key_id: str, session_id: str) -> bool:
         """Forget a session. Returns whether there was one."""
-        there, _ = await self._run_take(key_id, session_id, forget=True)
-        return there
-
-    async def _run_take(self, key_id: str, session_id: str, *, forget: bool) -> tuple[bool, str]:
-        there, text = await self._store.run(*_TAKE.call(_keys(key_id)[:3], [session_id, int(forget)]))
-        return bool(there), text
+        return bool(await self._store.run(*_DELETE.call(_keys(key_id)[:3], [session_id])))
 
 
 def _keys(key_id: str) -> list[str]:

@@ -231,13 +231,12 @@ def from_engine(error: EngineError) -> GatewayError:
     return InternalError("The server had an error while processing your request.")
 
 
-def from_store(error: StoreUnavailable) -> Unavailable:
-    """Return the client's view of a store that does not answer or takes no writes."""
+def from_store(error: StoreUnavailable, what: str = "The store does not answer at the moment.") -> Unavailable:
+    """Return the client's view of a store that takes no writes, or that does not answer, which means `what`."""
     if isinstance(error, WritesRefused):
         code = "store_full" if error.reason == "full" else "store_read_only"
         return Unavailable(f"{error} Ask the operator of this server.", code=code, retry_after_s=30.0)
-    message = "The store does not answer at the moment. Try again shortly."
-    return Unavailable(message, code="store_unavailable", retry_after_s=1.0)
+    return Unavailable(f"{what} Try again shortly.", code="store_unavailable", retry_after_s=1.0)
 
 
 _UNKNOWN_ARGUMENT = re.compile(r"unexpected keyword argument '(\w+)'")

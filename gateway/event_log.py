@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from gateway.errors import StoreUnavailable
+from gateway.errors import StoreUnavailable, WritesRefused
 from gateway.log_writer import LEAST_ROOM_BYTES, Account, LogWriter, Reader, log_keys
 from gateway.pieces import PIECE_BYTES
 from gateway.store import Command, Lane, Script
@@ -34,8 +34,10 @@ MAX_NUMBER = 2**52
 _RETRY_S = 0.25
 _LEAST_WAIT_S, _MOST_WAIT_S = 0.02, 0.25
 
-_READ, _LEAVE, _CLOSE = (Script(f"log_{name}") for name in ("read", "leave", "close"))
-_OPEN, _RENEW = Script("log_queue", "log_open"), Script("log_queue", "log_renew")
+_READ = Script("log_read", reads=True)
+_PRESENT, _LEAVE, _CLOSE = (Script(f"log_{name}", when_full=True) for name in ("present", "leave", "close"))
+_OPEN, _ATTACH = Script("log_queue", "log_open"), Script("log_queue", "log_open", when_full=True)
+_RENEW = Script("log_queue", "log_renew", when_full=True)
 
 
 class LogGone(Exception):
@@ -112,7 +114,13 @@ class EventLogs:
         arguments = [reader.owner, token, process, reader.token, reader.after, *times_ms]
         arguments += ["" if held is None else held.token, PIECE_BYTES]
         began = asyncio.get_running_loop().time()
-        opened = Opened(*await self._store.run(*_OPEN.call(log_keys(reader.log_id), arguments)))
+        keys = log_keys(reader.log_id)
+        try:
+            opened = Opened(*await self._store.run(*_OPEN.call(keys, [*arguments, 1])))
+        except WritesRefused:
+            opened = Opened(*await self._store.run(*_ATTACH.call(keys, [*arguments, 0])))
+            if opened.how == "refused":
+                raise
         if opened.how == "attached":
             return opened, None
         writer = LogWriter(
@@ -234,9 +242,14 @@ class EventLogs:
             await asyncio.sleep(_RETRY_S)
 
     async def _ask(self, reader: Reader, number: int, parts: int) -> list[Any]:
-        arguments = [reader.owner, number, parts, PIECE_BYTES // 2, reader.token, round(PRESENT_S * 1000)]
-        answer: list[Any] = await self._store.run(*_READ.call(log_keys(reader.log_id)[:2], arguments))
-        return answer
+        keys, present_ms = log_keys(reader.log_id), round(PRESENT_S * 1000)
+        arguments = [reader.owner, number, parts, PIECE_BYTES // 2, reader.token, present_ms]
+        answer: list[Any] = await self._store.run(*_READ.call(keys[:2], arguments))
+        *found, due = answer
+        if due:
+            with suppress(WritesRefused):  # reading goes on
+                await self._store.run(*_PRESENT.call(keys[:1], [reader.owner, reader.token, present_ms]))
+        return found
 
     async def renew(
         self, writer: LogWriter, ttl_s: float, *, known: int = 0, lease_s: float = LEASE_S

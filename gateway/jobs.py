@@ -23,7 +23,7 @@ from weakref import WeakValueDictionary
 from gateway.auth import Principal
 from gateway.config import JobSettings
 from gateway.drain import Drain
-from gateway.errors import GatewayError, NotFound, RateLimitExceeded, StoreUnavailable, Unavailable
+from gateway.errors import GatewayError, NotFound, RateLimitExceeded, StoreUnavailable, Unavailable, from_store
 from gateway.event_log import (
     LEASE_S,
     RENEW_S,
@@ -122,9 +122,8 @@ class Jobs:
                 code="too_many_streams",
                 retry_after_s=self._ttl_s,
             ) from None
-        except StoreUnavailable:
-            message = "The store does not answer at the moment. Try again shortly."
-            raise Unavailable(message, code="store_unavailable", retry_after_s=1.0) from None
+        except StoreUnavailable as error:
+            raise from_store(error) from None
         finally:
             self._detach(reader)
 
@@ -222,7 +221,7 @@ class Jobs:
             )
         outcome, before, process = await self._store.run(*_SUBMIT.call([log, queue], [text, most]))
         if outcome != "queued":
-            await self._queued.add(key_id, log_id, -size_bytes, self._ttl_s)
+            await self._queued.take(key_id, log_id, size_bytes, self._ttl_s)
         if outcome == "absent":
             raise _not_connected(client_id)
         if outcome == "full":
@@ -326,7 +325,7 @@ class Jobs:
         """Say how many bytes wait in a client's queue: those who submit only ever add."""
         size_bytes = sum(queue.bytes.values())
         if size_bytes:
-            await self._queued.charge(queue.writer.owner, queue.writer.log_id, size_bytes, self._ttl_s)
+            await self._queued.note(queue.writer.owner, queue.writer.log_id, size_bytes, self._ttl_s)
         elif queue.counted_bytes:
             await self._queued.release(queue.writer.owner, queue.writer.log_id)
         queue.counted_bytes = size_bytes

@@ -25,6 +25,7 @@ from gateway.errors import (
     Overloaded,
     StoreUnavailable,
     Unavailable,
+    from_store,
 )
 from gateway.frames.responses import RUNNING, ResponseFrames
 from gateway.metrics import Metrics
@@ -78,6 +79,10 @@ class LiveResponse:
     failure: GatewayError | None = None
     kept: bool = False
     """The store has it, unless it was deleted since."""
+    opening: asyncio.Task[None] | None = None
+    """Stores it for the first time."""
+    unkept: StoreUnavailable = field(default_factory=StoreUnavailable)
+    """Why the store does not have it."""
 
     def interrupt(self, reason: GatewayError) -> None:
         if self.exchange is not None:
@@ -132,7 +137,8 @@ class LiveResponses:
         if self._watcher is None or self._watcher.done():
             self._watcher = asyncio.create_task(self._watch())
         # Nothing of it is needed before the first token, so it need not wait for the store.
-        return asyncio.create_task(self._keep(live))
+        live.opening = asyncio.create_task(self._keep(live))
+        return live.opening
 
     async def _begin(self, live: LiveResponse, opening: asyncio.Task[None] | None) -> None:
         live.started.set()
@@ -161,10 +167,15 @@ class LiveResponses:
         if not live.store:
             return
         turn = [*live.turn, live.frames.message()] if live.frames.finished else None
-        if await self.stored.keep(live.record(), turn):
-            live.kept = True
-        else:
+        try:
+            if await self.stored.keep(live.record(), turn):
+                live.kept = True
+            else:
+                live.session.unavailable = True
+        except StoreUnavailable as error:
+            self._metrics.session("unavailable")
             live.session.unavailable = True
+            live.unkept = error
 
     async def detach(self, live: LiveResponse, chunks: AsyncGenerator[bytes, None]) -> dict[str, Any]:
         """Make the response in the background, and return its object. Raises what ends it right at the start."""
@@ -181,14 +192,12 @@ class LiveResponses:
                 waiter.cancel()
         if live.failure is not None and not live.started.is_set():
             raise live.failure
+        if live.opening is not None:  # the engine may be faster than the store
+            await asyncio.wait([live.opening])
         live.announced = True
         if live.session.unavailable:
             live.interrupt(Cancelled("The response could not be kept."))
-            raise Unavailable(
-                "Responses in the background can't be kept at the moment. Try again shortly.",
-                code="store_unavailable",
-                retry_after_s=1.0,
-            )
+            raise from_store(live.unkept, "Responses in the background can't be kept at the moment.")
         return live.frames.response()
 
     async def _run_detached(self, live: LiveResponse, chunks: AsyncGenerator[bytes, None]) -> None:

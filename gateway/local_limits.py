@@ -50,7 +50,8 @@ class LocalWindow:
             allowance.requests_per_minute - standing.remaining_requests,
             allowance.tokens_per_minute - standing.remaining_tokens,
         )
-        self._others_until = [standing.reset_requests, standing.reset_tokens]
+        latest = int(now) + 2 * WINDOW_S
+        self._others_until = [min(standing.reset_requests, latest), min(standing.reset_tokens, latest)]
         for column in (REQUESTS, TOKENS):
             own = self._sum(self._known, column, now) + self._sum(self._pending, column, now)
             self._others[column] = max(0, used[column] - own)
@@ -90,12 +91,17 @@ class LocalWindow:
 
     @staticmethod
     def _sum(buckets: dict[int, list[int]], column: int, now: float) -> int:
-        return sum(bucket[column] for second, bucket in buckets.items() if second + WINDOW_S > now)
+        return sum(bucket[column] for second, bucket in buckets.items() if _counts(second, now))
 
     def _forget(self, now: float) -> None:
         for buckets in (self._known, self._pending):
-            for second in [second for second in buckets if second + WINDOW_S <= now]:
+            for second in [second for second in buckets if not _counts(second, now)]:
                 del buckets[second]
+
+
+def _counts(second: int, now: float) -> bool:
+    """Tell whether a second is in the window. One far ahead is of a clock that was set back, see lua/window.lua."""
+    return now - WINDOW_S < second <= now + WINDOW_S
 
 
 def share_of(room: int, wanted: int, replicas: int) -> int:

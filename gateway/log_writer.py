@@ -25,7 +25,8 @@ _BATCH_BYTES = PIECE_BYTES // 2
 LEAST_ROOM_BYTES = 262_144
 """What a log may take in the store at first. It doubles when it is used up, as long as its key has room."""
 _NO_JOBS = 2**31
-_APPEND, _RENEW = Script("log_append"), Script("log_queue", "log_renew")
+_APPEND, _NOTE = Script("log_append"), Script("log_append", when_full=True)
+_RENEW = Script("log_queue", "log_renew", when_full=True)
 
 
 @dataclass(eq=False, slots=True)
@@ -70,6 +71,10 @@ class Account:
     async def charge(self, size_bytes: int) -> bool:
         """Set the log's size, if the key has room for it. Returns whether it has. Raises StoreUnavailable."""
         return await self.bytes.charge(self.key_id, self.log_id, size_bytes, self.ttl_s)
+
+    async def note(self, size_bytes: int) -> None:
+        """Set the log's size to what is stored of it. Raises StoreUnavailable."""
+        await self.bytes.note(self.key_id, self.log_id, size_bytes, self.ttl_s)
 
 
 class LogWriter:
@@ -203,7 +208,7 @@ class LogWriter:
             self._flusher.cancel()
         if self.account is not None:
             with suppress(StoreUnavailable):
-                await self.account.charge(min(self._written_bytes, self._room_bytes))
+                await self.account.note(min(self._written_bytes, self._room_bytes))
 
     def _wake(self) -> None:
         for reader in self.readers:
@@ -263,7 +268,8 @@ class LogWriter:
             try:
                 await self._make_room(size)
                 arguments = [self.token, *frames, self._room_bytes, self._ttl_ms, *changes]
-                kept = await self._store.run(*_APPEND.call(log_keys(self.log_id), arguments))
+                script = _APPEND if size else _NOTE
+                kept = await self._store.run(*script.call(log_keys(self.log_id), arguments))
             except StoreUnavailable:
                 await asyncio.sleep(_RETRY_S)
                 continue

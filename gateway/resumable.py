@@ -30,6 +30,7 @@ from gateway.errors import (
     RateLimitExceeded,
     StoreUnavailable,
     Unavailable,
+    from_store,
 )
 from gateway.event_log import LEASE_S, RENEW_S, EventLogs, LogClosed, LogGone, LogOrphaned, LogRefused, split_frames
 from gateway.log_writer import LogWriter, Reader
@@ -147,8 +148,8 @@ class ResumableStreams:
                 "too_many_streams",
                 self._ttl_s,
             ) from None
-        except StoreUnavailable:
-            raise _away("A resumable stream can't be kept at the moment.") from None
+        except StoreUnavailable as error:
+            raise from_store(error, "A resumable stream can't be kept at the moment.") from None
         assert writer is not None  # nobody else has this id
         live = _Live(writer)
         self._live.add(live)
@@ -251,8 +252,9 @@ class ResumableStreams:
                     found = await self._logs.last(reader)
         except LogGone:
             raise _not_found(completion_id) from None
-        except (StoreUnavailable, TimeoutError):
-            raise _away("The stream can't be read at the moment.") from None
+        except (StoreUnavailable, TimeoutError) as error:
+            failure = error if isinstance(error, StoreUnavailable) else StoreUnavailable()
+            raise from_store(failure, "The stream can't be read at the moment.") from None
         if found[1] < after:
             raise BadRequest(
                 f"The stream {completion_id!r} has {found[1]} events so far, none with the number {after}.",
@@ -272,8 +274,8 @@ class ResumableStreams:
             ) from None
         except (LogOrphaned, LogClosed):
             raise Unavailable("The server that was making this completion is gone.", code="server_gone") from None
-        except StoreUnavailable:
-            raise _away("The stream can't be read at the moment.") from None
+        except StoreUnavailable as error:
+            raise from_store(error, "The stream can't be read at the moment.") from None
 
     async def _watch(self) -> None:
         """Renew the leases of what is being made, and end what nobody reads."""
@@ -305,7 +307,3 @@ def _not_found(completion_id: str) -> NotFound:
         "completion_id",
         "stream_not_found",
     )
-
-
-def _away(what: str) -> Unavailable:
-    return Unavailable(f"{what} Try again shortly.", code="store_unavailable", retry_after_s=1.0)

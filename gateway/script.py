@@ -17,15 +17,19 @@ class Script:
     first calls after a restart of the server would fail.
     """
 
-    def __init__(self, *names: str, when_full: bool = False) -> None:
-        """Read the files. `when_full` lets the script write to a store that has reached its maxmemory.
+    def __init__(self, *names: str, when_full: bool = False, reads: bool = False) -> None:
+        """Read the files.
 
-        That is for scripts whose writes are small and bounded per API key. It needs Redis 7 or Valkey.
+        A store that has reached its maxmemory refuses a script as a whole, unless `when_full` lets it write there: for
+        scripts that shrink what is stored, or whose writes are small and bounded per API key. One that only `reads`
+        runs also where the disk can't be written. It needs Redis 7 or Valkey.
         """
         folder = resources.files("gateway") / "lua"
         text = "\n".join((folder / f"{name}.lua").read_text(encoding="utf-8") for name in names)
         text = "".join(line for line in text.splitlines(keepends=True) if not line.lstrip().startswith("--"))
-        self.text = f"#!lua flags=allow-oom\n{text}" if when_full else text
+        flags = " flags=no-writes" if reads else " flags=allow-oom" if when_full else ""
+        # Without this line a full server would run a script to its end whose first write is a deletion.
+        self.text = f"#!lua{flags}\n{text}"
         self.sha = hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
 
     def call(self, keys: list[str], arguments: list[Any]) -> Command:

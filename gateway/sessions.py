@@ -27,7 +27,7 @@ from gateway.answers import Answer
 from gateway.auth import Principal
 from gateway.config import SessionSettings
 from gateway.derived_sessions import DerivedSessions, belongs_to, is_derived
-from gateway.errors import BadRequest, NotFound, StoreUnavailable
+from gateway.errors import BadRequest, NotFound, StoreUnavailable, WritesRefused
 from gateway.events import Event
 from gateway.metrics import Metrics
 from gateway.pieces import PIECE_BYTES
@@ -38,8 +38,8 @@ from gateway.turns import Message, Piece, pieces_of, text_of, turns_of, without_
 __all__ = ["Message", "Session", "Sessions", "derive_id", "prepare_with_history", "text_of", "without_images"]
 
 _ID = re.compile(r"[A-Za-z0-9._:@/+=|~-]{1,128}")
-_OPEN, _READ = Script("session_turns", "session_open"), Script("session_turns", "session_read")
-_APPEND, _DELETE = Script("session_append"), Script("session_delete")
+_OPEN, _READ = Script("session_turns", "session_open"), Script("session_turns", "session_read", reads=True)
+_APPEND, _DELETE = Script("session_append"), Script("session_delete", when_full=True)
 _DELETED_S = 60
 """How long a derived session that was deleted can't become an ordinary one: longer than a request takes to begin."""
 IMAGES_SHARE = 4
@@ -68,6 +68,8 @@ class Session:
     announce: bool = False
     """New or collided: the client must be told the id."""
     unavailable: bool = False
+    read_only: bool = False
+    """The store takes no writes: there is a history, and this request's turn will not be stored."""
     replaces: bool = False
     """The request brings its own history, which takes the place of what is stored."""
     history: list[list[Message]] = field(default_factory=list)
@@ -80,7 +82,8 @@ class Session:
 
     def headers(self) -> dict[str, str]:
         headers = {"X-Session-ID": self.id} if self.announce else {}
-        return headers | ({"X-Shannon-Session": "unavailable"} if self.unavailable else {})
+        state = "unavailable" if self.unavailable else "read-only" if self.read_only else ""
+        return headers | ({"X-Shannon-Session": state} if state else {})
 
     def messages(self, request: list[Message], turns: int) -> list[Message]:
         """Return the request's messages behind the last `turns` stored ones.
@@ -245,13 +248,18 @@ class Sessions:
             self._metrics.session("created")
 
     async def _open(self, session: Session, *, wants_history: bool) -> None:
+        derived: tuple[int, list[Message]] | None = None
+        said: list[Message] = []
         try:
             seed, may_be_new = "", True
             if is_derived(session.id):
                 may_be_new = belongs_to(session.id, session.key_id)
-                said = await self._derived.take(session.key_id, session.id) if may_be_new else None
-                seed = "" if said is None else orjson.dumps([0, said]).decode()
+                if may_be_new and (derived := await self._derived.show(session.key_id, session.id)) is not None:
+                    said = derived[1]
+                seed = orjson.dumps([0, said]).decode() if said else ""
             outcome = await self._claim(session, wants_history=wants_history, may_be_new=may_be_new, seed=seed)
+            if derived is not None:  # it is an ordinary session by now
+                await self._derived.delete(session.key_id, session.id)
             collided = outcome == "taken"
             while outcome == "taken":
                 session.id = f"oai-{secrets.token_hex(4)}"
@@ -262,12 +270,29 @@ class Sessions:
                 await self._read(session.tenant, session.id, session.newest, session.more)
                 session.history = [turn for _, turn in turns_of(session.newest)]
                 session.newest = []
+        except WritesRefused:
+            await self._open_to_read(session, said, wants_history=wants_history)
+            return
         except StoreUnavailable:
             self._note_unavailable(session)
             return
         session.announce = collided or (outcome == "new" and not seed)
         if session.announce:
             self._metrics.session("collided" if collided else "created")
+
+    async def _open_to_read(self, session: Session, said: list[Message], *, wants_history: bool) -> None:
+        """Give a session its history while the store takes no writes. `said` is what a derived one has."""
+        found: list[Piece] = []
+        try:
+            there = await self._read(session.tenant, session.id, found) is not None or bool(said)
+        except StoreUnavailable:
+            there = False
+        self._note_unavailable(session)
+        if there:
+            session.unavailable, session.read_only = False, True
+            if wants_history:
+                turns = [turn for _, turn in turns_of(found)]
+                session.history = turns or ([said] if said else [])
 
     def _note_unavailable(self, session: Session) -> None:
         self._metrics.session("unavailable")
@@ -276,12 +301,16 @@ class Sessions:
 
     async def _claim(self, session: Session, *, wants_history: bool, may_be_new: bool = True, seed: str = "") -> str:
         arguments = [session.tenant, self._settings.ttl_s, int(wants_history), secrets.token_hex(8), int(may_be_new)]
-        arguments += [seed, PIECE_BYTES]
+        arguments += [seed, PIECE_BYTES, session.key_id]
         keys = [*session_keys(session.id), _gone_key(session.id)]
         answer = await self._store.run(*_OPEN.call(keys, arguments))
         outcome, session.number, session.incarnation, found, session.more, payer = answer
-        if payer:
-            await self._store.run(*self._kept.renewal(payer, f"s:{session.id}", self._settings.ttl_s))
+        member, ttl_s = f"s:{session.id}", self._settings.ttl_s
+        if outcome == "new":
+            # Counted from here on, whether or not anything comes to be said in it: ids cost nothing to make up.
+            await self._kept.keep(payer, member, len(seed.encode()), ttl_s)
+        elif payer:
+            await self._store.run(*self._kept.renewal(payer, member, ttl_s))
         session.newest = list(zip(found[::2], found[1::2], strict=True))
         return str(outcome)
 
@@ -348,7 +377,7 @@ class Sessions:
         _check_id(session_id)
         if belongs_to(session_id, principal.key_id):
             derived = await self._derived.show(principal.key_id, session_id)
-            if derived is not None:
+            if derived is not None and derived[1]:
                 return _shown(session_id, *derived)
         found: list[Piece] = []
         created = await self._read(principal.tenant, session_id, found)
@@ -359,11 +388,10 @@ class Sessions:
     async def delete(self, principal: Principal, session_id: str) -> dict[str, Any]:
         """Forget a session. Raises NotFound, as `show` does."""
         _check_id(session_id)
-        derived = belongs_to(session_id, principal.key_id)
+        derived = belongs_to(session_id, principal.key_id) and await self._derived.delete(principal.key_id, session_id)
         keys = [*session_keys(session_id), _gone_key(session_id)]
         there, payer = await self._store.run(*_DELETE.call(keys, [principal.tenant, _DELETED_S if derived else 0]))
-        if derived and await self._derived.delete(principal.key_id, session_id):
-            there = 1
+        there = there or derived
         if payer:
             await self._kept.release(payer, f"s:{session_id}")
         if not there:

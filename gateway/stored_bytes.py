@@ -13,7 +13,9 @@ MEMBER_BYTES = 1024
 """What the store needs for a member besides its values: names, expiries, hash tables. Measured on Valkey 8, where a
 session of one word takes 0.8 KiB with its part of the account."""
 _CHARGE = Script("stored_charge")
-_RELEASE = Script("stored_release")
+_NOTE = Script("stored_charge", when_full=True)
+"""For what makes no room for more: renewals, and sizes of what is stored already."""
+_RELEASE = Script("stored_release", when_full=True)
 
 
 class StoredBytes:
@@ -30,9 +32,19 @@ class StoredBytes:
         return granted
 
     async def add(self, key_id: str, member: str, size_bytes: int, ttl_s: float) -> bool:
-        """Add to the size of a member, or take from it, if the key has room for it. Returns whether it has."""
+        """Add to the size of a member, if the key has room for it. Returns whether it has."""
         granted, _ = await self._charge(key_id, member, f"{size_bytes:+d}", ttl_s, "refuse")
         return granted
+
+    async def take(self, key_id: str, member: str, size_bytes: int, ttl_s: float) -> None:
+        """Take from the size of a member, in a full store as well."""
+        arguments = [member, f"{-size_bytes:+d}", round(ttl_s * 1000), self.most_bytes, "note"]
+        await self._store.run(*_NOTE.call(self._keys(key_id), arguments))
+
+    async def note(self, key_id: str, member: str, size_bytes: int, ttl_s: float) -> None:
+        """Set the size of a member to that of what is stored of it, in a full store as well."""
+        arguments = [member, size_bytes + MEMBER_BYTES, round(ttl_s * 1000), self.most_bytes, "note"]
+        await self._store.run(*_NOTE.call(self._keys(key_id), arguments))
 
     async def _charge(
         self, key_id: str, member: str, size_bytes: int | str, ttl_s: float, how: str
@@ -43,7 +55,7 @@ class StoredBytes:
 
     def renewal(self, key_id: str, member: str, ttl_s: float) -> Command:
         """Return the command that renews the expiry of a member, if the account has it."""
-        return _CHARGE.call(self._keys(key_id), [member, "", round(ttl_s * 1000), self.most_bytes, "refuse"])
+        return _NOTE.call(self._keys(key_id), [member, "", round(ttl_s * 1000), self.most_bytes, "refuse"])
 
     async def release(self, key_id: str, member: str, expiry: str = "") -> None:
         """Take a member out of the account; with `expiry`, only if it was not renewed since it had that one."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ import orjson
 from gateway import pieces
 from gateway.auth import Principal
 from gateway.config import SessionSettings
-from gateway.errors import BadRequest, NotFound, StoreUnavailable
+from gateway.errors import BadRequest, NotFound, WritesRefused
 from gateway.frames.responses import RUNNING
 from gateway.metrics import Metrics
 from gateway.retention import Retention, response_keys
@@ -35,7 +36,9 @@ _CANCELLED_AT_ONCE = 1000
 _DELETED_S = 3600
 """How long the deletion of a response is remembered whose gateway may only be slow: longer than one is made."""
 _CONTINUABLE = ("completed", "incomplete")
-_PUBLISH, _FIND, _DELETE = (Script(f"response_{name}") for name in ("publish", "find", "delete"))
+_PUBLISH, _FIND = Script("response_publish"), Script("response_find", reads=True)
+_DELETE = Script("response_delete", when_full=True)
+_CANCEL, _RENEW = Script("list", when_full=True), Script("response_renew", when_full=True)
 
 
 Path = list[tuple[str, int]]
@@ -141,17 +144,21 @@ class StoredResponses:
 
     async def _read_turns(self, response_ids: list[str]) -> list[str | None]:
         """Return what was said in some responses, which is a use of it."""
-        ttl_s = self._settings.ttl_s
         keys = [response_keys(response_id) for response_id in response_ids]
         look: list[Command] = [("GET", own[2]) for own in keys] + [("HGET", own[1], "payer") for own in keys]
         found = await self._store.run_in_order(look)
-        use: list[Command] = [("EXPIRE", key, ttl_s) for own in keys for key in (own[2], own[-1])]
-        for response_id, payer in zip(response_ids, found[len(keys) :], strict=True):
-            if payer:
-                use.append(self._kept.renewal(payer, f"r:{response_id}", ttl_s))
-        await self._store.run_in_order(use)
+        payers = dict(zip(response_ids, found[len(keys) :], strict=True))
+        await self._use([key for own in keys for key in (own[2], own[-1])], payers)
         texts = zip(keys, found[: len(keys)], strict=True)
         return [text and await pieces.read(self._store, own[2], text) for own, text in texts]
+
+    async def _use(self, keys: list[str], payers: dict[str, str | None]) -> None:
+        """Keep values for as long as if they were stored now. `payers` are the API keys that pay, by response."""
+        ttl_s = self._settings.ttl_s
+        use: list[Command] = [("EXPIRE", key, ttl_s) for key in keys]
+        use += [self._kept.renewal(payer, f"r:{id_}", ttl_s) for id_, payer in payers.items() if payer]
+        with suppress(WritesRefused):  # it is read all the same
+            await self._store.run_in_order(use)
 
     def _bounded(self, path: Path) -> Path:
         """Return the newest of `path` that are within the bounds."""
@@ -165,27 +172,26 @@ class StoredResponses:
         return bounded
 
     async def keep(self, record: StoredResponse, turn: list[Message] | None = None) -> bool:
-        """Store a response, and what was said in it once it is complete. Returns whether it is stored."""
+        """Store a response, and what was said in it once it is complete. Returns False if it is too large.
+
+        Raises StoreUnavailable.
+        """
         said = self._turn_text(turn) if turn is not None else None
         if said is not None:
             record.turn_bytes = len(said.encode())
         text = orjson.dumps(record.fields()).decode()
         size = len(text.encode()) + record.turn_bytes
-        try:
-            if size > self._settings.max_bytes_per_key:
-                return False
-            keys = response_keys(record.id)
-            text = await pieces.write(self._store, keys[0], text, int(record.status == "in_progress"))
-            said = None if said is None else await pieces.write(self._store, _turn_key(record.id), said)
-            arguments = [record.tenant, self._process, int(not record.known), self._settings.ttl_s, record.status]
-            arguments += [text, said or "", record.turn_bytes, orjson.dumps(record.path).decode(), record.key_id]
-            arguments.append(LEASE_S if record.status in RUNNING else 0)
-            stored = await self._store.run(*_PUBLISH.call(keys, arguments))
-            if stored and record.key_id:
-                await self._kept.keep(record.key_id, f"r:{record.id}", size, self._settings.ttl_s)
-        except StoreUnavailable:
-            self._metrics.session("unavailable")
+        if size > self._settings.max_bytes_per_key:
             return False
+        keys = response_keys(record.id)
+        text = await pieces.write(self._store, keys[0], text, int(record.status == "in_progress"))
+        said = None if said is None else await pieces.write(self._store, _turn_key(record.id), said)
+        arguments = [record.tenant, self._process, int(not record.known), self._settings.ttl_s, record.status]
+        arguments += [text, said or "", record.turn_bytes, orjson.dumps(record.path).decode(), record.key_id]
+        arguments.append(LEASE_S if record.status in RUNNING else 0)
+        stored = await self._store.run(*_PUBLISH.call(keys, arguments))
+        if stored and record.key_id:
+            await self._kept.keep(record.key_id, f"r:{record.id}", size, self._settings.ttl_s)
         return True
 
     def _turn_text(self, turn: list[Message]) -> str | None:
@@ -209,14 +215,12 @@ class StoredResponses:
     async def _find(self, principal: Principal, response_id: str, *, whole: bool = False) -> _Found | None:
         if not _ID.fullmatch(response_id):
             return None
-        ttl_s = self._settings.ttl_s
-        arguments = [principal.tenant, ttl_s, int(whole)]
-        answer = await self._store.run(*_FIND.call(response_keys(response_id), arguments))
+        response, state, turn, lease, _, *places = response_keys(response_id)
+        answer = await self._store.run(*_FIND.call([response, state, lease], [principal.tenant, int(whole)]))
         if not answer:
             return None
         status, turn_bytes, path, payer, process, made, text = answer
-        if payer:
-            await self._store.run(*self._kept.renewal(payer, f"r:{response_id}", ttl_s))
+        await self._use([response, state, turn, *places], {response_id: payer})
         path = [(id_, size) for id_, size in orjson.loads(path)]
         return _Found(status, int(turn_bytes), path, payer, process, bool(made), text)
 
@@ -243,11 +247,11 @@ class StoredResponses:
         process = await self._store.run("HGET", response_keys(response_id)[1], "process")
         if process is not None:
             key = _cancelled_key(process)
-            await self._store.run_in_order([("SADD", key, response_id), ("EXPIRE", key, _CANCELLED_S)])
+            await self._store.run_in_order([_CANCEL.call([key], [response_id]), ("EXPIRE", key, _CANCELLED_S)])
 
     async def renew(self, response_ids: list[str]) -> set[str]:
         """Renew the leases of responses that are being made here. Returns those that are to be cancelled."""
-        leases: list[Command] = [("SET", response_keys(id_)[3], "", "EX", LEASE_S) for id_ in response_ids]
+        leases = [_RENEW.call([response_keys(id_)[3]], [LEASE_S]) for id_ in response_ids]
         look = ("SPOP", _cancelled_key(self._process), _CANCELLED_AT_ONCE)
         asked, *_ = await self._store.run_in_order([look, *leases])
         return set(asked)

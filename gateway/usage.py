@@ -121,6 +121,7 @@ class Ledger:
         self._closing = False
         self.on_charged: Callable[[Entry], None] = lambda entry: None
         """Called when the store has applied an entry of a reservation that it did not know."""
+        store.on_back.append(self._listed.clear)  # it may have lost the list
 
     async def start(self) -> None:
         """Begin to replay what earlier gateways left behind."""

@@ -6,7 +6,8 @@
 -- ARGV  1 owner  2 writer  3 process  4 reader  5 number of the last frame that the client has seen
 --       6 lease in ms  7 how long the reader counts as there, in ms  8 time to live in ms
 --       9 writer that the process already is, or empty  10 most bytes of jobs
--- Returns  {'opened' | 'taken over' | 'attached', process, number, number before what is unfinished, running, queue or
+--       11 whether it may become the writer (0 or 1)
+-- Returns  {'opened' | 'taken over' | 'attached' | 'refused', process, number, number before what is unfinished, running, queue or
 --          the beginning of it}
 
 local time = redis.call('TIME')
@@ -20,6 +21,7 @@ if open and (writer == ARGV[9] or tonumber(log[3]) > now_ms) then
   return {'attached', process, last, tonumber(since), '', {}}
 end
 
+if ARGV[11] == '0' then return {'refused', '', 0, 0, '', {}} end
 local number = math.max(last, tonumber(ARGV[5]))
 if not open then redis.call('DEL', KEYS[1], KEYS[2], KEYS[3]) end
 redis.call('HSET', KEYS[1], 'owner', ARGV[1], 'writer', ARGV[2], 'process', ARGV[3], 'reader', ARGV[4],

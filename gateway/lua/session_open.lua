@@ -2,8 +2,8 @@
 --
 -- KEYS  session, turns, mark of a recent deletion
 -- ARGV  1 tenant  2 time to live in s  3 whether turns are wanted (0 or 1)  4 incarnation, if the session is new
---       5 whether it may be new (0 or 1)  6 a turn, as JSON, that stands before all others, or nothing
---       7 most bytes of turns
+--       5 whether it may be new (0 or 1)  6 a turn, as JSON, that a new session begins with, or nothing
+--       7 most bytes of turns  8 API key that pays for the session, if it is new
 -- Returns  {'new' | 'owned' | 'taken', turn number for this request, incarnation, turns and their numbers,
 --          1 if there are more turns, API key that pays for it or ''}
 
@@ -11,14 +11,12 @@ local owner = redis.call('HGET', KEYS[1], 'tenant')
 if (owner and owner ~= ARGV[1]) or (not owner and ARGV[5] == '0') then return {'taken', 0, '', {}, 0, ''} end
 if not owner then
   redis.call('DEL', KEYS[2])
-  redis.call('HSET', KEYS[1], 'tenant', ARGV[1], 'created', redis.call('TIME')[1], 'bytes', 0, 'kept', 0)
+  local seeded = ARGV[6] ~= '' and redis.call('EXISTS', KEYS[3]) == 0
+  if seeded then redis.call('ZADD', KEYS[2], 0, ARGV[6]) end
+  redis.call('HSET', KEYS[1], 'tenant', ARGV[1], 'created', redis.call('TIME')[1], 'payer', ARGV[8],
+    'bytes', seeded and #ARGV[6] or 0, 'kept', seeded and 1 or 0)
 end
 redis.call('HSETNX', KEYS[1], 'incarnation', ARGV[4])
-if ARGV[6] ~= '' and redis.call('EXISTS', KEYS[3]) == 0 then
-  redis.call('ZADD', KEYS[2], 0, ARGV[6])
-  redis.call('HINCRBY', KEYS[1], 'bytes', #ARGV[6])
-  redis.call('HINCRBY', KEYS[1], 'kept', 1)
-end
 local number = redis.call('HINCRBY', KEYS[1], 'turns', 1)
 redis.call('EXPIRE', KEYS[1], ARGV[2])
 redis.call('EXPIRE', KEYS[2], ARGV[2])

@@ -2,7 +2,8 @@
 --
 -- KEYS  members by expiry in ms, bytes by member ('' is the sum): both of one API key
 -- ARGV  1 member  2 its bytes; with a sign, those to add or take; or nothing to only renew its expiry if it is there  3 time to live in ms  4 most bytes
---       5 'evict' names the members that expire first, until the rest fits; 'refuse' changes nothing if it would not fit
+--       5 'evict' names the members that expire first, until the rest fits; 'refuse' changes nothing if it would not fit;
+--         'note' takes the figure as it is
 -- Returns  {1, or 0 if refused, bytes of all members, members that must go, each with its expiry as a string}
 
 local time = redis.call('TIME')

@@ -2,7 +2,8 @@
 --
 -- A window is a hash of fields "r<second>" (requests) and "t<second>" (tokens), seconds being the server's own time.
 -- A bucket counts until the second 61 after its own: a request at its very end is then 60 s old, so no 60 s that
--- anyone could pick ever hold more than the limit.
+-- anyone could pick ever hold more than the limit. Buckets that are further ahead than that are of a clock that was set
+-- back since, or of a server whose clock was ahead; they are dropped, or they would lock the key out until then.
 
 local SPAN = 61
 
@@ -11,7 +12,7 @@ local function read_window(key, now_s)
   local flat = redis.call('HGETALL', key)
   for i = 1, #flat, 2 do
     local kind, second = string.sub(flat[i], 1, 1), tonumber(string.sub(flat[i], 2))
-    if second + SPAN <= now_s then
+    if second + SPAN <= now_s or second - SPAN > now_s then
       redis.call('HDEL', key, flat[i])
     else
       local amount = tonumber(flat[i + 1])

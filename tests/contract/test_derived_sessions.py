@@ -251,19 +251,20 @@ async def test_deleted_session_does_not_come_back_from_a_turn_that_runs(start: S
 
 
 async def test_deletion_wins_over_a_first_use_that_has_begun(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The request has taken what was said out of the derived session, and not yet put it into the ordinary one."""
+    """The request has read what was said in the derived session, and not yet put it into the ordinary one."""
     gateway = await start(mock=answering)
     session = await announced(gateway, user("hi"))
     derived = gateway.services.sessions._derived
-    take = derived.take
+    show = derived.show
 
-    async def take_and_wait(key_id: str, session_id: str) -> Any:
-        said = await take(key_id, session_id)
+    async def show_and_wait(key_id: str, session_id: str) -> Any:
+        said = await show(key_id, session_id)
         await gateway.client.delete(f"/v1/sessions/{session}")
         return said
 
-    monkeypatch.setattr(derived, "take", take_and_wait)
+    monkeypatch.setattr(derived, "show", show_and_wait)
     await say(gateway, user("more"), session=session)
+    monkeypatch.undo()
 
     assert await stored(gateway, session) == [user("more"), assistant()]
 

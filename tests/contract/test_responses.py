@@ -17,7 +17,7 @@ from openai.types.responses import Response
 
 from engine.base import Delta, EngineDied, EngineOverloaded, GenerationRequest, ToolCallDelta
 from engine.mock import Fault, MockEngine
-from gateway.errors import Unavailable
+from gateway.errors import Unavailable, WritesRefused
 from gateway.keys import KeySpec
 from tests.conftest import Gateway, Start, until
 from tests.pictures import data_url, picture
@@ -671,6 +671,21 @@ async def test_leaving_a_stream_cancels_it(serve: Start) -> None:
     assert gateway.mock.unfinished_requests == 0
     assert body["usage"]["output_tokens"] == gateway.spent().completion_tokens > 0
     assert await gateway.metered() == gateway.spent()
+
+
+async def test_response_in_the_background_is_announced_only_once_it_is_kept(
+    serve: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine answers before the store has refused it."""
+    gateway = await serve(mock=answering)
+
+    async def keep(record: Any, turn: Any = None) -> bool:
+        await until(lambda: bool(gateway.mock.requests) and not gateway.mock.unfinished_requests)
+        raise WritesRefused("The store is full and takes no writes.", "full")
+
+    monkeypatch.setattr(gateway.services.responses.stored, "keep", keep)
+    refused = await respond(gateway, background=True)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "store_full")
 
 
 async def test_response_in_the_background_goes_on_without_its_client(serve: Start) -> None:

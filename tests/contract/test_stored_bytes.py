@@ -11,7 +11,8 @@ import pytest
 
 from engine.mock import MockEngine
 from gateway.config import JobSettings, ResumeSettings, SessionSettings, StoreSettings
-from gateway.keys import KeySpec
+from gateway.derived_sessions import make_id
+from gateway.keys import KeyLimits, KeySpec
 from gateway.metrics import Metrics
 from gateway.pieces import PIECE_BYTES
 from gateway.retention import Retention
@@ -107,6 +108,37 @@ async def test_every_key_of_the_store_expires_or_is_bounded(serve: Start, store_
         with store_server.client() as raw:
             kept = {key for key in raw.keys("*") if int(str(raw.ttl(key))) < 0}
     assert {re.sub(r"\{k:[^}]*\}", "{k}", key) for key in kept} <= {"sh:schema", "sh:cache-salt", "sh:keys:used"}
+
+
+async def test_ids_that_a_refused_request_made_up_are_within_the_room(start: Start, store_server: StoreServer) -> None:
+    room = 2**16
+    gateway = await start(config={"sessions": {"max_bytes": room, "max_bytes_per_key": room}})
+    spec = KeySpec(name="flood", limits={"shannon-chat": KeyLimits(requests_per_minute=1)})
+    record, key = await gateway.services.keys.create(spec)
+    authorization = {"Authorization": f"Bearer {key}"}
+    most = room // MEMBER_BYTES
+    statuses = set()
+
+    async def one(number: int) -> None:
+        headers = authorization | {"X-Session-ID": f"flood{number}"}
+        body = {"messages": [{"role": "user", "content": "hello"}]}
+        statuses.add((await gateway.client.post("/v1/chat/completions", json=body, headers=headers)).status_code)
+
+    for first in range(0, most + 100, 20):
+        await asyncio.gather(*(one(number) for number in range(first, first + 20)))
+
+    assert statuses == {200, 429}
+    assert accounted(store_server, "kept", record.id) <= room
+    with store_server.client() as raw:
+        assert len(raw.keys("sh:{s:flood*}")) <= most
+
+
+async def test_deletion_of_what_is_not_there_leaves_nothing(start: Start, store_server: StoreServer) -> None:
+    gateway = await start()
+    for _ in range(10):
+        assert (await gateway.client.delete(f"/v1/sessions/{make_id(KEY_ID)}")).status_code == 404
+    with store_server.client() as raw:
+        assert raw.keys("sh:{s:*") == []
 
 
 async def test_least_recently_used_go_first(start: Start) -> None:

@@ -6,6 +6,7 @@ test_image.py, the configuration for Prometheus by a Prometheus here.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -183,6 +184,13 @@ def test_grafana_finds_prometheus_and_the_dashboards() -> None:
 
 def test_example_sets_nothing_until_it_is_uncommented() -> None:
     assert not [line for line in EXAMPLE.splitlines() if line and not line.startswith("#")]
+
+
+def test_store_is_bounded_and_evicts_nothing() -> None:
+    command = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["valkey"]["command"]
+    options = dict(itertools.pairwise(command))
+    assert options["--maxmemory-policy"] == "noeviction"
+    assert EXAMPLES["SHANNON_VALKEY_MAXMEMORY"] in options["--maxmemory"]
 
 
 def test_example_names_every_variable() -> None:

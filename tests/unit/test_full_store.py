@@ -5,7 +5,9 @@ called away, and what limits and keys need is written all the same where the ser
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
+import pkgutil
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 import redis
 
+import gateway
 from engine.mock import MockEngine
 from gateway.auth import Authenticator, Principal
 from gateway.catalog import ModelSpec
@@ -22,9 +25,11 @@ from gateway.errors import InvalidApiKey, StoreUnavailable, Unavailable, WritesR
 from gateway.keys import VERSION_KEY, Keys, KeySpec
 from gateway.limits import Limits
 from gateway.metrics import Metrics
+from gateway.script import Script
 from gateway.store import Store
 from gateway.usage import Entry, Ledger
-from tests.conftest import Start, until
+from tests.conftest import HELLO, KEY_ID, Gateway, Start, until
+from tests.contract.test_jobs import JobClient, submit
 from tests.store_server import StoreServer, opened, run_store
 from tests.unit.test_keys import sending
 
@@ -43,7 +48,7 @@ def fill(server: StoreServer) -> None:
     """Leave no room at all: a server is full with its last bytes long before that."""
     with server.client() as raw:
         used: Any = raw.info("memory")["used_memory"]
-        raw.config_set("maxmemory", used - 50_000)
+        raw.config_set("maxmemory", used // 2)  # buffers of connections come and go
 
 
 def empty(server: StoreServer) -> None:
@@ -173,6 +178,118 @@ async def test_gateway_over_a_full_store_serves(own: StoreServer, start: Start) 
     assert (await gateway.client.delete(f"/admin/keys/{made['id']}")).status_code == 200
     assert (await gateway.samples("shannon_store_available")) == {(): 1}
     assert (await gateway.samples("shannon_store_writes_refused"))[("full",)] == 1
+
+
+def prompted(gateway: Gateway) -> list[str]:
+    return [message["content"] for message in gateway.mock.requests[-1].messages]
+
+
+async def stored_of_each_kind(gateway: Gateway) -> tuple[str, str]:
+    """Store a session `named`, a derived one and a response, each with the word pelican. Returns the ids of two."""
+    ask = {"messages": [{"role": "user", "content": "a pelican"}]}
+    await gateway.client.post("/v1/chat/completions", json=ask, headers={"X-Session-ID": "named"})
+    derived = (await gateway.client.post("/v1/chat/completions", json=ask)).headers["x-session-id"]
+    response = (await gateway.client.post("/v1/responses", json={"input": "a pelican"})).json()["id"]
+    return derived, response
+
+
+async def assert_reads_are_served(gateway: Gateway, derived: str, response: str) -> None:
+    for path in (f"sessions/{derived}", "sessions/named", f"responses/{response}", f"responses/{response}/input_items"):
+        answer = await gateway.client.get(f"/v1/{path}")
+        assert answer.status_code == 200, answer.text
+        assert "pelican" in answer.text
+    for session in ("named", derived):
+        answer = await gateway.client.post(
+            "/v1/chat/completions", json={"messages": HELLO}, headers={"X-Session-ID": session}
+        )
+        assert answer.headers["x-shannon-session"] == "read-only"
+        assert "pelican" in prompted(gateway)[0], "the history is read"
+        assert "pelican" in (await gateway.client.get(f"/v1/sessions/{session}")).text, "and kept"
+    body = {"input": "go on", "previous_response_id": response, "store": False}
+    assert (await gateway.client.post("/v1/responses", json=body)).status_code == 200
+    assert "pelican" in prompted(gateway)[0]
+
+
+async def test_full_store_serves_what_is_stored_and_lets_it_be_deleted(own: StoreServer, start: Start) -> None:
+    gateway = await start(environment={"SHANNON_REDIS_URL": own.url})
+    derived, response = await stored_of_each_kind(gateway)
+    fill(own)
+    await gateway.services.store.look()
+    with own.client() as raw:
+        before = set(raw.keys("*"))
+        for headers in ({"X-Session-ID": "another"}, dict[str, str]()):
+            answer = await gateway.client.post("/v1/chat/completions", json={"messages": HELLO}, headers=headers)
+            assert answer.headers["x-shannon-session"] == "unavailable"
+        assert set(raw.keys("*")) == before, "what is new takes no room"
+    await assert_reads_are_served(gateway, derived, response)
+    for path in (f"sessions/{derived}", "sessions/named", f"responses/{response}"):
+        assert (await gateway.client.delete(f"/v1/{path}")).status_code == 200
+        assert (await gateway.client.get(f"/v1/{path}")).status_code == 404
+    with own.client() as raw:
+        assert not raw.exists(f"sh:{{k:{KEY_ID}}}:kept:b")
+    refused = [
+        await gateway.client.post("/v1/responses", json={"input": "x", "background": True}),
+        await gateway.chat(stream=True, resumable=True),
+        await gateway.client.get("/api/v1/chat/stream/c"),
+    ]
+    assert [(answer.status_code, answer.json()["error"]["code"]) for answer in refused] == [(503, "store_full")] * 3
+
+
+async def test_stream_of_jobs_outlives_a_full_store(own: StoreServer, serve: Start) -> None:
+    gateway = await serve(environment={"SHANNON_REDIS_URL": own.url})
+    client = JobClient("c")
+    async with client.connected(gateway):
+        pass
+    fill(own)
+    await gateway.services.store.look()
+    async with client.connected(gateway):
+        assert client.opened[-1]["resumed"]
+        assert (await submit(gateway, "c", "hello")).json()["error"]["code"] == "store_full"
+        assert (await gateway.client.delete("/api/v1/chat/stream/c")).status_code == 200
+        await until(lambda: client.ends == ["closed"])
+
+
+async def test_store_without_a_disk_serves_what_is_stored(own: StoreServer, start: Start) -> None:
+    gateway = await start(environment={"SHANNON_REDIS_URL": own.url})
+    derived, response = await stored_of_each_kind(gateway)
+    with own.client() as raw:
+        await lose_disk(own, raw)
+        await assert_reads_are_served(gateway, derived, response)
+        refused = await gateway.client.delete("/v1/sessions/named")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "store_read_only")
+        raw.config_set("stop-writes-on-bgsave-error", "no")
+        raw.config_set("save", "")
+        await until(lambda: gateway.services.store.state.refusal is None)
+
+
+def scripts() -> dict[str, Script]:
+    """Return all scripts of the gateway."""
+    modules = [importlib.import_module(f"gateway.{info.name}") for info in pkgutil.iter_modules(gateway.__path__)]
+    return {
+        f"{module.__name__}.{name}": value
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, Script)
+    }
+
+
+def test_full_server_refuses_every_script_that_may_store_more(own: StoreServer) -> None:
+    """As a whole, whatever its first command is: one that begins with a deletion would run to its end otherwise."""
+    fill(own)
+    refused, served = set(), set()
+    with own.client() as raw:
+        for name, script in scripts().items():
+            try:
+                raw.eval(script.text, 12, *(f"sh:none:{number}" for number in range(12)), *["1"] * 24)
+            except redis.OutOfMemoryError:
+                refused.add(name)
+            except redis.ResponseError:
+                served.add(name)
+            else:
+                served.add(name)
+    assert {name for name, script in scripts().items() if script.text.startswith("#!lua\n")} == refused
+    assert len(refused) > 8
+    assert len(served) > 12
 
 
 async def lose_disk(server: StoreServer, raw: redis.Redis) -> None:

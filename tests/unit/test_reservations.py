@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import signal
 import time
 from collections.abc import AsyncGenerator, Iterator
@@ -26,6 +27,7 @@ from gateway.catalog import ModelSpec
 from gateway.config import LimiterSettings, LimitSettings, ModelSettings, StoreSettings
 from gateway.errors import RateLimitExceeded, Unavailable
 from gateway.limits import Limits, Reservation
+from gateway.local_limits import LocalWindow
 from gateway.meter import Meter
 from gateway.metrics import Metrics
 from gateway.script import Script
@@ -329,6 +331,32 @@ async def test_everything_a_key_holds_in_the_store_ends(bench: Bench) -> None:
     unsettled = [str(key) for key in bench.raw.keys(f"{HEAD}*") if int(str(bench.raw.ttl(str(key)))) < 0]
 
     assert unsettled == []
+
+
+async def test_clock_that_was_set_back_locks_nobody_out(bench: Bench) -> None:
+    """A store that fails over may find itself an hour earlier than what is in its windows."""
+    model = spec(requests_per_minute=1, tokens_per_minute=1000)
+    bench.raw.hset(f"{HEAD}w:{MODEL}", mapping={f"{kind}{int(time.time()) + 3600}": 1000 for kind in "rt"})
+    reservation = await bench.limits.reserve(CALLER, model, "r", requests=1, tokens=100)
+    assert (reservation.standing.remaining_requests, reservation.standing.remaining_tokens) == (0, 900)
+    window = LocalWindow()
+    window.add(int(time.time()) + 3600, 1000, 1000, pending=False)
+    assert window.wait_s(0, 1, 1, 1, time.time()) == 0
+    window.note(dataclasses.replace(reservation.standing, reset_requests=int(time.time()) + 3600), time.time())
+    assert window.wait_s(0, 1, 1, 1, time.time()) <= 2 * 61
+
+
+async def test_keys_with_usage_are_listed_again_by_a_store_that_lost_them(own: StoreServer, tmp_path: Path) -> None:
+    with own.client() as raw:
+        async with bench_on(own.url, tmp_path, raw) as bench:
+            entry = Entry(key_id=KEY_ID, model_id=MODEL, allowance=Allowance(60, 1000), requests=1)
+            await bench.ledger.settle(entry)
+            raw.flushall()
+            own.send(signal.SIGKILL)
+            await until(lambda: not bench.store.available or not bench.ledger.settle(entry))
+            own.start()
+            await until(lambda: bench.store.available and not bench.ledger.journal_bytes)
+            assert await bench.ledger.key_ids() == [KEY_ID]
 
 
 async def test_gateways_that_are_gone_are_forgotten(bench: Bench) -> None:

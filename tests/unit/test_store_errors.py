@@ -9,6 +9,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import redis
@@ -35,7 +36,7 @@ def own(tmp_path: Path) -> Iterator[StoreServer]:
         yield server
 
 
-def admin(server: StoreServer) -> redis.Redis:
+def admin(server: StoreServer) -> Any:
     """Return a client whose rights outlive those of the default user."""
     with server.client() as raw:
         raw.acl_setuser("admin", enabled=True, passwords=["+p"], keys=["*"], channels=["*"], categories=["+@all"])
@@ -43,7 +44,7 @@ def admin(server: StoreServer) -> redis.Redis:
 
 
 def lack_replicas(server: StoreServer) -> Undo:
-    raw = server.client()
+    raw: Any = server.client()
     raw.config_set("min-replicas-to-write", 1)
     return lambda: raw.config_set("min-replicas-to-write", 0)
 
@@ -74,7 +75,7 @@ def change_password(server: StoreServer) -> Undo:
 
 
 def become_replica(server: StoreServer) -> Undo:
-    raw = server.client()
+    raw: Any = server.client()
     raw.execute_command("REPLICAOF", "127.0.0.1", "1")
     return lambda: raw.execute_command("REPLICAOF", "NO", "ONE")
 
@@ -85,12 +86,12 @@ def become_stale_replica(server: StoreServer) -> Undo:
 
 
 def run_long_script(server: StoreServer) -> Undo:
-    raw = server.client()
+    raw: Any = server.client()
     raw.config_set("busy-reply-threshold", 1)
 
     def spin() -> None:
         with contextlib.suppress(redis.RedisError), server.client() as other:
-            other.eval("while true do end", 0)
+            cast(Any, other).eval("while true do end", 0)
 
     thread = threading.Thread(target=spin)
     thread.start()
@@ -108,7 +109,7 @@ def run_long_script(server: StoreServer) -> Undo:
 
 
 def take_all_places(server: StoreServer) -> Undo:
-    raw = server.client()
+    raw: Any = server.client()
     raw.config_set("maxclients", 1)
     raw.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
     return lambda: raw.config_set("maxclients", 1000)
