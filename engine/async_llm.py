@@ -19,6 +19,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
@@ -64,6 +65,7 @@ _SHUTDOWN_S = 5.0
 """Longest wait for a core to end by itself, which takes a healthy one 1 to 2 s: it collects garbage several times."""
 _CLOSE_S = 20.0
 """Longest that `close` waits for vLLM; after that its processes are killed under it."""
+_KILL_EVERY_S = 0.05
 _LOOK_EVERY_S = 5.0
 _MAX_QUIET_START_S = 300.0
 """A start whose processes use no CPU time for so long is given up. vLLM waits for its core's first word for ever."""
@@ -182,16 +184,16 @@ class AsyncLLMEngine:
             processes = self._core_processes()
             _claimed.update(processes)
             self._core = CoreProcesses(processes, self._end_requests)
-            async with self._core.answer():
+            async with self._core.answer(), asyncio.timeout(_MAX_QUIET_START_S):
                 # The first word from the core itself. vLLM asks this before the first request, and keeps the answer.
                 await self._llm.get_supported_tasks()
         except asyncio.CancelledError:
-            # The thread can't be cancelled; without its core it ends by itself.
-            _kill(_started_since(before))
-            await asyncio.wait([build], timeout=_CLOSE_S)
+            await self._give_up_build(build, before)
             raise
         except Exception as error:  # vLLM raises all sorts here; the operator needs its words, not its type
-            raise EngineError(f"vLLM could not start {self._model}: {error}") from error
+            drop_metrics(self._metrics)
+            reason = str(error) or "its core does not answer"
+            raise EngineError(f"vLLM could not start {self._model}: {reason}") from error
 
     async def _watch_build(self, build: asyncio.Future[AsyncLLM], before: set[Any]) -> None:
         """Wait until the build has ended. Raises TimeoutError when its processes have long done nothing."""
@@ -204,6 +206,18 @@ class AsyncLLMEngine:
             if quiet_s >= _MAX_QUIET_START_S:
                 _kill(processes)
                 raise TimeoutError(f"its processes have done nothing for {quiet_s:g} s")
+
+    async def _give_up_build(self, build: asyncio.Future[AsyncLLM], before: set[Any]) -> None:
+        """End a build whose caller has left. The thread can't be cancelled; without its core it ends by itself.
+
+        Its core may not have been started yet, and is killed when it is.
+        """
+        deadline = time.monotonic() + _CLOSE_S
+        _kill(_started_since(before))
+        while not build.done() and time.monotonic() < deadline:
+            await asyncio.wait([build], timeout=_KILL_EVERY_S)
+            _kill(_started_since(before))
+        drop_metrics(self._metrics)
 
     def _engine_args(self) -> AsyncEngineArgs:
         from vllm.engine.arg_utils import AsyncEngineArgs

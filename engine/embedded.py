@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -27,8 +27,9 @@ from engine.base import (
     no_embeddings,
     resolve_max_tokens,
 )
+from engine.fair_slots import FairSlots
 from engine.parsers import find_parsers
-from engine.rendering import ChoiceReader, Rendered, Renderer, Unreadable, keep_images, naming_constraint
+from engine.rendering import ChoiceReader, Rendered, Renderer, Unreadable, is_long, keep_images, naming_constraint
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -86,7 +87,8 @@ class EmbeddedEngine(AsyncLLMEngine):
         """
         super().__init__(model, _ARGS | (args or {}), revision=revision, trust_remote_code=trust_remote_code)
         # Decoded images are large, and rendering keeps the event loop's threads busy.
-        self._image_places = asyncio.Semaphore(_IMAGE_PLACES)
+        self._image_places = FairSlots(_IMAGE_PLACES, spare=False)
+        self._long_places = FairSlots(1, spare=False)
         self._grammar_checks = ThreadPoolExecutor(2, "grammar")
         self._image_cache_gb: float | None = self._args.pop("mm_processor_cache_gb", None)
         self._tool_parser = tool_parser
@@ -119,7 +121,7 @@ class EmbeddedEngine(AsyncLLMEngine):
 
     async def prepare(self, request: GenerationRequest) -> Prepared:
         with self._while_running():
-            rendered = await self._with_images(request, self._renderer.render)
+            rendered = await self._in_turn(request, self._renderer.render)
         max_tokens = resolve_max_tokens(request, rendered.prompt_tokens, self.max_model_len)
         sampling_params = self._renderer.sampling_params(rendered, max_tokens)
         return Prepared(
@@ -130,20 +132,27 @@ class EmbeddedEngine(AsyncLLMEngine):
             payload=_Job(rendered, sampling_params, request.top_logprobs if request.logprobs else None, request.stream),
         )
 
-    async def _with_images(
-        self, request: GenerationRequest, render: Callable[[GenerationRequest], Awaitable[_T]]
+    async def _in_turn(
+        self, request: GenerationRequest, render: Callable[[GenerationRequest], Coroutine[Any, Any, _T]]
     ) -> _T:
-        """Return what `render` makes of a request, of few at a time if it holds images. Raises InvalidRequest."""
+        """Return what `render` makes of a request.
+
+        One that takes long, by its images or its length, waits for its turn among those of all keys, and keeps the
+        place until it is done: nothing ends it. Raises InvalidRequest, EngineOverloaded.
+        """
         places = list(_image_parts(request))
         if not places:
-            return await render(request)
+            if not is_long(request):
+                return await render(request)
+            async with _in_time("Long prompts"):
+                return await self._long_places.run_for(render(request), request.flow)
         if not self.takes_images:
             raise InvalidRequest("This model does not take images. Send text only.", places[0][0])
         for where, url in places:
             if not url.startswith("data:"):  # vLLM would fetch it, from wherever it is
                 raise InvalidRequest("Images must be data URLs here.", f"{where}.image_url.url")
-        async with _in_time("Images"), self._image_places:
-            return await render(request)
+        async with _in_time("Images"):
+            return await self._image_places.run_for(render(request), request.flow)
 
     async def generate(self, prepared: Prepared) -> AsyncGenerator[Delta, None]:
         """Yield deltas. Tokens are counted as the core made them, never by frames: vLLM merges what we read late."""
@@ -236,7 +245,7 @@ class EmbeddedEngine(AsyncLLMEngine):
 
     async def tokenize(self, request: GenerationRequest) -> list[int]:
         with self._while_running():
-            return await self._with_images(request, self._renderer.tokenize)
+            return await self._in_turn(request, self._renderer.tokenize)
 
     async def detokenize(self, token_ids: list[int]) -> str:
         with self._while_running():

@@ -142,7 +142,7 @@ class Renderer:
 
     async def _render(self, request: GenerationRequest, *, contexts: int) -> Rendered:
         self._refuse_what_can_not_fit(request, contexts)
-        if not _is_long(request):
+        if not is_long(request):
             return await self._render_here(request, contexts)
         # vLLM checks and converts every message on the event loop: 100 ms per MiB of tool calls. Its renderer keeps
         # nothing that belongs to a loop.
@@ -391,18 +391,16 @@ def naming_constraint(param: str | None) -> Iterator[None]:
         raise InvalidRequest(f"Invalid value for '{param}': {reason}.", param, error.code) from error
 
 
-def _is_long(request: GenerationRequest) -> bool:
-    """Tell whether rendering takes so long that it must not hold up the event loop. Images are few, and rendered
-    under locks of their own."""
+def is_long(request: GenerationRequest) -> bool:
+    """Tell whether rendering takes so long that it must not hold up the event loop, without its images."""
     if request.prompt is not None:
         return len(request.prompt) > _LONG_CHARS
     left = _LONG_CHARS
     for message in request.messages:
         content = message.get("content") or ""
-        if not isinstance(content, str):
-            return False
+        parts = (part.get("text") or "" for part in content) if isinstance(content, list) else (content,)
         calls = message.get("tool_calls") or ()
-        left -= len(content) + sum(_CALL_CHARS + len(call["function"].get("arguments") or "") for call in calls)
+        left -= sum(map(len, parts)) + sum(_CALL_CHARS + len(call["function"].get("arguments") or "") for call in calls)
     return left < 0
 
 

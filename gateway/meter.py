@@ -294,7 +294,7 @@ class Meter:
     async def tokenize(self, request: GenerationRequest) -> list[int]:
         """Return the prompt's token ids: a request that costs no tokens. Raises what `generate` raises."""
         async with self._metered(_free(self.request_id)):
-            return await self.model.engine.tokenize(request)
+            return await self.model.engine.tokenize(self._marked(request))
 
     async def detokenize(self, token_ids: list[int]) -> str:
         """Return the text of token ids: a request that costs no tokens. Raises what `generate` raises."""

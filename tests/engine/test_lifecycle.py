@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import time
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -79,6 +80,13 @@ async def test_nobody_waits_for_an_engine_that_has_died_or_was_closed(monkeypatc
         "main", lambda: EmbeddedEngine("demo", {"max_model_len": 2048}), max_engine_restarts=5, engine_stall_s=STALL_S
     )
     await supervised.start()
+    try:
+        await die_work_and_close(supervised)
+    finally:
+        await supervised.close()
+
+
+async def die_work_and_close(supervised: SupervisedEngine) -> None:
     for _ in range(2):
         old = supervised.current
         await kill_amid_requests(supervised, signal.SIGKILL)
@@ -132,6 +140,22 @@ async def test_start_that_gets_nowhere_ends(monkeypatch: pytest.MonkeyPatch) -> 
     assert not asleep.core.is_alive()
 
 
+async def test_core_that_is_up_and_says_nothing_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that froze in that moment: it has reported itself ready, and does not die."""
+
+    async def never() -> None:
+        await asyncio.get_running_loop().create_future()
+
+    monkeypatch.setattr(engine.async_llm, "_MAX_QUIET_START_S", 0.05)
+    resources = SimpleNamespace(engine_manager=None)
+    core = SimpleNamespace(resources=resources)
+    monkeypatch.setattr(
+        EmbeddedEngine, "_build", lambda _: SimpleNamespace(engine_core=core, get_supported_tasks=never)
+    )
+    with pytest.raises(EngineError, match="does not answer"):
+        await asyncio.wait_for(EmbeddedEngine("demo").start(), HANG_S)
+
+
 async def test_prompt_that_is_long_in_preparation_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread can't be stopped; whoever waits for it must not wait for ever."""
     monkeypatch.setattr(engine.embedded, "_MAX_PREPARE_S", 0.05)
@@ -141,3 +165,42 @@ async def test_prompt_that_is_long_in_preparation_ends(monkeypatch: pytest.Monke
     with pytest.raises(TimeoutError):
         async with engine.embedded._in_time("Images"):
             raise TimeoutError  # of something else
+
+
+@pytest.mark.parametrize("content", ["long", "image"])
+async def test_prompts_that_take_long_are_prepared_by_keys_in_turns(content: str) -> None:
+    """One key's flood of them is no other key's wait, though its callers leave and come again."""
+    url = "data:image/png;base64,"
+    parts = [{"type": "image_url", "image_url": {"url": url}}]
+    messages: list[Any] = [{"role": "user", "content": parts if content == "image" else "x" * 200_000}]
+    embedded = EmbeddedEngine("demo")
+    embedded._llm = cast(Any, SimpleNamespace(model_config=SimpleNamespace(is_multimodal_model=True)))
+    served: list[str] = []
+    places = max(embedded._image_places.free if content == "image" else embedded._long_places.free, 1)
+    going = asyncio.Semaphore(0)
+
+    async def render(request: GenerationRequest) -> None:
+        served.append(request.flow)
+        await going.acquire()
+
+    def send(flow: str) -> asyncio.Task[None]:
+        prompt = GenerationRequest(request_id="r", messages=messages, flow=flow)
+        return asyncio.create_task(embedded._in_turn(prompt, render))
+
+    flood = [send("flood") for _ in range(50)]
+    await until(lambda: len(served) == places)
+    for task in flood[:places]:
+        task.cancel()
+    flood += [send("flood") for _ in range(50)]
+    other = send("other")
+    await asyncio.sleep(0)
+    assert served == ["flood"] * places
+
+    for _ in range(2):
+        going.release()
+    await until(lambda: len(served) == places + 2)
+    assert "other" in served[places:]
+    for _ in range(200):
+        going.release()
+    await other
+    await asyncio.gather(*flood, return_exceptions=True)

@@ -8,13 +8,14 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from prometheus_client import REGISTRY, generate_latest
+from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from engine.base import EngineDied, EngineUnavailable, InvalidRequest
+from engine.base import EngineDied, EngineError, EngineUnavailable, InvalidRequest
 from engine.demo import load
 from engine.embedded import EmbeddedEngine
 from engine.pooling import PoolingEngine
+from engine.vllm_metrics import claim_name, drop_metrics
 from tests.engine.test_embedded import STORY, answer, request
 from tests.engine.test_pooling import embed
 
@@ -100,6 +101,34 @@ async def test_start_that_is_given_up_takes_no_other_engine_along(
     for other in (engine, others[0]):
         assert (await answer(other, HELLO))[0] == SAID
     assert "third" not in counts("generation_tokens_total")
+
+
+async def test_start_that_is_given_up_before_its_core_runs_leaves_no_core(engine: EmbeddedEngine) -> None:
+    before = set(multiprocessing.active_children())
+    third = EmbeddedEngine("demo", {"max_model_len": 1024, "served_model_name": ["third"]})
+    start = asyncio.create_task(third.start())
+    await asyncio.sleep(0)
+
+    start.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await start
+
+    assert set(multiprocessing.active_children()) == before
+    assert (await answer(engine, HELLO))[0] == SAID
+
+
+async def test_start_that_fails_frees_the_name_of_its_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr("vllm.v1.engine.async_llm.AsyncLLM.from_engine_args", fail)
+    failing = EmbeddedEngine("demo", {"max_model_len": 1024, "served_model_name": ["failing"]})
+    with pytest.raises(EngineError, match="no memory"):
+        await failing.start()
+
+    registry = CollectorRegistry()
+    assert claim_name(registry, "failing") == "failing"
+    drop_metrics(registry)
 
 
 async def test_closing_one_leaves_the_others(

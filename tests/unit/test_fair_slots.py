@@ -173,3 +173,30 @@ async def test_work_that_fails_or_can_not_begin_gives_its_slot_back() -> None:
     for _ in range(3):
         with pytest.raises(RuntimeError, match="shutdown"):
             await asyncio.wait_for(threads.run(lambda: 5), 5)
+
+
+async def test_work_that_has_begun_keeps_its_slot_when_its_caller_leaves() -> None:
+    slots = FairSlots(1, spare=False)
+    go = asyncio.Event()
+    begun: list[str] = []
+
+    async def work(name: str) -> str:
+        begun.append(name)
+        await go.wait()
+        return name
+
+    async def call(name: str, key_id: str) -> str:
+        return await slots.run_for(work(name), key_id)
+
+    impatient = [asyncio.create_task(call(f"a{number}", "a")) for number in range(3)]
+    other = asyncio.create_task(call("b", "b"))
+    await asyncio.sleep(0)
+    for task in impatient:
+        task.cancel()
+    await asyncio.gather(*impatient, return_exceptions=True)
+    assert (begun, slots.free) == (["a0"], 0), "what was begun can't be stopped; what was not is dropped"
+
+    go.set()
+    assert await other == "b"
+    await until(lambda: slots.free == 1)
+    assert begun == ["a0", "b"]
