@@ -1203,7 +1203,7 @@ def test_defaults_of_settings_and_engine_agree() -> None:
         name: defaults[name] for name in given.keys() & defaults.keys()
     }
     assert given.keys() - defaults.keys() == {"urls", "model"}
-    assert defaults.keys() - given.keys() == {"api_key", "clock", "transport"}
+    assert defaults.keys() - given.keys() == {"api_key", "resolve", "clock", "transport"}
 
 
 @pytest.mark.parametrize(
