@@ -300,7 +300,7 @@ class RemoteEngine:
         )
         if status != 200 or answer is None or is_error(answer):
             refuse(status, answer, call.request, retry_after_s)
-        vectors, told = read_vectors(answer, len(body["input"]))
+        vectors, told = await asyncio.to_thread(read_vectors, answer, len(body["input"]))
         if told and told > most_tokens(body["input"]):
             told = None
         prepared.usage.prompt_tokens = told or prepared.prompt_tokens

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import array
 import base64
+import math
 import sys
 from typing import Any
 
@@ -272,7 +273,7 @@ def read_tokens(answer: Any) -> list[int] | None:
     tokens = answer.get("tokens") if isinstance(answer, dict) else None
     if not isinstance(tokens, list) or read_count(answer, "count") != len(tokens):
         return None
-    return tokens if all(type(token_id) is int for token_id in tokens) else None
+    return tokens if set(map(type, tokens)) <= {int} else None
 
 
 def read_count(fields: Any, name: str) -> int | None:
@@ -289,10 +290,13 @@ def read_vectors(answer: Any, wanted: int) -> tuple[list[list[float]], int | Non
     try:
         rows = sorted(answer["data"], key=lambda row: row["index"])
         vectors = [_vector(row["embedding"]) for row in rows]
+        indices = [row["index"] for row in rows]
     except (TypeError, KeyError, ValueError) as error:
         raise AttemptFailed("failed", "sent something else than embeddings") from error
     if len(vectors) != wanted:
         raise AttemptFailed("failed", "sent another number of embeddings")
+    if indices != list(range(wanted)) or len({len(vector) for vector in vectors}) > 1:
+        raise AttemptFailed("failed", "sent embeddings that don't belong to the inputs")
     return vectors, read_count(answer.get("usage"), "prompt_tokens")
 
 
@@ -301,8 +305,12 @@ def _vector(embedding: Any) -> list[float]:
         floats = array.array("f", base64.b64decode(embedding, validate=True))
         if sys.byteorder == "big":
             floats.byteswap()
-        return floats.tolist()
-    return [float(value) for value in embedding]
+        vector = floats.tolist()
+    else:
+        vector = [float(value) for value in embedding]
+    if not vector or not math.isfinite(sum(vector)):
+        raise ValueError
+    return vector
 
 
 def _joined(value: Any) -> str:

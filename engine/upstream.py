@@ -35,6 +35,8 @@ _TAIL_S = 5.0
 """For the usage that follows the last token. The answer is complete by then, so its absence is no failure."""
 MAX_ANSWER_BYTES = 64 * 2**20
 """The longest whole answer but for embeddings: token ids of ten million tokens."""
+_MAX_BYTES_AT_ONCE = 262_144
+"""A longer answer is parsed on a thread: it would hold up the event loop for more than a few milliseconds."""
 MAX_EMBEDDINGS_BYTES = 512 * 2**20
 """2,048 vectors of 32,768 numbers in base64."""
 
@@ -156,7 +158,8 @@ class Upstream:
             body = await _read(response, max_bytes)
             if body is None:
                 raise AttemptFailed("failed", f"sent more than {max_bytes} bytes")
-            return Answer(response.status_code, _parsed(body), retry_after_s(response.headers))
+            parsed = _parsed(body) if len(body) <= _MAX_BYTES_AT_ONCE else await asyncio.to_thread(_parsed, body)
+            return Answer(response.status_code, parsed, retry_after_s(response.headers))
 
     async def _send(self, method: str, url: str, content: bytes, prepared: Prepared | None) -> httpx.Response:
         """Send a request and return its response, which the caller closes. Raises httpx.TransportError."""

@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import struct
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -32,6 +33,7 @@ from engine.base import (
 from engine.http1 import Http1Transport
 from engine.mock import MockEngine
 from engine.remote import RemoteEngine
+from engine.reply import read_vectors
 from engine.supervisor import SupervisedEngine
 from gateway.config import ConfigError, RemoteSettings, parse_config
 from tests.conftest import HELLO, Start, until
@@ -1137,6 +1139,59 @@ async def test_embeddings_come_in_the_order_of_their_inputs(encode: Callable[...
         "dimensions": 2,
         "cache_salt": "salt",
     }
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [(0, [1.0]), (0, [2.0])],
+        [(0, [1.0]), (2, [2.0])],
+        [(-1, [1.0]), (0, [2.0])],
+        [(0, [1.0]), (True, [2.0, 3.0])],
+        [(0, [1.0]), (1, [2.0, 3.0])],
+        [(0, []), (1, [])],
+        [(0, packed(float("nan"))), (1, packed(1.0))],
+        [(0, packed(float("inf"))), (1, packed(-float("inf")))],
+    ],
+    ids=["same index", "gap", "negative", "truth", "lengths", "empty", "NaN", "infinite"],
+)
+async def test_vectors_that_do_not_belong_to_the_inputs_are_refused(rows: list[tuple[Any, Any]]) -> None:
+    answer = {"data": [{"index": index, "embedding": embedding} for index, embedding in rows]}
+    routes = {"/v1/embeddings": refusing(200, answer)}
+    async with run_upstream(hello, routes=routes) as server, remote(server, retries=0) as engine:
+        prepared = await engine.prepare_embedding(EmbeddingRequest(request_id="r1", inputs=["one", "two"]))
+        with pytest.raises(EngineUnavailable):
+            await engine.embed(prepared)
+
+
+@pytest.mark.parametrize("told", [10**9, 2**63, -1, None, "9"])
+async def test_usage_of_embeddings_that_cannot_be_true_is_not_believed(told: Any) -> None:
+    answer = {"data": [{"index": 0, "embedding": [1.0]}], "usage": {"prompt_tokens": told}}
+    routes = {"/v1/embeddings": refusing(200, answer)}
+    async with run_upstream(hello, routes=routes) as server, remote(server) as engine:
+        prepared = await engine.prepare_embedding(EmbeddingRequest(request_id="r1", inputs=["one"]))
+        await engine.embed(prepared)
+
+    assert prepared.usage == Usage(7)
+
+
+async def test_long_embeddings_are_read_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full answer, of 2,048 vectors of 4,096 numbers, takes a third of a second."""
+    readers: list[threading.Thread] = []
+
+    def read(*args: Any) -> Any:
+        readers.append(threading.current_thread())
+        return read_vectors(*args)
+
+    monkeypatch.setattr("engine.remote.read_vectors", read)
+    rows = [{"index": number, "embedding": packed(*[0.5] * 1024)} for number in range(64)]
+    routes = {"/v1/embeddings": refusing(200, {"data": rows})}
+    async with run_upstream(hello, routes=routes) as server, remote(server) as engine:
+        prepared = await engine.prepare_embedding(EmbeddingRequest(request_id="r1", inputs=["one"] * 64))
+        vectors = await engine.embed(prepared)
+
+    assert vectors == [[0.5] * 1024] * 64
+    assert threading.main_thread() not in readers
 
 
 @pytest.mark.parametrize(
