@@ -126,8 +126,9 @@ class Upstream:
             raise AttemptFailed("unreachable", f"answers /health with {health}, /models with {status}")
         with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
             cards = {card["id"]: card for card in models["data"]}
-            if self.model not in cards:
+            if self.model not in cards and replica.lists_model:
                 log.error("replica %s does not list the model %s", replica.url, self.model)
+            replica.lists_model = self.model in cards
             card = cards.get(self.model, {})
             replica.max_model_len = read_count(card, "max_model_len") or replica.max_model_len
             replica.is_vllm = card.get("owned_by") == "vllm"

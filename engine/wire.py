@@ -255,14 +255,28 @@ def is_error(frame: Any) -> bool:
 def error_fields(answer: Any) -> dict[str, Any]:
     """Return the error object of an answer, or an empty one.
 
-    Older vLLM has its fields at the top, TGI a text under `error` and its kind beside it, Gemini a list around it all.
+    Older vLLM has its fields at the top, TGI a text under `error` and its kind beside it, Gemini a list around it all,
+    FastAPI a list of places or an object under `detail`.
     """
     if isinstance(answer, list) and len(answer) == 1:
         answer = answer[0]
+    if isinstance(answer, dict) and not answer.keys() & {"error", "message"}:
+        answer = _detailed(answer.get("detail"))
     error = answer.get("error", answer) if isinstance(answer, dict) else None
     if isinstance(error, str):
         return {"message": error, "type": answer.get("error_type"), "code": answer.get("code")}
     return error if isinstance(error, dict) and (error is not answer or "message" in error) else {}
+
+
+def _detailed(detail: Any) -> Any:
+    """Return FastAPI's `detail` in OpenAI's form."""
+    if not isinstance(detail, list):
+        return detail
+    places = [place.get("loc") for place in detail if isinstance(place, dict)]
+    param = ""
+    for part in places[0][1:] if places and isinstance(places[0], list) else ():  # behind "body"
+        param += f"[{part}]" if isinstance(part, int) else f".{part}" if param else str(part)
+    return {"message": str(detail), "param": param or None}
 
 
 def retry_after_s(headers: Mapping[str, str]) -> float | None:
