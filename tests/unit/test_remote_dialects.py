@@ -8,6 +8,7 @@ import gzip
 import json
 import random
 import time
+import zlib
 from typing import Any
 
 import pytest
@@ -327,6 +328,36 @@ async def test_compression_that_nobody_asked_for_is_undone(content: bytes) -> No
 
     assert server.generations[0].headers["accept-encoding"] == "identity"
     assert ("".join(delta.text for delta in deltas), prepared.usage) == ("Hellö", EXACT)
+
+
+@pytest.mark.parametrize("coding", ["gzip, gzip", "zstd", "br", "gzip, identity", "chunked", "x"])
+async def test_other_compression_is_no_answer(coding: str) -> None:
+    """Compressed twice, 4 GB are a body of 7 KiB."""
+    answer = whole(gzip.compress(gzip.compress(STREAMS["plain"])), "text/event-stream", content_encoding=coding)
+    async with run_upstream(answer) as server, remote(server) as engine:
+        with pytest.raises(EngineUnavailable):
+            await generate(engine)
+
+
+async def test_compressed_answer_is_decoded_in_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """256 MiB of one line are a body of 256 KiB, which arrives at once."""
+    longest = 0
+    read = Frames.read
+
+    def note(self: Frames, data: bytes) -> Any:
+        nonlocal longest
+        longest = max(longest, len(data))
+        return read(self, data)
+
+    monkeypatch.setattr(Frames, "read", note)
+    packer = zlib.compressobj(wbits=31)
+    bomb = b"".join(packer.compress(b"x" * 2**20) for _ in range(256)) + packer.flush()
+    answer = whole(bomb, "text/event-stream", content_encoding="gzip")
+    async with run_upstream(answer) as server, remote(server) as engine:
+        with pytest.raises(EngineUnavailable):
+            await generate(engine)
+
+    assert 0 < longest <= 8 * 2**20
 
 
 async def test_frame_is_handed_over_before_the_blank_line_behind_it() -> None:
