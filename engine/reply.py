@@ -23,6 +23,7 @@ _LONGEST_TOKEN_CHARS = 32
 _COUNTED_CONTEXTS = 2
 """Counts of more than so many times the context length are wrong. Its length in the settings may be less than the
 server's own."""
+_NO_COUNT = 2**31
 _GUESSED_CONTEXTS = 8
 """An answer guessed to be longer than this has no end. Servers that send a letter per frame are guessed high."""
 _LEAST_LOGPROB = -9999.0
@@ -46,7 +47,7 @@ class Reply:
     """
 
     def __init__(
-        self, prepared: Prepared, request: GenerationRequest, *, estimated: bool, context_tokens: int = 2**31
+        self, prepared: Prepared, request: GenerationRequest, *, estimated: bool, context_tokens: int = _NO_COUNT
     ) -> None:
         """`estimated` tells that the prompt's tokens are. What an attempt before this one spent is forgotten."""
         self._context_tokens = context_tokens
@@ -277,9 +278,9 @@ def read_tokens(answer: Any) -> list[int] | None:
 
 
 def read_count(fields: Any, name: str) -> int | None:
-    """Return the count that is there under a name, or None."""
+    """Return the count that is there under a name, or None, also where it is none of tokens."""
     count = fields.get(name) if isinstance(fields, dict) else None
-    return count if type(count) is int and count >= 0 else None
+    return count if type(count) is int and 0 <= count < _NO_COUNT else None
 
 
 def read_vectors(answer: Any, wanted: int) -> tuple[list[list[float]], int | None]:
