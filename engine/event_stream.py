@@ -5,13 +5,15 @@ comments, a byte order mark, blank lines that are missing, and frames that span 
 stream request with one JSON document, some put a JSON document on a line of its own to tell of an error. A frame is
 handed over as soon as its JSON is whole, without waiting for the blank line behind it.
 
-Raises AttemptFailed for frames that are not JSON. What is no stream at all, a page of HTML say, has no frames.
+Frames that are not JSON are an AttemptFailed, and end the answer. What is no stream at all, a page of HTML say, has no
+frames.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import orjson
@@ -40,37 +42,54 @@ class Frames:
         self._attempts = 0
         self._in_document = False
         self._after_cr = False
+        self._is_error = False
+        """The event that comes next is called an error."""
         self._begun = False
         self._framed = False
 
+    def read(self, data: bytes) -> tuple[list[Any], AttemptFailed | None]:
+        """Return the frames that `data` completes, or the end of the answer if it is empty, and what is wrong then."""
+        frames: list[Any] = []
+        try:
+            frames.extend(self._cut(data) if data else self._close())
+        except AttemptFailed as failure:
+            return frames, failure
+        return frames, None
+
     def feed(self, data: bytes) -> list[Any]:
         """Return the frames that `data` completes. Raises AttemptFailed."""
-        if b"\r" in data or self._after_cr:
-            if self._after_cr and data.startswith(b"\n"):
-                data = data[1:]
-            self._after_cr = data.endswith(b"\r") or (self._after_cr and not data)
-            data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        if len(self._line) + len(self._frame) + len(data) > _MAX_FRAME_BYTES:
-            raise AttemptFailed("failed", "sent a frame without end")
-        if b"\n" not in data:
-            self._line += data
-            return []
-        *lines, rest = (bytes(self._line) + data).split(b"\n")
-        self._line = bytearray(rest)
-        frames: list[Any] = []
-        for line in lines:
-            if self.done:
-                break
-            frames += self._read_line(line)
-        return frames
+        return list(self._cut(data))
 
     def end(self) -> list[Any]:
         """Return the frames that the end of the answer completes: the last line may lack its own. Raises AttemptFailed.
 
         A frame that is cut off is none.
         """
-        frames = self.feed(b"\n")
-        return frames + self._try() if self._frame and not self.done else frames
+        return list(self._close())
+
+    def _cut(self, data: bytes) -> Iterator[Any]:
+        if b"\r" in data or self._after_cr:
+            if self._after_cr and data.startswith(b"\n"):
+                data = data[1:]
+                self._after_cr = False
+            self._after_cr = data.endswith(b"\r") or (self._after_cr and not data)
+            data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        if len(self._line) + len(self._frame) + len(data) > _MAX_FRAME_BYTES:
+            raise AttemptFailed("failed", "sent a frame without end")
+        if b"\n" not in data:
+            self._line += data
+            return
+        *lines, rest = (bytes(self._line) + data).split(b"\n")
+        self._line = bytearray(rest)
+        for line in lines:
+            if self.done:
+                break
+            yield from self._read_line(line)
+
+    def _close(self) -> Iterator[Any]:
+        yield from self._cut(b"\n")
+        if self._frame and not self.done:
+            yield from self._try()
 
     def _read_line(self, line: bytes) -> list[Any]:
         if not self._begun:
@@ -84,6 +103,9 @@ class Frames:
                 self.done = True
                 return []
             return self._add(data) if data else []
+        if line.startswith(b"event:"):
+            self._is_error = line[6:].strip() == b"error"
+            return []
         if line.startswith(b"error:"):  # llama.cpp's own field
             error = _parse(line[6:].strip())
             return [{"error": error if isinstance(error, dict) else {}} | {"object": "error"}]
@@ -119,6 +141,9 @@ class Frames:
         self._frame.clear()
         self._attempts = 0
         self._in_document = False
+        if self._is_error and not (isinstance(frame, dict) and frame.get("error")):
+            frame = {"object": "error", "error": frame if isinstance(frame, dict) else {}}
+        self._is_error = False
         return [frame]
 
 
@@ -126,11 +151,12 @@ _BROKEN = object()
 
 
 def _parse(data: bytes) -> Any:
-    """Return the parsed JSON, or _BROKEN. Halves of surrogate pairs, which only Python's parser takes, are kept."""
+    """Return the parsed JSON, or _BROKEN. Halves of surrogate pairs, and the infinite numbers that Python writes, are
+    kept: only Python's parser takes them."""
     try:
         return orjson.loads(data)
     except orjson.JSONDecodeError:
-        if b"\\u" in data:
+        if b"\\u" in data or b"Infinity" in data or b"NaN" in data:
             with contextlib.suppress(ValueError, RecursionError):
                 return json.loads(data)
         return _BROKEN

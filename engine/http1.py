@@ -8,8 +8,7 @@ A connection is kept for a few seconds and used again only if nothing about it i
 
     the request           was sent whole
     the response          has ended by its own framing, and allows keep-alive; whether its body was read doesn't matter
-    its framing           is plain: a length, or `Transfer-Encoding: chunked` and nothing else. What httptools takes but
-                          another parser in between may read in another way is served and not relied on
+    its framing           is one that every parser reads alike: a length, or `Transfer-Encoding: chunked` alone
     the bytes behind it   there are none, neither received nor in the kernel's buffer
     reading               is not paused
 

@@ -189,6 +189,7 @@ class Replica:
     """Requests of ours that it works on."""
     max_model_len: int | None = None
     is_vllm: bool = False
+    lists_model: bool = True
     tokenizer: Literal["answers", "fails", "missing"] = "answers"
     """What is known of its /tokenize."""
     refused: set[str] = field(default_factory=set)

@@ -62,6 +62,7 @@ from engine.wire import (
     estimate_tokens,
     generation_body,
     is_error,
+    most_tokens,
     refuse,
     tokenize_body,
 )
@@ -299,7 +300,9 @@ class RemoteEngine:
         )
         if status != 200 or answer is None or is_error(answer):
             refuse(status, answer, call.request, retry_after_s)
-        vectors, told = read_vectors(answer, len(body["input"]))
+        vectors, told = await asyncio.to_thread(read_vectors, answer, len(body["input"]))
+        if told and told > most_tokens(body["input"]):
+            told = None
         prepared.usage.prompt_tokens = told or prepared.prompt_tokens
         prepared.usage.estimated = call.estimated and not told
         return vectors
@@ -314,7 +317,7 @@ class RemoteEngine:
         try:
             while True:
                 replica = await attempts.next()
-                reply = Reply(prepared, call.request, estimated=call.estimated)
+                reply = Reply(prepared, call.request, estimated=call.estimated, context_tokens=self.max_model_len)
                 shown = False
                 try:
                     async with contextlib.aclosing(self._attempt(replica, prepared, reply, attempts)) as deltas:
@@ -357,10 +360,13 @@ class RemoteEngine:
                     while not ended and not frames.done:
                         chunk = await read_some(stream.chunks, patience.deadline, complete=reply.finished)
                         ended = not chunk
-                        received = frames.feed(chunk) if chunk else frames.end()
+                        received, broken = frames.read(chunk)
                         reply.is_whole = frames.is_document
                         deltas, failure = reply.read_all(received)
-                        if (frames.done or frames.is_document) and failure is None:
+                        failure = failure or broken
+                        if failure is not None and reply.finished:  # it is complete, whatever comes behind it
+                            ended, failure = True, None
+                        elif failure is None and (frames.done or (ended and frames.is_document)):
                             deltas += reply.end()
                         if reply.started and not answered:
                             answered = True
@@ -373,8 +379,8 @@ class RemoteEngine:
                             raise failure
                         patience.note(got_token=bool(deltas), finished=reply.finished)
                 except (GeneratorExit, asyncio.CancelledError):  # the reader has left; what was made for it counts
-                    with contextlib.suppress(AttemptFailed):
-                        reply.read_all(frames.feed(stream.arrived()))
+                    if arrived := stream.arrived():
+                        reply.read_all(frames.read(arrived)[0])
                     raise
                 if not reply.finished:
                     raise AttemptFailed("failed", "ended a stream early")

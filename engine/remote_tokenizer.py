@@ -58,7 +58,7 @@ class RemoteTokenizer:
         if status in _MISSING or (status == 200 and tokens is None):
             self._suspect(replica, body, f"has no /tokenize ({status})", pause_s=_PAUSE_S, missing=True)
             return None
-        if tokens is None or len(tokens) > prompt_bytes + _TEMPLATE_TOKENS:
+        if tokens is None or len(tokens) > prompt_bytes + _TEMPLATE_TOKENS or not (tokens or body.get("prompt") == ""):
             self._suspect(replica, body, f"answered {status} to /tokenize", pause_s=0)
             return None
         self._learn(replica, answer)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import array
 import base64
+import math
 import sys
 from typing import Any
 
@@ -19,6 +20,14 @@ from engine.wire import estimate_tokens, is_error, refuse
 
 _LONGEST_TOKEN_CHARS = 32
 """A frame with more text holds several tokens."""
+_COUNTED_CONTEXTS = 2
+"""Counts of more than so many times the context length are wrong. Its length in the settings may be less than the
+server's own."""
+_NO_COUNT = 2**31
+_GUESSED_CONTEXTS = 8
+"""An answer guessed to be longer than this has no end. Servers that send a letter per frame are guessed high."""
+_LEAST_LOGPROB = -9999.0
+"""What vLLM makes of a probability of nothing, which JSON has no number for."""
 _FINISH_REASONS: dict[str, FinishReason] = {
     "length": "length",
     "max_tokens": "length",
@@ -33,11 +42,15 @@ class Reply:
     """The answer to one generation, as one replica gives it. Keeps `prepared.usage` up to date.
 
     A server that tells the usage with every frame is taken at its word. Else tokens are estimated, at least one for
-    each frame with content, and the usage is marked as estimated until the server tells the sum at the end.
+    each frame with content, and the usage is marked as estimated until the server tells the sum at the end. What can't
+    be true of a context of `context_tokens` is not believed, and an answer that goes on far beyond it is no answer.
     """
 
-    def __init__(self, prepared: Prepared, request: GenerationRequest, *, estimated: bool) -> None:
+    def __init__(
+        self, prepared: Prepared, request: GenerationRequest, *, estimated: bool, context_tokens: int = _NO_COUNT
+    ) -> None:
         """`estimated` tells that the prompt's tokens are. What an attempt before this one spent is forgotten."""
+        self._context_tokens = context_tokens
         self.started = False
         """A token has been generated."""
         self.is_whole = False
@@ -76,7 +89,7 @@ class Reply:
         try:
             if is_error(frame):
                 refuse(200, frame, self._request)
-            choices, told = frame.get("choices") or (), _told(frame.get("usage"))
+            choices, told = frame.get("choices") or (), self._told(frame.get("usage"))
             deltas = []
             for choice in choices:
                 index = choice.get("index") or 0
@@ -102,6 +115,14 @@ class Reply:
                 deltas.append(choice.read({"finish_reason": "stop"}, index))
         return deltas
 
+    def _told(self, usage: Any) -> dict[str, Any] | None:
+        """Return a usage object that tells both counts. A prompt of nothing is a server's way not to count."""
+        prompt, completion = read_count(usage, "prompt_tokens"), read_count(usage, "completion_tokens")
+        most = _COUNTED_CONTEXTS * self._context_tokens
+        if not prompt or completion is None or prompt > most or completion > most * len(self._choices):
+            return None
+        return dict(usage)
+
     def _count(self, delta: Delta, choice: _Choice, told: dict[str, Any] | None) -> None:
         """Count one choice's frame. The usage that rides on it is the choice's own."""
         usage = self._prepared.usage
@@ -111,10 +132,12 @@ class Reply:
             self._prompt_told = True
             choice.tokens, choice.guessed = told["completion_tokens"], False
             if details := told.get("completion_tokens_details"):
-                choice.reasoning_tokens = read_count(details, "reasoning_tokens") or 0
+                choice.reasoning_tokens = min(read_count(details, "reasoning_tokens") or 0, choice.tokens)
                 usage.reasoning_tokens = sum(choice.reasoning_tokens for choice in self._choices)
-        elif says:
+        elif says or delta.finish_reason:
             choice.guess(delta)
+            if choice.tokens > _GUESSED_CONTEXTS * self._context_tokens:
+                raise AttemptFailed("failed", "sent an answer without end")
             if not self._prompt_told:
                 usage.prompt_tokens = self._prepared.prompt_tokens
         usage.completion_tokens = sum(choice.tokens for choice in self._choices)
@@ -131,7 +154,7 @@ class Reply:
             read_count(told.get("prompt_tokens_details"), "cached_tokens") or 0, usage.prompt_tokens
         )
         thought = read_count(told.get("completion_tokens_details"), "reasoning_tokens")
-        usage.reasoning_tokens = usage.reasoning_tokens if thought is None else thought
+        usage.reasoning_tokens = min(usage.reasoning_tokens if thought is None else thought, usage.completion_tokens)
         usage.estimated = False
 
 
@@ -155,8 +178,14 @@ class _Choice:
         return self._read_chat(choice, index) if self._is_chat else self._read_text(choice, index)
 
     def guess(self, delta: Delta) -> None:
-        """Estimate the tokens of a frame that does not tell: one, or by its length where that is no token's."""
-        self.guessed = True
+        """Estimate the tokens of a frame that does not tell: one, or by its length where that is no token's.
+
+        An end alone is none, as not every server makes a token of it.
+        """
+        says = bool(delta.text or delta.reasoning or delta.tool_calls or delta.logprobs)
+        self.guessed = self.guessed or says or not self.tokens
+        if not says:
+            return
         if delta.logprobs:
             self.tokens += len(delta.logprobs)
             return
@@ -174,7 +203,7 @@ class _Choice:
             calls += self._calls.finish(cut=reason == "length")
             reason = self._with_calls(reason)
         return Delta(
-            self._whole_text("content", given.get("content")),
+            self._whole_text("content", given.get("content") or given.get("refusal")),
             index,
             reason,
             _chat_logprobs(logprobs) if logprobs else None,
@@ -220,13 +249,6 @@ def _says_something(delta: Delta) -> bool:
     return bool(delta.text or delta.finish_reason or delta.reasoning or delta.tool_calls or delta.logprobs)
 
 
-def _told(usage: Any) -> dict[str, Any] | None:
-    """Return a usage object that tells both counts. A prompt of nothing is a server's way not to count."""
-    if not read_count(usage, "prompt_tokens") or read_count(usage, "completion_tokens") is None:
-        return None
-    return dict(usage)
-
-
 def merge(deltas: list[Delta]) -> list[Delta]:
     """Return one delta per choice."""
     merged = []
@@ -252,13 +274,13 @@ def read_tokens(answer: Any) -> list[int] | None:
     tokens = answer.get("tokens") if isinstance(answer, dict) else None
     if not isinstance(tokens, list) or read_count(answer, "count") != len(tokens):
         return None
-    return tokens if all(type(token_id) is int for token_id in tokens) else None
+    return tokens if set(map(type, tokens)) <= {int} else None
 
 
 def read_count(fields: Any, name: str) -> int | None:
-    """Return the count that is there under a name, or None."""
+    """Return the count that is there under a name, or None, also where it is none of tokens."""
     count = fields.get(name) if isinstance(fields, dict) else None
-    return count if type(count) is int and count >= 0 else None
+    return count if type(count) is int and 0 <= count < _NO_COUNT else None
 
 
 def read_vectors(answer: Any, wanted: int) -> tuple[list[list[float]], int | None]:
@@ -269,10 +291,13 @@ def read_vectors(answer: Any, wanted: int) -> tuple[list[list[float]], int | Non
     try:
         rows = sorted(answer["data"], key=lambda row: row["index"])
         vectors = [_vector(row["embedding"]) for row in rows]
+        indices = [row["index"] for row in rows]
     except (TypeError, KeyError, ValueError) as error:
         raise AttemptFailed("failed", "sent something else than embeddings") from error
     if len(vectors) != wanted:
         raise AttemptFailed("failed", "sent another number of embeddings")
+    if indices != list(range(wanted)) or len({len(vector) for vector in vectors}) > 1:
+        raise AttemptFailed("failed", "sent embeddings that don't belong to the inputs")
     return vectors, read_count(answer.get("usage"), "prompt_tokens")
 
 
@@ -281,8 +306,12 @@ def _vector(embedding: Any) -> list[float]:
         floats = array.array("f", base64.b64decode(embedding, validate=True))
         if sys.byteorder == "big":
             floats.byteswap()
-        return floats.tolist()
-    return [float(value) for value in embedding]
+        vector = floats.tolist()
+    else:
+        vector = [float(value) for value in embedding]
+    if not vector or not math.isfinite(sum(vector)):
+        raise ValueError
+    return vector
 
 
 def _joined(value: Any) -> str:
@@ -314,7 +343,18 @@ def _chat_logprobs(given: dict[str, Any]) -> list[TokenLogprob] | None:
 def _logprob(entry: dict[str, Any]) -> TokenLogprob:
     token = _text(entry["token"])
     top = tuple(_logprob(other) for other in entry.get("top_logprobs") or ())
-    return TokenLogprob(token, float(entry["logprob"]), entry.get("bytes") or list(token.encode()), top)
+    return TokenLogprob(token, _probability(entry["logprob"]), _bytes(entry.get("bytes")) or list(token.encode()), top)
+
+
+def _probability(value: Any) -> float:
+    """Return the logarithm of a probability, or a logit, as a number that JSON has."""
+    logprob = _LEAST_LOGPROB if value is None else float(value)
+    return min(max(logprob, _LEAST_LOGPROB), -_LEAST_LOGPROB) if logprob == logprob else _LEAST_LOGPROB
+
+
+def _bytes(value: Any) -> list[int] | None:
+    is_right = isinstance(value, list) and all(type(byte) is int and 0 <= byte < 256 for byte in value)
+    return value if is_right else None
 
 
 def _bare_logprobs(given: dict[str, Any]) -> list[TokenLogprob] | None:
@@ -324,5 +364,6 @@ def _bare_logprobs(given: dict[str, Any]) -> list[TokenLogprob] | None:
     entries = []
     for token, logprob, top in zip(tokens, given["token_logprobs"], tops, strict=True):
         best = tuple(_logprob({"token": other, "logprob": value}) for other, value in (top or {}).items())
-        entries.append(TokenLogprob(_text(token), float(logprob or 0.0), list(token.encode()), best))
+        text = _text(token)
+        entries.append(TokenLogprob(text, _probability(logprob or 0.0), list(text.encode()), best))
     return entries or None

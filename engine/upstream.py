@@ -35,6 +35,9 @@ _TAIL_S = 5.0
 """For the usage that follows the last token. The answer is complete by then, so its absence is no failure."""
 MAX_ANSWER_BYTES = 64 * 2**20
 """The longest whole answer but for embeddings: token ids of ten million tokens."""
+_SLICE_BYTES = 4096
+_MAX_BYTES_AT_ONCE = 262_144
+"""A longer answer is parsed on a thread: it would hold up the event loop for more than a few milliseconds."""
 MAX_EMBEDDINGS_BYTES = 512 * 2**20
 """2,048 vectors of 32,768 numbers in base64."""
 
@@ -124,8 +127,9 @@ class Upstream:
             raise AttemptFailed("unreachable", f"answers /health with {health}, /models with {status}")
         with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
             cards = {card["id"]: card for card in models["data"]}
-            if self.model not in cards:
+            if self.model not in cards and replica.lists_model:
                 log.error("replica %s does not list the model %s", replica.url, self.model)
+            replica.lists_model = self.model in cards
             card = cards.get(self.model, {})
             replica.max_model_len = read_count(card, "max_model_len") or replica.max_model_len
             replica.is_vllm = card.get("owned_by") == "vllm"
@@ -156,17 +160,27 @@ class Upstream:
             body = await _read(response, max_bytes)
             if body is None:
                 raise AttemptFailed("failed", f"sent more than {max_bytes} bytes")
-            return Answer(response.status_code, _parsed(body), retry_after_s(response.headers))
+            parsed = _parsed(body) if len(body) <= _MAX_BYTES_AT_ONCE else await asyncio.to_thread(_parsed, body)
+            return Answer(response.status_code, parsed, retry_after_s(response.headers))
 
     async def _send(self, method: str, url: str, content: bytes, prepared: Prepared | None) -> httpx.Response:
-        """Send a request and return its response, which the caller closes. Raises httpx.TransportError."""
+        """Send a request; return its response, which the caller closes. Raises httpx.TransportError, AttemptFailed."""
         headers = self._headers
         if prepared is not None:
             # By its id the replica's log can be matched with ours. It is made by the server.
             headers = headers | {"X-Request-Id": prepared.request_id} | dict(prepared.trace_headers or {})
         extensions = {"timeout": {"connect": self._connect_timeout_s}}
         request = httpx.Request(method, url, headers=headers, content=content, extensions=extensions)
-        return await self.running().handle_async_request(request)
+        response = await self.running().handle_async_request(request)
+        coding = response.headers.get("content-encoding", "identity").strip().lower()
+        if coding == "identity":
+            return response
+        assert isinstance(response.stream, httpx.AsyncByteStream)
+        if coding not in ("gzip", "deflate"):
+            await response.aclose()
+            raise AttemptFailed("failed", "used a content-encoding that nobody asked for")
+        response.stream = _Slices(response.stream)
+        return response
 
     @contextlib.asynccontextmanager
     async def stream(self, replica: Replica, prepared: Prepared, deadline: float) -> AsyncIterator[Stream]:
@@ -234,6 +248,21 @@ def _stream(response: httpx.Response, refused: set[str]) -> Stream:
         return Stream(response.aiter_bytes(), bytes, refused)
     assert isinstance(response.stream, httpx.AsyncByteStream)
     return Stream(aiter(response.stream), response.extensions.get("arrived", bytes), refused)
+
+
+class _Slices(httpx.AsyncByteStream):
+    """A compressed body in slices that are small even when they are decoded, at most 1,032 times as long."""
+
+    def __init__(self, body: httpx.AsyncByteStream) -> None:
+        self._body = body
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for piece in self._body:
+            for at in range(0, len(piece), _SLICE_BYTES):
+                yield piece[at : at + _SLICE_BYTES]
+
+    async def aclose(self) -> None:
+        await self._body.aclose()
 
 
 class Patience:

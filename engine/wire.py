@@ -1,13 +1,14 @@
 """What is said to an OpenAI-compatible server, and what its refusals mean. No I/O.
 
 What a server says of a request's fault reaches the client as an InvalidRequest in our own words: at most the name of
-a field and an error code, if they look like names, are the server's. Everything else that it may answer is an
-AttemptFailed, whose outcome `engine.pool` has rules for. An error is read alike wherever it is: in the body of a
+a field that requests have, and an error code of plain words, are the server's. Everything else that it may answer is
+an AttemptFailed, whose outcome `engine.pool` has rules for. An error is read alike wherever it is: in the body of a
 refusal, in a body with status 200, or in a frame of a stream.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import email.utils
 import logging
 import math
@@ -32,10 +33,16 @@ RESPONSE_FORMAT = "response_format"
 BYTES_PER_TOKEN = 4  # English prose and code; other scripts differ by half in either direction
 _MESSAGE_TOKENS = 4  # the role and the marks around a message
 _PART_TOKENS = 1024  # an image of ordinary size
+_ADDED_TOKENS = 64  # begin, end, and an instruction that a server may put before an input
 _MILLISECONDS = re.compile(r"[0-9]{1,9}")
 _SECONDS = re.compile(r"[0-9]{1,6}(\.[0-9]{1,9})?")
 _ERROR_STATUS = re.compile(r"[45][0-9]{2}")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.\[\]-]{0,63}")
+_CODE = re.compile(r"[a-z]{1,24}(_[a-z]{1,24}){0,7}")
+_FIELDS = {field.name for field in dataclasses.fields(GenerationRequest)}
+_FIELDS -= {"request_id", "cache_salt", "flow", "priority", "affinity"}  # the gateway's own
+_FIELDS |= {"model", "max_completion_tokens", "input", "dimensions"}
+"""What a client can have sent."""
 _TOO_LONG = re.compile(r"(context|model) length|max_model_len|longer than the maximum", re.IGNORECASE)
 _NAMED: dict[int, set[str]] = {
     400: {
@@ -175,6 +182,13 @@ def estimate_tokens(text: str | list[int]) -> int:
     return len(text) if isinstance(text, list) else math.ceil(len(text.encode()) / BYTES_PER_TOKEN)
 
 
+def most_tokens(inputs: list[str | list[int]]) -> int:
+    """Return the most tokens that inputs of embeddings can have: one per byte, and a few that are added to each."""
+    return sum(
+        _ADDED_TOKENS + len(text if isinstance(text, list) else text.encode(errors="surrogatepass")) for text in inputs
+    )
+
+
 def refused_option(status: int, answer: Any) -> str | None:
     """Return which optional field of ours a server does not know, if that is what its refusal says."""
     error = error_fields(answer)
@@ -241,14 +255,28 @@ def is_error(frame: Any) -> bool:
 def error_fields(answer: Any) -> dict[str, Any]:
     """Return the error object of an answer, or an empty one.
 
-    Older vLLM has its fields at the top, TGI a text under `error` and its kind beside it, Gemini a list around it all.
+    Older vLLM has its fields at the top, TGI a text under `error` and its kind beside it, Gemini a list around it all,
+    FastAPI a list of places or an object under `detail`.
     """
     if isinstance(answer, list) and len(answer) == 1:
         answer = answer[0]
+    if isinstance(answer, dict) and not answer.keys() & {"error", "message"}:
+        answer = _detailed(answer.get("detail"))
     error = answer.get("error", answer) if isinstance(answer, dict) else None
     if isinstance(error, str):
         return {"message": error, "type": answer.get("error_type"), "code": answer.get("code")}
     return error if isinstance(error, dict) and (error is not answer or "message" in error) else {}
+
+
+def _detailed(detail: Any) -> Any:
+    """Return FastAPI's `detail` in OpenAI's form."""
+    if not isinstance(detail, list):
+        return detail
+    places = [place.get("loc") for place in detail if isinstance(place, dict)]
+    param = ""
+    for part in places[0][1:] if places and isinstance(places[0], list) else ():  # behind "body"
+        param += f"[{part}]" if isinstance(part, int) else f".{part}" if param else str(part)
+    return {"message": str(detail), "param": param or None}
 
 
 def retry_after_s(headers: Mapping[str, str]) -> float | None:
@@ -302,10 +330,10 @@ def _invalid(status: int, error: dict[str, Any], request: GenerationRequest | Em
         return InvalidRequest(words, prompt, "context_length_exceeded")
     if status == 413:
         return InvalidRequest("The request is too large for the model's server.", code="request_too_large")
-    code = code if isinstance(code, str) and _NAME.fullmatch(code) else None
+    code = code if isinstance(code, str) and _CODE.fullmatch(code) else None
     if param is None and RESPONSE_FORMAT in message:  # DeepSeek's word on schemas, for one
         param = RESPONSE_FORMAT
-    if not isinstance(param, str) or not _NAME.fullmatch(param):
+    if not isinstance(param, str) or not _NAME.fullmatch(param) or re.split(r"[.\[]", param)[0] not in _FIELDS:
         return InvalidRequest("The model's server refuses the request as invalid. Check its parameters.", code=code)
     if param in (MAX_TOKENS, "max_completion_tokens") and isinstance(request, GenerationRequest):
         param = request.max_tokens_param

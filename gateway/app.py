@@ -293,6 +293,8 @@ def _factory(name: str, settings: EngineSettings, environment: Mapping[str, str]
         api_key = environment.get(settings.api_key_env, "").strip() if settings.api_key_env else ""
         if settings.api_key_env and not api_key:
             raise EngineError(f"{settings.api_key_env} is not set.")
+        if not (api_key.isascii() and api_key.isprintable()):
+            raise EngineError(f"{settings.api_key_env} must be ASCII in one line, as HTTP headers are.")
         return lambda: RemoteEngine(**settings.arguments(), api_key=api_key, resolve=Resolver())
     # The engine's name on vLLM's metrics: two engines may well have the same model.
     args: dict[str, Any] = {"served_model_name": [name]}

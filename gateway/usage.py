@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import json
 import logging
 import os
 import time
@@ -192,6 +193,8 @@ class Ledger:
                         await asyncio.sleep(_RETRY_S)
                         continue
                 return
+            except Exception as error:  # whatever it is, those who wait must not wait for ever
+                answers = [self._set_aside(entry, f"can't be sent ({error!r})") for entry, _ in batch]
             for (entry, result), answer in zip(batch, answers, strict=True):
                 if not result.done():
                     result.set_result(standing_of(entry.allowance, answer[1:]))
@@ -224,7 +227,8 @@ class Ledger:
         It is not sent again: its number counts as applied where the script broke off half-way.
         """
         self._store.metrics.usage_refused.inc()
-        log.error("usage that %s: %s", reason, orjson.dumps(asdict(entry)).decode())
+        # orjson refuses integers beyond 64 bits.
+        log.error("usage that %s: %s", reason, json.dumps(asdict(entry), separators=(",", ":")))
         return [0, entry.allowance.requests_per_minute, entry.allowance.tokens_per_minute, 0, 0]
 
     def _turn_to_journal(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import asyncio
 import base64
 import secrets
 import sys
@@ -81,12 +82,17 @@ async def create_embedding(call: Annotated[Call, Depends(call)]) -> Response:
 async def _embed(request: EmbeddingRequest, meter: Meter, *, as_base64: bool) -> AsyncGenerator[bytes, None]:
     vectors = await meter.embed(await meter.prepare_embedding(request))
     usage = {"prompt_tokens": meter.usage.prompt_tokens, "total_tokens": meter.usage.prompt_tokens}
-    data = [
-        {"object": "embedding", "index": index, "embedding": _base64(vector) if as_base64 else vector}
-        for index, vector in enumerate(vectors)
-    ]
-    body: dict[str, Any] = {"object": "list", "data": data, "model": meter.model.id, "usage": usage}
-    yield orjson.dumps(body)
+    rest: dict[str, Any] = {"model": meter.model.id, "usage": usage}
+    yield await asyncio.to_thread(_encode, vectors, rest, as_base64)
+
+
+def _encode(vectors: list[list[float]], rest: dict[str, Any], as_base64: bool) -> bytes:
+    """Return the body, encoded vector by vector: orjson lets no other thread run meanwhile."""
+    rows = []
+    for index, vector in enumerate(vectors):
+        embedding = _base64(vector) if as_base64 else vector
+        rows.append(orjson.dumps({"object": "embedding", "index": index, "embedding": embedding}))
+    return b'{"object":"list","data":[' + b",".join(rows) + b"]," + orjson.dumps(rest)[1:]
 
 
 def _base64(vector: list[float]) -> str:

@@ -348,6 +348,36 @@ async def test_entry_that_the_store_refuses_is_logged_and_holds_up_no_other(
         assert await store.run("HGET", f"sh:{{k:{KEY_ID}}}:u:{DAY}:shannon-complex", "requests") == "2"
 
 
+async def test_entry_beyond_64_bits_is_logged_and_holds_up_no_other(
+    store_url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with opened(store_url, tmp_path) as (store, ledger):
+        entries = [entry(), entry(prompt_tokens=2**70, refund=-(2**70)), entry()]
+        await asyncio.wait_for(asyncio.gather(*map(ledger.settle, entries)), 10)
+        await asyncio.wait_for(ledger.settle(entry()), 10)
+
+        assert (await ledger.totals(KEY_ID))[0]["requests"] >= 3, "the script may break off half-way"
+        assert b"shannon_usage_refused_total 1.0" in store.metrics.render()
+    assert f'"prompt_tokens":{2**70}' in caplog.text
+
+
+async def test_defect_of_the_writer_leaves_nobody_waiting(
+    store_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(store_url, tmp_path) as (store, ledger):
+
+        def command(*args: object) -> object:
+            raise RuntimeError("a defect")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Entry, "command", command)
+            await asyncio.wait_for(asyncio.gather(ledger.settle(entry()), ledger.settle(entry())), 10)
+        await asyncio.wait_for(ledger.settle(entry()), 10)
+
+        assert (await ledger.totals(KEY_ID))[0]["requests"] == 1
+        assert b"shannon_usage_refused_total 2.0" in store.metrics.render()
+
+
 async def test_journal_is_for_its_owner_only(own: StoreServer, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     async with opened(own.url, folder) as (_, ledger):

@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import struct
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -32,6 +33,7 @@ from engine.base import (
 from engine.http1 import Http1Transport
 from engine.mock import MockEngine
 from engine.remote import RemoteEngine
+from engine.reply import read_vectors
 from engine.supervisor import SupervisedEngine
 from gateway.config import ConfigError, RemoteSettings, parse_config
 from tests.conftest import HELLO, Start, until
@@ -804,6 +806,16 @@ REFUSALS: list[tuple[int, Any, str | None, str | None, str]] = [
     (400, error(f"maximum context length is 9. {SECRET_WORDS}"), "messages", "context_length_exceeded", "does not fit"),
     (400, error(param="input_tokens"), "messages", "context_length_exceeded", "does not fit"),
     (400, error(code="context_length_exceeded"), "messages", "context_length_exceeded", "does not fit"),
+    (
+        422,
+        {"detail": [{"loc": ["body", "messages", 0, "role"], "msg": SECRET_WORDS}]},
+        "messages[0].role",
+        None,
+        "role",
+    ),
+    (422, {"detail": [{"loc": "body", "msg": SECRET_WORDS}]}, None, None, "refuses the request as invalid"),
+    (422, {"detail": [{"loc": ["body", SECRET_WORDS]}]}, None, None, "refuses the request as invalid"),
+    (422, {"detail": ["x", None]}, None, None, "refuses the request as invalid"),
     (413, SECRET_WORDS.encode(), None, "request_too_large", "too large"),
     (400, SECRET_WORDS.encode() * 10_000, None, None, "refuses the request as invalid"),
     (400, ["nonsense"], None, None, "refuses the request as invalid"),
@@ -862,6 +874,37 @@ async def test_options_that_a_server_does_not_know_are_left_out_from_then_on(
             await generate(engine)
 
     assert [received.body.get("stream_options") for received in server.generations][1:] == [expected, expected]
+
+
+WORDS_ON_OPTIONS: dict[str, Any] = {
+    "OpenAI": lambda path: error(f"Unrecognized request argument supplied: {path[-1]}"),
+    "vLLM": lambda path: {"object": "error", "message": f"[{{'loc': ('body', {path})}}]", "code": 400},
+    "FastAPI": lambda path: {"detail": [{"type": "extra_forbidden", "loc": ["body", *path], "msg": "not permitted"}]},
+    "FastAPI's second": lambda path: {"detail": [{"loc": ["body", "x"]}, {"loc": ["body", *path], "msg": "no"}]},
+    "Mistral": lambda path: {"object": "error", "message": {"detail": [{"loc": ["body", *path]}]}, "code": None},
+    "object": lambda path: {"detail": {"error": {"message": f"{path[-1]} is unknown"}}},
+    "text": lambda path: {"error": f"{'.'.join(path)}: unknown field"},
+}
+
+
+@pytest.mark.parametrize("status", [400, 422])
+@pytest.mark.parametrize("server_kind", WORDS_ON_OPTIONS)
+async def test_options_are_left_out_in_whatever_words_a_server_refuses_them(server_kind: str, status: int) -> None:
+    """Without it every request of every client would be refused by such a server."""
+
+    async def strict(connection: Connection) -> None:
+        options = connection.request.body.get("stream_options")
+        if options is None:
+            await hello(connection)
+        else:
+            path = ["stream_options", *(["continuous_usage_stats"] if len(options) > 1 else [])]
+            await connection.reply(status, WORDS_ON_OPTIONS[server_kind](path))
+
+    async with run_upstream(strict) as server, remote(server) as engine:
+        for _ in range(2):
+            await generate(engine)
+
+    assert len(server.generations) == 4
 
 
 async def test_newer_name_of_max_tokens_is_used_where_the_older_is_refused() -> None:
@@ -1060,9 +1103,11 @@ async def test_unlisted_model_is_named(caplog: pytest.LogCaptureFixture) -> None
     async with run_upstream(hello) as server:
         engine = RemoteEngine([server.url], "another", max_model_len=100)
         await engine.start()
+        for _ in range(3):
+            await engine._upstream.probe(engine.replicas[0])
         await engine.close()
 
-    assert "does not list the model another" in caplog.text
+    assert caplog.text.count("does not list the model another") == 1
 
 
 async def test_session_stays_with_its_replica() -> None:
@@ -1140,6 +1185,59 @@ async def test_embeddings_come_in_the_order_of_their_inputs(encode: Callable[...
 
 
 @pytest.mark.parametrize(
+    "rows",
+    [
+        [(0, [1.0]), (0, [2.0])],
+        [(0, [1.0]), (2, [2.0])],
+        [(-1, [1.0]), (0, [2.0])],
+        [(0, [1.0]), (True, [2.0, 3.0])],
+        [(0, [1.0]), (1, [2.0, 3.0])],
+        [(0, []), (1, [])],
+        [(0, packed(float("nan"))), (1, packed(1.0))],
+        [(0, packed(float("inf"))), (1, packed(-float("inf")))],
+    ],
+    ids=["same index", "gap", "negative", "truth", "lengths", "empty", "NaN", "infinite"],
+)
+async def test_vectors_that_do_not_belong_to_the_inputs_are_refused(rows: list[tuple[Any, Any]]) -> None:
+    answer = {"data": [{"index": index, "embedding": embedding} for index, embedding in rows]}
+    routes = {"/v1/embeddings": refusing(200, answer)}
+    async with run_upstream(hello, routes=routes) as server, remote(server, retries=0) as engine:
+        prepared = await engine.prepare_embedding(EmbeddingRequest(request_id="r1", inputs=["one", "two"]))
+        with pytest.raises(EngineUnavailable):
+            await engine.embed(prepared)
+
+
+@pytest.mark.parametrize("told", [10**9, 2**63, -1, None, "9"])
+async def test_usage_of_embeddings_that_cannot_be_true_is_not_believed(told: Any) -> None:
+    answer = {"data": [{"index": 0, "embedding": [1.0]}], "usage": {"prompt_tokens": told}}
+    routes = {"/v1/embeddings": refusing(200, answer)}
+    async with run_upstream(hello, routes=routes) as server, remote(server) as engine:
+        prepared = await engine.prepare_embedding(EmbeddingRequest(request_id="r1", inputs=["one"]))
+        await engine.embed(prepared)
+
+    assert prepared.usage == Usage(7)
+
+
+async def test_long_embeddings_are_read_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full answer, of 2,048 vectors of 4,096 numbers, takes a third of a second."""
+    readers: list[threading.Thread] = []
+
+    def read(*args: Any) -> Any:
+        readers.append(threading.current_thread())
+        return read_vectors(*args)
+
+    monkeypatch.setattr("engine.remote.read_vectors", read)
+    rows = [{"index": number, "embedding": packed(*[0.5] * 1024)} for number in range(64)]
+    routes = {"/v1/embeddings": refusing(200, {"data": rows})}
+    async with run_upstream(hello, routes=routes) as server, remote(server) as engine:
+        prepared = await engine.prepare_embedding(EmbeddingRequest(request_id="r1", inputs=["one"] * 64))
+        vectors = await engine.embed(prepared)
+
+    assert vectors == [[0.5] * 1024] * 64
+    assert threading.main_thread() not in readers
+
+
+@pytest.mark.parametrize(
     ("status", "body", "kind"),
     [
         (400, error(param="dimensions"), InvalidRequest),
@@ -1203,7 +1301,7 @@ def test_defaults_of_settings_and_engine_agree() -> None:
         name: defaults[name] for name in given.keys() & defaults.keys()
     }
     assert given.keys() - defaults.keys() == {"urls", "model"}
-    assert defaults.keys() - given.keys() == {"api_key", "clock", "transport"}
+    assert defaults.keys() - given.keys() == {"api_key", "resolve", "clock", "transport"}
 
 
 @pytest.mark.parametrize(

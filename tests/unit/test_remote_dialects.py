@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import gzip
 import json
 import random
 import time
+import zlib
 from typing import Any
 
 import pytest
 
-from engine.base import GenerationRequest, Prepared, Usage
+from engine.base import Delta, EngineDied, EngineUnavailable, GenerationRequest, Prepared, Usage
 from engine.event_stream import Frames
 from engine.pool import AttemptFailed
 from engine.remote import RemoteEngine
@@ -69,6 +71,18 @@ STREAMS: dict[str, bytes] = {
     "garbage behind [DONE]": spoken(FRAMES) + b"data: {no",
     "no last line end": spoken(FRAMES, last=b"").rstrip(b"\n"),
     "empty choices first": spoken([{"id": "", "choices": [], "prompt_filter_results": []}, *FRAMES]),
+    "error behind the finish": spoken([*FRAMES, {"error": {"message": "late", "code": 400}}], last=b""),
+    "garbage behind the finish": spoken(FRAMES, last=b"") + b"data: bye\n\n",
+    "broken frame behind the finish": spoken(FRAMES, last=b"") + b"data: {bye\n\n",
+    "[DONE] in quotes": spoken(FRAMES, last=b'"[DONE]"'),
+    "error event behind the finish": spoken(FRAMES, last=b"") + b'event: error\ndata: {"code": 400}\n\n',
+    "refusal in place of content": spoken(
+        [FRAMES[0], *(chunk(None, refusal=text) for text in ("Hel", "lö")), *FRAMES[3:]]
+    ),
+    "numbers that JSON does not have": b"".join(
+        b"data: %b\n\n" % json.dumps(frame | {"score": value}).encode()
+        for frame, value in zip(FRAMES, [1, float("nan"), float("inf"), -float("inf"), 1], strict=True)
+    ),
     "ASCII escapes": b"".join(b"data: %b\n\n" % json.dumps(frame).encode() for frame in FRAMES) + b"data: [DONE]\n\n",
     "role in each": spoken(
         [chunk(frame["choices"][0]["delta"].get("content"), role="assistant") for frame in FRAMES[:3]] + FRAMES[3:]
@@ -111,6 +125,11 @@ STREAMS: dict[str, bytes] = {
     "usage of no completion": spoken([*FRAMES[:4], FRAMES[4] | {"usage": FULL | {"completion_tokens": 0}}]),
     "usage in part": spoken([*FRAMES[:4], FRAMES[4] | {"usage": {"total_tokens": 10}}]),
     "usage in texts": spoken([*FRAMES[:4], FRAMES[4] | {"usage": {"prompt_tokens": "7", "completion_tokens": "3"}}]),
+    "usage beyond any context": spoken([*FRAMES[:4], summary(10**9, 3)]),
+    "usage beyond 64 bits": spoken([*FRAMES[:4], summary(2**63, 2**62)]),
+    "usage of a completion beyond any context": spoken([*FRAMES[:4], summary(7, 10**9)]),
+    "usage beyond any context in each": spoken(told(..., *[FULL | {"completion_tokens": 10**12}] * 3)),
+    "usage below nothing": spoken([*FRAMES[:4], summary(7, -3)]),
     "usage without choices": spoken([*FRAMES[:4], {"usage": FULL}]),
     "usage with null choices": spoken([*FRAMES[:4], {"choices": None, "usage": FULL}]),
 }
@@ -174,6 +193,31 @@ async def test_document_in_answer_to_a_stream_request_is_an_answer(name: str, co
             assert prepared.usage == EXACT
 
 
+async def test_lines_of_json_in_answer_to_a_stream_request_are_an_answer() -> None:
+    async def answer(connection: Connection) -> None:
+        await connection.begin("application/x-ndjson")
+        for frame in FRAMES:
+            await connection.send(json.dumps(frame).encode() + b"\n")
+            await asyncio.sleep(0)
+        await connection.end(done=False)
+
+    async with run_upstream(answer) as server, remote(server) as engine:
+        for stream in (True, False):
+            prepared, deltas = await generate(engine, stream=stream)
+
+            assert "".join(delta.text for delta in deltas) == "Hellö"
+            assert deltas[-1].finish_reason == "stop"
+            assert [delta.finish_reason for delta in deltas[:-1]] == [None] * (len(deltas) - 1)
+            assert prepared.usage == EXACT
+
+
+def test_first_of_several_documents_ends_nothing() -> None:
+    frames = Frames()
+    received, failure = frames.read(json.dumps(FRAMES[1]).encode() + b"\n")
+
+    assert (len(received), failure, frames.is_document, frames.done) == (1, None, True, False)
+
+
 async def test_documents_usage_is_of_all_its_choices() -> None:
     choices = [{"index": n, "message": {"content": "a"}, "finish_reason": "stop"} for n in range(3)]
     answer = whole(json.dumps({"choices": choices, "usage": FULL}).encode(), "application/json")
@@ -202,6 +246,80 @@ async def test_long_text_without_usage_is_not_one_token() -> None:
     assert prepared.usage == Usage(7, 1250, estimated=True)
 
 
+async def test_end_without_a_word_has_processed_the_prompt() -> None:
+    """Nothing tells how long it was, so it is what was counted before."""
+    answer = whole(spoken([FRAMES[0], FRAMES[3]]), "text/event-stream")
+    async with run_upstream(answer) as server, remote(server) as engine:
+        prepared, _ = await generate(engine)
+
+    assert prepared.usage == Usage(7, 0, estimated=True)
+
+
+async def test_thoughts_are_not_more_than_the_completion() -> None:
+    details = {"reasoning_tokens": 10**9}
+    answer = whole(spoken([*FRAMES[:4], summary(7, 3, completion_tokens_details=details)]), "text/event-stream")
+    async with run_upstream(answer) as server, remote(server) as engine:
+        prepared, _ = await generate(engine)
+
+    assert prepared.usage == Usage(7, 3, reasoning_tokens=3)
+
+
+@pytest.mark.parametrize("apart", [True, False])
+async def test_what_came_before_a_broken_frame_is_handed_over_and_counted(apart: bool) -> None:
+    pieces = [spoken(FRAMES[:2], last=b""), spoken(FRAMES[2:3], last=b""), b"data: {no\n\n"]
+
+    async def answer(connection: Connection) -> None:
+        await connection.begin()
+        for piece in pieces if apart else [b"".join(pieces)]:
+            await connection.send(piece)
+            await asyncio.sleep(0)
+        await connection.left()
+
+    async with run_upstream(answer) as server, remote(server) as engine:
+        prepared = await engine.prepare(request())
+        deltas: list[Delta] = []
+        with pytest.raises(EngineDied):
+            await _collect(engine, prepared, deltas)
+
+    assert ("".join(delta.text for delta in deltas), prepared.usage) == ("Hellö", Usage(7, 2, estimated=True))
+
+
+async def _collect(engine: RemoteEngine, prepared: Prepared, deltas: list[Delta]) -> None:
+    async for delta in engine.generate(prepared):
+        deltas.append(delta)
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+@pytest.mark.parametrize("words", ["w", "word " * 100], ids=["short", "long"])
+async def test_answer_without_end_is_ended(words: str, stream: bool) -> None:
+    async def endless(connection: Connection) -> None:
+        await connection.begin()
+        while True:
+            await connection.send(spoken([chunk(words)] * 100, last=b""))
+
+    async with run_upstream(endless, max_model_len=100) as server, remote(server) as engine:
+        prepared = await engine.prepare(request(stream=stream, max_tokens=5))
+        deltas: list[Delta] = []
+        with pytest.raises(EngineUnavailable):
+            await _collect(engine, prepared, deltas)
+
+        assert prepared.usage.completion_tokens <= 1000
+        assert len(deltas) <= 800
+        assert engine.unfinished_requests == 0
+
+
+@pytest.mark.parametrize("logprob", [None, float("-inf"), float("nan"), 1e308, -1e308])
+@pytest.mark.parametrize("told_bytes", ["ab", [300], {"a": 1}, [None], 7])
+async def test_logprobs_are_numbers_and_bytes(logprob: Any, told_bytes: Any) -> None:
+    entry = {"token": "ö", "logprob": logprob, "bytes": told_bytes}
+    frame = chunk("ö", logprobs={"content": [entry | {"top_logprobs": [entry]}]})
+    async with run_upstream(whole(spoken([frame, FRAMES[3]]), "text/event-stream")) as server, remote(server) as engine:
+        _, deltas = await generate(engine, logprobs=True)
+
+    (read,) = deltas[0].logprobs or ()
+    assert (abs(read.logprob), read.bytes, read.top[0].bytes) == (9999.0, [195, 182], [195, 182])
+
+
 @pytest.mark.parametrize("content", [STREAMS["plain"], DOCUMENTS["one line"]], ids=["stream", "document"])
 async def test_compression_that_nobody_asked_for_is_undone(content: bytes) -> None:
     answer = whole(gzip.compress(content), "text/event-stream", content_encoding="gzip")
@@ -210,6 +328,36 @@ async def test_compression_that_nobody_asked_for_is_undone(content: bytes) -> No
 
     assert server.generations[0].headers["accept-encoding"] == "identity"
     assert ("".join(delta.text for delta in deltas), prepared.usage) == ("Hellö", EXACT)
+
+
+@pytest.mark.parametrize("coding", ["gzip, gzip", "zstd", "br", "gzip, identity", "chunked", "x"])
+async def test_other_compression_is_no_answer(coding: str) -> None:
+    """Compressed twice, 4 GB are a body of 7 KiB."""
+    answer = whole(gzip.compress(gzip.compress(STREAMS["plain"])), "text/event-stream", content_encoding=coding)
+    async with run_upstream(answer) as server, remote(server) as engine:
+        with pytest.raises(EngineUnavailable):
+            await generate(engine)
+
+
+async def test_compressed_answer_is_decoded_in_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """256 MiB of one line are a body of 256 KiB, which arrives at once."""
+    longest = 0
+    read = Frames.read
+
+    def note(self: Frames, data: bytes) -> Any:
+        nonlocal longest
+        longest = max(longest, len(data))
+        return read(self, data)
+
+    monkeypatch.setattr(Frames, "read", note)
+    packer = zlib.compressobj(wbits=31)
+    bomb = b"".join(packer.compress(b"x" * 2**20) for _ in range(256)) + packer.flush()
+    answer = whole(bomb, "text/event-stream", content_encoding="gzip")
+    async with run_upstream(answer) as server, remote(server) as engine:
+        with pytest.raises(EngineUnavailable):
+            await generate(engine)
+
+    assert 0 < longest <= 8 * 2**20
 
 
 async def test_frame_is_handed_over_before_the_blank_line_behind_it() -> None:
@@ -236,18 +384,21 @@ def test_pieces_of_any_size_make_the_same_frames(name: str) -> None:
         assert _read(raw, [rng.randint(1, 40) for _ in range(len(raw))]) == expected
 
 
-def _read(raw: bytes, sizes: list[int]) -> tuple[str, Usage]:
+def _read(raw: bytes, sizes: list[int]) -> tuple[str, Usage, list[str]]:
     prepared = Prepared(request_id="r", prompt_tokens=7, max_tokens=9)
     asked = GenerationRequest(request_id="r", messages=HELLO)
-    frames, reply = Frames(), Reply(prepared, asked, estimated=False)
+    frames, reply = Frames(), Reply(prepared, asked, estimated=False, context_tokens=1000)
     text, at = "", 0
-    for size in sizes:
-        if frames.done:
+    failures: list[str] = []
+    for size in [*sizes, len(raw)]:
+        if frames.done or failures:
             break
-        text += "".join(delta.text for frame in frames.feed(raw[at : at + size]) for delta in reply.read(frame))
+        received, broken = frames.read(raw[at : at + size])
+        deltas, failure = reply.read_all(received)
+        text += "".join(delta.text for delta in deltas)
+        failures += [str(found) for found in (failure or broken,) if found is not None]
         at += size
-    text += "".join(delta.text for frame in frames.end() for delta in reply.read(frame))
-    return text, prepared.usage
+    return text, prepared.usage, failures
 
 
 def test_frame_without_end_is_refused_in_linear_time(monkeypatch: pytest.MonkeyPatch) -> None:

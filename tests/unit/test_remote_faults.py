@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from engine.base import EmbeddingRequest, EngineError, EngineOverloaded, EngineUnavailable, InvalidRequest
+from engine.event_stream import Frames
 from engine.pool import RULES, AttemptFailed, Outcome
 from engine.remote import RemoteEngine
 from engine.wire import refuse, retry_after_s
@@ -32,6 +33,7 @@ from tests.upstream_server import (
     chunk,
     error,
     run_upstream,
+    summary,
 )
 
 pytestmark = pytest.mark.anyio
@@ -105,6 +107,9 @@ WAYS: dict[str, Answer] = {
     "empty choices": refusing(200, {"choices": []}),
     "odd choices": refusing(200, {"choices": "none"}),
     "bad frame": streaming(b"data: {not json}\n\n", cut=False),
+    "error event": streaming(b'event: error\ndata: {"code": 500, "msg": "x"}\n\n', cut=False),
+    "late error event": streaming(TOKEN, b'event: error\ndata: {"msg": "x"}\n\n', cut=False),
+    "error event in words": streaming(b"event: error\ndata: no room\n\n", cut=False),
     "late bad frame": streaming(TOKEN, b"data: {not json}\n\n", cut=False),
     "odd frame": saying({"choices": [{"index": 7, "delta": {}}]}),
     "aborted": saying(chunk("", "abort")),
@@ -335,6 +340,19 @@ async def test_overload_is_passed_on_with_the_time_that_the_server_asks_for(star
     assert 30 < waits_s[3] <= 60
 
 
+@pytest.mark.parametrize("told", [(10**9, 3), (7, 10**15), (2**63, 2**62), (-7, 3)])
+async def test_usage_that_cannot_be_true_costs_no_key_its_limit(start: Start, told: tuple[int, int]) -> None:
+    lying = saying(chunk("Hi", usage=told), chunk(None, "stop", usage=told), summary(*told))
+    async with run_upstream(lying) as server:
+        mock: Any = lambda: RemoteEngine([server.url], "demo")  # noqa: E731
+        gateway = await start(mock=mock)
+        for stream in (False, True, False):
+            response = await asyncio.wait_for(gateway.chat(stream=stream), 10)
+            assert response.status_code == 200
+        spent = await gateway.metered()
+        assert (spent.prompt_tokens, spent.completion_tokens) == (3 * 7, 3)
+
+
 async def test_unreachable_server_is_not_overloaded(start: Start) -> None:
     async with run_upstream(hello) as server:
         mock: Any = lambda: RemoteEngine([DEAD, server.url], "demo", max_model_len=1000)  # noqa: E731
@@ -398,6 +416,25 @@ def test_content_filter_is_named(status: int) -> None:
         refuse(status, error(code="content_filter"), request())
 
     assert (caught.value.param, caught.value.code) == ("messages", "content_filter")
+
+
+@pytest.mark.parametrize("status", [400, 422])
+@pytest.mark.parametrize(
+    "name", ["vllm-7f.pod.internal", "sk-proj-Zq3Zq3", "sk_live_Zq3", "Traceback", "vllm0", "a" * 64, "_x"]
+)
+def test_names_of_a_refusal_that_are_no_clients_are_not_shown(status: int, name: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        refuse(status, error(param=name, code=name), request())
+
+    assert name not in f"{caught.value} {caught.value.param} {caught.value.code}"
+
+
+def test_event_called_an_error_says_whose_fault_it_is() -> None:
+    frames, failure = Frames().read(b'event: error\ndata: {"code": 400, "msg": "x"}\n\n')
+
+    assert failure is None
+    with pytest.raises(InvalidRequest):
+        refuse(200, frames[0], request())
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ WAYS: dict[str, Answer] = {
     "error": refusing(200, error()),
     "wrong count": tokens(9),
     "negative": tokens(-1),
+    "none": tokens(0, listed=[]),
     "no number": tokens("7"),
     "texts": tokens(7, listed=["a"] * 7),
     "too many": tokens(200_000, listed=[1] * 200_000),

@@ -400,6 +400,17 @@ def test_wrong_engine_is_one_line(place: Place, engine: str, reason: str) -> Non
     assert reason in refusal(place.serve(text, folder=place.folder))
 
 
+@pytest.mark.parametrize("key", ["ключ", "a\nb", "a\r\nX-Header: b"])
+def test_key_of_a_remote_server_that_no_header_can_hold_is_one_line(place: Place, key: str) -> None:
+    engine = "{kind: remote, model: m, urls: ['https://a/v1'], api_key_env: UPSTREAM_KEY}"
+    text = f"engines: {{main: {engine}}}\nmodels: {{shannon-chat: {{description: x}}}}\n"
+
+    line = refusal(place.serve(text, environment={"UPSTREAM_KEY": key}, folder=place.folder))
+
+    assert "UPSTREAM_KEY must be ASCII in one line" in line
+    assert key not in line
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
