@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     IPvAnyNetwork,
@@ -34,12 +35,14 @@ from gateway.environment import override
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 Priority = Literal["high", "normal", "low"]
 _VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*$"
 _HOST_NAME = re.compile(r"[A-Za-z0-9._-]+")
+_TYPES = re.compile(r"str|list\[.*\]")
+"""What pydantic puts behind the place of a value that may be of several types."""
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_-]")
 
 
@@ -47,10 +50,20 @@ def _own_path(path: Path) -> Path:
     """Return a path with `~` as the user's home. Raises ValueError for one that no system call takes."""
     if "\0" in str(path):
         raise ValueError("must not contain a null character")
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        raise ValueError("must be valid Unicode") from None
     return Path(os.path.expanduser(path))
 
 
-_OwnPath = Annotated[Path, AfterValidator(_own_path)]
+def _not_empty(value: Any) -> Any:
+    if isinstance(value, str) and not value.strip():
+        raise ValueError("must not be empty")
+    return value
+
+
+_OwnPath = Annotated[Path, AfterValidator(_own_path), BeforeValidator(_not_empty)]
 
 
 def _is_ipv6(host: str) -> bool:
@@ -776,6 +789,18 @@ class Config(_Settings):
         raise ValueError(f"{where}: there is no tool {name!r}; the tools are {', '.join(known)}")
 
 
+def _words(error: Any) -> str:
+    """Return what is wrong with a setting, in no words of Python's."""
+    known = {
+        "model_type": "must be a mapping of settings",
+        "dict_type": "must be a mapping",
+        "path_type": "must be a path",
+        "string_unicode": "must be valid Unicode",
+        "invalid_key": "a name in it is not text; put it in quotes",
+    }
+    return known.get(error["type"]) or error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+
+
 def load_config(path: Path, environment: Mapping[str, str] = os.environ) -> Config:
     """Read `path`, follow its includes, apply the environment. Raises ConfigError."""
     tree, origins = override(read_config(path), environment)
@@ -796,10 +821,14 @@ def parse_config(
         loc = list(first["loc"])
         if loc[:1] == ["engines"] and len(loc) > 2:
             del loc[2]  # the kind, which pydantic puts between the engine's name and the setting
+        if first["type"] == "invalid_key":
+            loc.pop()
+        while loc and _TYPES.fullmatch(str(loc[-1])):
+            loc.pop()
         where = ".".join(str(part) for part in loc)
-        message = first["msg"].removeprefix("Value error, ")
+        message = _words(first)
         if where in origins:
-            right = message.replace("Input should be", "must be").partition(",")[0]
+            right = message.partition(",")[0]
             raise ConfigError(f"{origins[where]}: {right}, not {first['input']!r} (it sets {where})") from error
         if first["type"] == "extra_forbidden":
             message = "unknown setting"

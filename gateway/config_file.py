@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from engine.plain_file import read_plain_file
+
 
 class ConfigError(Exception):
     """The configuration can't be used. The message is one line and names the setting."""
@@ -62,7 +64,7 @@ def read_config(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _load(path: Path) -> Any:
-    return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    return yaml.load(read_plain_file(path).decode(), _Loader)
 
 
 def _problem(error: yaml.MarkedYAMLError) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from engine.plain_file import read_plain_file
 from gateway.auth import MIN_KEY_LENGTH, PRIORITIES, OwnKeys, Principal
 from gateway.config import ConfigError, KeySettings
 from gateway.keys import digest, split_key
@@ -49,7 +50,7 @@ def _read(key: KeySettings, environment: Mapping[str, str]) -> str:
     if key.key_file is None:
         return environment.get(key.key_env or "", "")
     try:
-        return key.key_file.read_text(encoding="utf-8")
+        return read_plain_file(key.key_file).decode()
     except OSError as error:
         raise ConfigError(f"{key.key_file}: the key {key.name!r} can't be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -17,7 +17,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -141,7 +141,8 @@ class Ledger:
         if self._journal is not None:
             path = self._journal_path
             with contextlib.suppress(StoreUnavailable, OSError, ValueError):  # it stays for the next gateway
-                await self._replay(path, self._process)
+                async for _ in self._replay(path, self._process):
+                    pass
                 path.unlink()
             self._journal.close()
         for entry, _ in self._waiting:
@@ -268,7 +269,8 @@ class Ledger:
             if not self._store.available:
                 continue
             try:
-                done = await self._replay(path, self._process, done)
+                async for end in self._replay(path, self._process, done):
+                    done = end
             except StoreUnavailable:
                 continue
             except Exception as error:  # whatever it is, nobody else would replay it
@@ -285,38 +287,47 @@ class Ledger:
             log.warning("the journal is replayed, %d bytes", done)
             return
 
-    async def _replay(self, path: Path, process: str, start: int = 0) -> int:
-        """Apply a journal from byte `start` on. Returns where it ends. Raises StoreUnavailable, and may be repeated."""
+    async def _replay(self, path: Path, process: str, start: int = 0) -> AsyncIterator[int]:
+        """Apply a journal from byte `start` on, batch by batch. Yields up to which byte it is applied.
+
+        Raises StoreUnavailable, and goes on from there: a store that answers one batch in two must not see all again.
+        """
         with path.open("rb") as lines:
             lines.seek(start)
             while True:
                 batch = [line for line in (lines.readline() for _ in range(_BATCH)) if line.endswith(b"\n")]
                 if not batch:
-                    return lines.tell()
+                    return
                 await self._send([_parse(line) for line in batch], process)
+                yield lines.tell()
 
     async def _adopt_all(self) -> None:
         """Replay the journals of gateways that are gone, as soon as the store can be had."""
         for path in sorted(self._data_dir.glob("ledger-*.jsonl")):
-            while not await self._adopt(path):
+            done: int | None = 0
+            while (done := await self._adopt(path, done)) is not None:
                 await asyncio.sleep(_RETRY_S)
 
-    async def _adopt(self, path: Path) -> bool:
-        """Replay one journal. A gateway that lives holds a lock on its own, and keeps it."""
+    async def _adopt(self, path: Path, done: int) -> int | None:
+        """Replay one journal from byte `done` on. Returns up to where it got, None where nothing is left to do.
+
+        A gateway that lives holds a lock on its own, and keeps it.
+        """
         try:
             with path.open("r+b") as journal:
                 fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                await self._replay(path, path.stem.removeprefix("ledger-"))
+                async for end in self._replay(path, path.stem.removeprefix("ledger-"), done):
+                    done = end
                 path.unlink()
         except StoreUnavailable:
-            return False
+            return done
         except (BlockingIOError, FileNotFoundError):
-            return True
+            return None
         except (OSError, orjson.JSONDecodeError, KeyError, TypeError) as error:  # another user's, or damaged
             log.error("the journal %s can't be read and stays where it is: %r", path.name, error)
-            return True
+            return None
         log.warning("replayed the journal that an earlier gateway left: %s", path.name)
-        return True
+        return None
 
     async def key_ids(self) -> list[str]:
         """Return the ids of all keys that ever spent anything. Raises StoreUnavailable."""

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import httpx
 import pytest
+import redis
 from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -30,7 +31,7 @@ from gateway.app import build_authenticator, build_store, create_app
 from gateway.config import parse_config
 from gateway.server import Server
 from gateway.tracing import Tracing
-from tests.store_server import StoreServer, run_store
+from tests.store_server import StoreServer, run_cluster, run_store
 
 SECRET = "Zq3" * 14 + "x"
 KEY_ID = "TestKey00001"
@@ -294,6 +295,21 @@ def store_url(store_server: StoreServer) -> str:
     """The URL of an empty store."""
     store_server.client().flushall()
     return store_server.url
+
+
+@pytest.fixture(scope="session")
+def _cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    # It takes two seconds until a node trusts itself.
+    with run_cluster(tmp_path_factory.mktemp("cluster")) as port:
+        yield port
+
+
+@pytest.fixture
+def cluster_port(_cluster: int) -> int:
+    """The port of an empty cluster of one node, shared by all tests that don't break it."""
+    with redis.Redis(port=_cluster) as node:
+        node.flushall()
+    return _cluster
 
 
 @pytest.fixture

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -89,6 +91,55 @@ async def opened(url: str, *, start: bool = True, **settings: Any) -> AsyncGener
     try:
         if start:
             await store.start()
+        yield store
+    finally:
+        await store.close()
+
+
+@contextlib.contextmanager
+def run_cluster(folder: Path) -> Iterator[int]:
+    """Run a cluster of one node, which serves all slots. Yields its port once it does."""
+    port = free_cluster_port()
+    command = [str(get_binary_path()), "--port", str(port), "--bind", "127.0.0.1", "--cluster-enabled", "yes"]
+    command += ["--dir", str(folder), "--save", "", "--logfile", "cluster.log"]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 30
+        while not _serves_all_slots(port):
+            assert time.monotonic() < deadline, (folder / "cluster.log").read_text()
+            time.sleep(0.02)
+        yield port
+    finally:
+        process.terminate()
+        process.wait(timeout=10)
+
+
+def _serves_all_slots(port: int) -> bool:
+    with contextlib.suppress(redis.RedisError), redis.Redis(port=port, decode_responses=True) as node:
+        with contextlib.suppress(redis.ResponseError):  # they are assigned already
+            node.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
+        info: dict[str, str] = node.execute_command("CLUSTER INFO")
+        return info["cluster_state"] == "ok"
+    return False
+
+
+def free_cluster_port() -> int:
+    """Return a port that is free, as is the one 10,000 above for the cluster's bus, both below what clients get."""
+    while True:
+        port = random.randint(10_240, 22_000)
+        with contextlib.suppress(OSError), socket.socket() as one, socket.socket() as other:
+            one.bind(("127.0.0.1", port))
+            other.bind(("127.0.0.1", port + 10_000))
+            return port
+
+
+@contextlib.asynccontextmanager
+async def opened_cluster(port: int) -> AsyncGenerator[Store]:
+    """The gateway's end of a cluster."""
+    settings = StoreSettings(url_env="URL", command_timeout_ms=2000)
+    store = Store(settings, {"URL": f"redis+cluster://127.0.0.1:{port}"}, Metrics())
+    await store.start()
+    try:
         yield store
     finally:
         await store.close()

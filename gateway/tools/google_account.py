@@ -18,6 +18,7 @@ from typing import Any
 
 from google.auth import crypt, jwt
 
+from engine.plain_file import read_plain_file
 from gateway.tools.base import ToolError
 from gateway.tools.json_client import JsonClient
 
@@ -52,7 +53,7 @@ class ServiceAccount:
     def from_file(cls, path: Path, scope: str) -> ServiceAccount:
         """Read a key file as Google's console makes it. Raises ValueError."""
         try:
-            info = json.loads(path.read_text(encoding="utf-8"))
+            info = json.loads(read_plain_file(path))
         except OSError as error:
             raise ValueError(f"it can't be read: {error.strerror}") from error
         except ValueError as error:

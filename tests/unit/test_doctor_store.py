@@ -16,10 +16,8 @@ from gateway.doctor.store_health import check_store, place
 from gateway.metrics import Metrics
 from gateway.store import Store
 from tests.doctor_case import case
-from tests.store_server import StoreServer, run_store
-from tests.unit.test_cluster import cluster_port, opened
+from tests.store_server import StoreServer, opened_cluster, run_store
 
-__all__ = ["cluster_port"]  # a fixture
 pytestmark = pytest.mark.anyio
 
 
@@ -166,7 +164,7 @@ async def test_server_of_another_layout_is_refused(valkey: StoreServer) -> None:
 
 
 async def test_cluster_is_asked_as_one(cluster_port: int) -> None:
-    async with opened(cluster_port):
+    async with opened_cluster(cluster_port):
         right = await examined(f"redis+cluster://127.0.0.1:{cluster_port}")
         wrong = await examined(f"redis://127.0.0.1:{cluster_port}")
 

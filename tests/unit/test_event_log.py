@@ -20,11 +20,9 @@ from gateway.log_writer import LogWriter, Reader, log_keys
 from gateway.metrics import Metrics
 from gateway.store import Store
 from tests.conftest import until
-from tests.store_server import StoreServer, run_store
-from tests.unit.test_cluster import cluster_port, opened
+from tests.store_server import StoreServer, opened_cluster, run_store
 
 pytestmark = pytest.mark.anyio
-__all__ = ["cluster_port"]
 
 FRAME = b"data: %d\n\n"
 
@@ -167,7 +165,7 @@ async def test_writer_learns_what_others_do(store: Store) -> None:
 
 
 async def test_every_command_works_on_a_cluster(cluster_port: int) -> None:
-    async with opened(cluster_port) as store:
+    async with opened_cluster(cluster_port) as store:
         logs, elsewhere = EventLogs(store), EventLogs(store)
         writer = await written(logs)
         writer.append(FRAME % 1, done=1, running="")

@@ -7,7 +7,7 @@ import contextlib
 import errno
 import fcntl
 import resource
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import pytest
 import redis
 
 from gateway.config import StoreSettings
+from gateway.errors import StoreUnavailable
 from gateway.limits import Allowance
 from gateway.metrics import Metrics
 from gateway.store import Store
@@ -179,18 +180,53 @@ async def test_replay_that_fails_for_another_reason_is_tried_again(
         await ledger.settle(entry())
         replay, failures = ledger._replay, 3
 
-        async def fail_at_first(*arguments: Any) -> int:
+        async def fail_at_first(*arguments: Any) -> AsyncIterator[int]:
             nonlocal failures
             failures -= 1
             if failures >= 0:
                 raise OSError(errno.EMFILE, "Too many open files")
-            return await replay(*arguments)
+            async for end in replay(*arguments):
+                yield end
 
         monkeypatch.setattr(ledger, "_replay", fail_at_first)
         own.start()
         await until(lambda: not journals(folder), within_s=15)
         assert caplog.text.count("can't be replayed yet") == 1
         assert (await ledger.totals(KEY_ID))[0]["requests"] == 1
+
+
+@pytest.mark.parametrize("left_behind", [False, True], ids=["own journal", "adopted"])
+async def test_replay_goes_on_where_the_store_went_away_again(
+    own: StoreServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left_behind: bool
+) -> None:
+    """A store that answers every other batch would otherwise be sent the first ones for ever."""
+    sent: list[int] = []
+    send = Ledger._send
+
+    async def every_other(self: Ledger, entries: list[Entry], process: str) -> list[Any]:
+        sent.append(len(entries))
+        if len(sent) % 2 == 0:
+            raise StoreUnavailable("again")
+        return await send(self, entries, process)
+
+    folder = tmp_path / "data"
+    if left_behind:
+        folder.mkdir()
+        (folder / "ledger-dead.jsonl").write_bytes(b"".join(line(number) for number in range(1, 1001)))
+        monkeypatch.setattr(Ledger, "_send", every_other)
+    async with opened(own.url, folder) as (_, ledger):
+        if left_behind:
+            await ledger.start()
+        else:
+            own.stop()
+            for _ in range(1000):
+                await ledger.settle(entry())
+            monkeypatch.setattr(Ledger, "_send", every_other)
+            own.start()
+        await until(lambda: not journals(folder), within_s=30)
+
+        assert (await ledger.totals(KEY_ID))[0]["requests"] == 1000
+    assert len(sent) <= 2 * 8
 
 
 async def test_ledger_closes_though_its_journal_can_not_be_read(
@@ -201,7 +237,7 @@ async def test_ledger_closes_though_its_journal_can_not_be_read(
         own.stop()
         await ledger.settle(entry())
 
-        async def fail(*arguments: Any) -> int:
+        def fail(*arguments: Any) -> AsyncIterator[int]:
             raise OSError(errno.EIO, "Input/output error")
 
         monkeypatch.setattr(ledger, "_replay", fail)

@@ -124,7 +124,7 @@ async def test_changes_are_in_force_together(bench: Bench) -> None:
         ({"models": {"shannon-chat": {}}}, "models.shannon-chat.description: Field required"),
         ({"modles": {}}, "modles: unknown setting"),
         ({"default_model": "gone"}, "default_model: there is no model named 'gone'"),
-        ({"limits": {"replicas": 0}}, "limits.replicas: Input should be greater than or equal to 1"),
+        ({"limits": {"replicas": 0}}, "limits.replicas: must be greater than or equal to 1"),
         (
             {
                 "engines": {"main": {"kind": "mock"}, "spare": {"kind": "mock"}},

@@ -14,11 +14,9 @@ from gateway.errors import BadRequest, NotFound
 from gateway.metrics import Metrics
 from gateway.store import Store
 from gateway.stored_responses import StoredResponse, StoredResponses
-from tests.store_server import run_store
-from tests.unit.test_cluster import cluster_port, opened
+from tests.store_server import opened_cluster, run_store
 
 pytestmark = pytest.mark.anyio
-__all__ = ["cluster_port"]
 
 OURS, THEIRS = Principal("KeyOne000001", tenant="ours"), Principal("KeyTwo000001", tenant="theirs")
 TURN: list[dict[str, Any]] = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "yes"}]
@@ -27,7 +25,7 @@ TURN: list[dict[str, Any]] = [{"role": "user", "content": "one"}, {"role": "assi
 @pytest.fixture(params=["valkey", "redis", "cluster"])
 async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
     if request.param == "cluster":
-        async with opened(request.getfixturevalue("cluster_port")) as store:
+        async with opened_cluster(request.getfixturevalue("cluster_port")) as store:
             yield store
         return
     with run_store(request.param, tmp_path / "s") as server:
