@@ -79,8 +79,9 @@ class LiveResponse:
     failure: GatewayError | None = None
     kept: bool = False
     """The store has it, unless it was deleted since."""
-    opening: asyncio.Task[None] | None = None
-    """Stores it for the first time."""
+    keeping: asyncio.Task[None] | None = None
+    """Writes the newest state to the store. Cancelling a caller stops no command that is on its way, so the next state
+    waits for this one: it could otherwise arrive first."""
     unkept: StoreUnavailable = field(default_factory=StoreUnavailable)
     """Why the store does not have it."""
 
@@ -137,8 +138,7 @@ class LiveResponses:
         if self._watcher is None or self._watcher.done():
             self._watcher = asyncio.create_task(self._watch())
         # Nothing of it is needed before the first token, so it need not wait for the store.
-        live.opening = asyncio.create_task(self._keep(live))
-        return live.opening
+        return self._start_keeping(live)
 
     async def _begin(self, live: LiveResponse, opening: asyncio.Task[None] | None) -> None:
         live.started.set()
@@ -153,9 +153,10 @@ class LiveResponses:
 
     async def _stop(self, live: LiveResponse, opening: asyncio.Task[None] | None) -> None:
         """Note how a response ended that is not complete."""
+        if live.keeping is not None:
+            await live.keeping
         if opening is None or live.frames.finished:
             return
-        await opening
         live.frames.stop(live.failure)
         if live.started.is_set() or live.announced:
             await self._keep(live)
@@ -164,6 +165,13 @@ class LiveResponses:
                 await self.stored.forget(live.record())
 
     async def _keep(self, live: LiveResponse) -> None:
+        await asyncio.shield(self._start_keeping(live))
+
+    def _start_keeping(self, live: LiveResponse) -> asyncio.Task[None]:
+        live.keeping = asyncio.create_task(self._write(live))
+        return live.keeping
+
+    async def _write(self, live: LiveResponse) -> None:
         if not live.store:
             return
         turn = [*live.turn, live.frames.message()] if live.frames.finished else None
@@ -192,8 +200,8 @@ class LiveResponses:
                 waiter.cancel()
         if live.failure is not None and not live.started.is_set():
             raise live.failure
-        if live.opening is not None:  # the engine may be faster than the store
-            await asyncio.wait([live.opening])
+        if live.keeping is not None:  # the engine may be faster than the store
+            await asyncio.wait([live.keeping])
         live.announced = True
         if live.session.unavailable:
             live.interrupt(Cancelled("The response could not be kept."))

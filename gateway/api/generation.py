@@ -24,7 +24,7 @@ from gateway.api.options import ShannonOptions
 from gateway.auth import Principal
 from gateway.catalog import ModelSpec
 from gateway.chunking import rechunk
-from gateway.errors import BadRequest, GatewayError, ModelNotAllowed, ModelNotFound, RateLimitExceeded
+from gateway.errors import BadRequest, GatewayError, InvalidApiKey, ModelNotAllowed, ModelNotFound, RateLimitExceeded
 from gateway.events import Event
 from gateway.images import with_images
 from gateway.meter import Meter
@@ -141,10 +141,22 @@ class Call(Caller):
 
     async def read(self, parse: Callable[[bytes], T]) -> T:
         """Read the body and parse it, beside the event loop if it is large. One that is refused after some work
-        counts as a request.
+        counts as a request. The caller is authenticated again when the body is complete: its key may have been revoked
+        or rotated meanwhile.
 
-        Raises what `Bodies.receive` raises, RequestTooLarge, RateLimitExceeded, and what `parse` raises.
+        Raises what `Bodies.receive` raises, RequestTooLarge, RateLimitExceeded, and what `parse` and `authenticate`
+        raise.
         """
+        parsed = await self._read(parse)
+        await self._authenticate_again()
+        return parsed
+
+    async def _authenticate_again(self) -> None:
+        fresh = await self.services.authenticator.authenticate(self.request)
+        if self.principal.admin and not fresh.admin:
+            raise InvalidApiKey("The rights of this API key have changed. Send the request again.")
+
+    async def _read(self, parse: Callable[[bytes], T]) -> T:
         bodies, key_id = self.services.bodies, self.principal.key_id
         # Which model a bad body means can't be relied on; the default's limits are the best answer there is.
         model = self.services.catalog.default_for(self.principal)

@@ -178,6 +178,9 @@ class _PublicCall(Call):
     async def _charge(self, error: GatewayError, model: ModelSpec | None) -> GatewayError:
         return error
 
+    async def _authenticate_again(self) -> None:
+        pass
+
 
 async def _visitor(request: Request, services: Annotated[Services, Depends(services)]) -> Call:
     """Return the call of a plain route. Raises what `authenticate` and `AddressLimit.take` raise, and NotFound."""

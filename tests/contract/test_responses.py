@@ -714,6 +714,35 @@ async def test_response_that_waits_is_queued(serve: Start) -> None:
     assert await gateway.metered() == gateway.spent()
 
 
+async def test_state_that_is_on_its_way_does_not_overtake_the_cancellation(
+    serve: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cancelling a caller stops no command: the store may still run it after the next one."""
+    gateway = await serve(mock=slow)
+    store = gateway.services.store.bulk
+    run, held, overtaken = store.run, asyncio.Event(), asyncio.Event()
+
+    async def run_late(*command: Any) -> Any:
+        if "in_progress" in command:
+            held.set()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.5):
+                    await overtaken.wait()
+        answer = await run(*command)
+        if "cancelled" in command:
+            overtaken.set()
+        return answer
+
+    monkeypatch.setattr(store, "run", lambda *command: asyncio.shield(asyncio.ensure_future(run_late(*command))))
+    body = await response_to(gateway, background=True)
+    await held.wait()
+    cancelling = asyncio.create_task(gateway.client.post(f"/v1/responses/{body['id']}/cancel"))
+
+    assert (await cancelling).json()["status"] == "cancelled"
+    assert (await fetched(gateway, body["id"]))["status"] == "cancelled"
+    assert (await gateway.client.delete(f"/v1/responses/{body['id']}")).status_code == 200
+
+
 async def test_cancelling_in_the_background_keeps_what_was_said(serve: Start) -> None:
     gateway = await serve(mock=slow)
     body = await response_to(gateway, background=True)

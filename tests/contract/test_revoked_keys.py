@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import httpx
@@ -242,3 +242,47 @@ async def test_job_stream_that_must_be_opened_again_asks_for_its_key(
         await gateway.services.keys.revoke(key_id)
         await gateway.services.jobs.close()  # its log is given away, which the stream elsewhere takes over
         await until(lambda: client.ends == ["invalid_api_key"])
+
+
+BODIES: dict[str, dict[str, Any]] = {
+    "/admin/keys": {"name": "another", "admin": True},
+    "/v1/chat/completions": {"messages": HELLO},
+    "/v1/responses": {"input": "hello there", "background": True},
+    "/v1/messages": {"messages": HELLO, "max_tokens": 8},
+    "/v1/messages/count_tokens": {"messages": HELLO},
+    "/v1/completions": {"prompt": "hello there"},
+    "/v1/embeddings": {"input": "hello there"},
+    "/tokenize": {"prompt": "hello there"},
+    "/api/v1/chat/submit": {"client_id": "c", "prompt": "hello there"},
+}
+
+
+@pytest.mark.parametrize("change", ["revoke", "rotate"])
+async def test_key_that_was_lost_while_its_body_came_opens_nothing(serve: Start, change: str) -> None:
+    gateway = await serve()
+    key_id, key = await key_of(gateway, admin=True)
+    authorization = {"Authorization": f"Bearer {key}"}
+    before = len(await gateway.services.keys.list())
+    go = asyncio.Event()
+
+    async def send(path: str, body: dict[str, Any]) -> httpx.Response:
+        async def slowly() -> AsyncIterator[bytes]:
+            text = json.dumps(body).encode()
+            yield text[:5]
+            await go.wait()
+            yield text[5:]
+
+        return await gateway.client.post(path, content=slowly(), headers=authorization)
+
+    sending = {path: asyncio.create_task(send(path, body)) for path, body in BODIES.items()}
+    await until(lambda: gateway.requests_in_progress() == len(BODIES))
+    await getattr(gateway.services.keys, change)(key_id)
+    async with asyncio.timeout(5):
+        while (await gateway.client.get("/v1/models", headers=authorization)).status_code != 401:
+            pass
+    go.set()
+    statuses = {path: (await task).status_code for path, task in sending.items()}
+
+    assert statuses == dict.fromkeys(BODIES, 401)
+    assert len(await gateway.services.keys.list()) == before
+    assert gateway.mock.requests == []
