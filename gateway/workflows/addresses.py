@@ -67,6 +67,8 @@ class Addresses:
         """Read, or named by the user: by normal URL, as they were given."""
         self._given: dict[str, str] = {}
         """The same, and what searches found."""
+        self._hosts: set[str] = set()
+        """Of all these."""
         self._emails: set[str] = set()
         self._dois = {split_end(found[0])[0].lower() for found in _DOI.finditer(said)}
         for found in _NAMED.finditer(said):
@@ -82,7 +84,7 @@ class Addresses:
         """Note what a tool found, or read."""
         for source in sources:
             key = normal_url(source.url)
-            self._given.setdefault(key, source.url)
+            self._give(key, source.url)
             if source.fetched:
                 self._live.setdefault(key, source.url)
 
@@ -99,6 +101,10 @@ class Addresses:
         doi = doi.lower()
         return doi in self._dois or any(doi in url.lower() for url in self._given)
 
+    def has_host(self, name: str) -> bool:
+        """Return whether a host is that of an address which a search or the user gave."""
+        return _host(name) in self._hosts
+
     def has_email(self, address: str) -> bool:
         """Return whether the user named this mail address."""
         return address.lower() in self._emails
@@ -107,7 +113,13 @@ class Addresses:
         url = _with_scheme(written)
         key = normal_url(url)
         self._live.setdefault(key, url)
-        self._given.setdefault(key, url)
+        self._give(key, url)
+
+    def _give(self, key: str, url: str) -> None:
+        if key not in self._given:
+            self._given[key] = url
+            with contextlib.suppress(ValueError):
+                self._hosts.add(urlsplit(key).hostname or "")
 
 
 def _with_scheme(written: str) -> str:

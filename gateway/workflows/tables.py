@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 MAX_CELL_CHARS = 200
-_HIDDEN = "\u200b"
+HIDDEN = "\u200b"
 """Breaks what would become a link by itself, without a trace for people."""
 # A cell must not end, a link or an image must not begin, and nothing must be set in code or as HTML.
 _ESCAPED = str.maketrans(
@@ -33,11 +33,11 @@ def plain_line(text: str) -> str:
 def _unlinked(line: str) -> str:
     """Return a line in which no address becomes a link by itself, and none is spelled with entities."""
     line = _ENTITY.sub("&amp;", line)
-    return _LINKED.sub(lambda found: f":{_HIDDEN}//" if found[0] == "://" else _broken(found[0]), line)
+    return _LINKED.sub(lambda found: f":{HIDDEN}//" if found[0] == "://" else _broken(found[0]), line)
 
 
 def _broken(found: str) -> str:
-    return f"/{_HIDDEN}/" if found == "//" else f"{found}{_HIDDEN}"
+    return f"/{HIDDEN}/" if found == "//" else f"{found}{HIDDEN}"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers_from: int | None = None) -> str:
