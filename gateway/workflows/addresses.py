@@ -66,7 +66,7 @@ class Addresses:
         self._live: dict[str, str] = {}
         """Read, or named by the user: by normal URL, as they were given."""
         self._given: dict[str, str] = {}
-        """The same, and what searches found."""
+        """What was read in this run, named by the user, or found by searches."""
         self._hosts: set[str] = set()
         """Of all these."""
         self._emails: set[str] = set()
@@ -87,6 +87,11 @@ class Addresses:
             self._give(key, source.url)
             if source.fetched:
                 self._live.setdefault(key, source.url)
+
+    def show(self, urls: Iterable[str]) -> None:
+        """Note what earlier answers list as read: it may be shown, and not fetched again before it is found again."""
+        for url in urls:
+            self._live.setdefault(normal_url(url), url)
 
     def live(self, written: str) -> str | None:
         """Return the address that `written` spells, None unless it was read or the user named it."""

@@ -150,12 +150,27 @@ class Run:
     @cached_property
     def addresses(self) -> Addresses:
         """The addresses that this run may show, and fetch."""
-        return Addresses(self.said)
+        return self.find_addresses()
+
+    def find_addresses(self) -> Addresses:
+        """Return the addresses that the user named, and those that earlier answers list as their sources.
+
+        Other addresses in an earlier answer are not the user's: what a page made a model write there, in a block of
+        code for one, must not be fetched now.
+        """
+        addresses = Addresses(self._said({"tool", "assistant"}))
+        answers = (text_of(message) for message in self.messages if message["role"] == "assistant")
+        listed = (_listed_address(entry) for answer in answers for entry in _own_entries(answer))
+        addresses.show(url for url in listed if url.startswith(("http://", "https://")))
+        return addresses
 
     @property
     def said(self) -> str:
         """What the client wrote, earlier answers included."""
-        said = [text_of(message) for message in self.messages if message["role"] != "tool"]
+        return self._said({"tool"})
+
+    def _said(self, without: Collection[str]) -> str:
+        said = [text_of(message) for message in self.messages if message["role"] not in without]
         return "\n".join([*said, self.context])
 
     def written(self, text: str) -> str:
@@ -322,8 +337,8 @@ async def conduct(workflow: Workflow, run: Run) -> AsyncGenerator[Event, None]:
     async with run.meter.noting_refusal():
         check_for_agents(run.request)
     await run.meter.prepare(run.request, run.session)
-    if len(said := run.said) > _MOST_CHARS_AT_ONCE:
-        run.addresses = await asyncio.to_thread(Addresses, said)
+    if len(run.said) > _MOST_CHARS_AT_ONCE:
+        run.addresses = await asyncio.to_thread(run.find_addresses)
         await asyncio.to_thread(lambda: run.earlier_turns)  # which is kept
     run.emit("WORKFLOW_STARTED", ORCHESTRATOR, f"{model_id} has started.", deferrable=True, model=model_id)
     task = asyncio.create_task(to_the_end(), name=f"workflow {run.meter.request_id}")
@@ -354,7 +369,18 @@ def _as_turn(turn: dict[str, Any]) -> str:
     text = text_of(turn)
     if turn["role"] == "user":
         return text
-    before, heading, entries = text.rpartition(_OWN_HEADING)
-    if heading and all(map(_OWN_ENTRY.fullmatch, entries.rstrip().split("\n\n"))):
-        text = _OWN_MARKERS.sub("", before).rstrip()
+    if _own_entries(text):
+        text = _OWN_MARKERS.sub("", text.rpartition(_OWN_HEADING)[0]).rstrip()
     return without_control_tokens(text)
+
+
+def _own_entries(answer: str) -> list[str]:
+    """Return the entries of the list of sources that an earlier answer ends with, none where it has no such list."""
+    _, heading, listed = answer.rpartition(_OWN_HEADING)
+    entries = listed.rstrip().split("\n\n") if heading else []
+    return entries if all(map(_OWN_ENTRY.fullmatch, entries)) else []
+
+
+def _listed_address(entry: str) -> str:
+    """Return the address in an entry of a list of sources: `[1] Title (address) - domain`."""
+    return entry.rpartition(") - ")[0].rpartition(" (")[2]
