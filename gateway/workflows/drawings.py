@@ -44,7 +44,7 @@ _LANGUAGES: dict[str, tuple[re.Pattern[str], str]] = {
 _LETTERS = re.compile(r"[A-Za-z]+")
 _MAX_SPACE_CHARS = 80
 _SPACE = re.compile(rf"\s{{0,{_MAX_SPACE_CHARS}}}")
-_LANGUAGE = re.compile(r"[\s{.:]*([\w+-]{1,40})")
+_LANGUAGE = re.compile(r"[\w+-]{1,40}")
 
 
 def is_drawn(info: str) -> bool:
@@ -80,5 +80,5 @@ def ends_command(before: str, text: str, word: re.Match[str], final: bool) -> bo
 
 
 def _language(info: str) -> str:
-    found = _LANGUAGE.match(info)
-    return found[1].lower() if found else ""
+    found = _LANGUAGE.match(info.lstrip(" \t{.:"))
+    return found[0].lower() if found else ""

@@ -26,6 +26,7 @@ from gateway.workflows.link_syntax import (
     MAX_LINK_CHARS,
     Link,
     begins_address,
+    begins_tag_that_loads,
     closing_bracket,
     end_of_address,
     ends_there,
@@ -74,7 +75,8 @@ class LinkFilter(MarkdownStream):
     ) -> None:
         """`image_hosts` are those whose pictures may be shown, `*.example.com` for all below one.
 
-        `less_than` stands for a `<` that could begin HTML. `prose` False is for values within structured data: they
+        `less_than` stands for a `<` that could begin HTML; where it is `<`, for data that may be text of any kind, tags
+        without attributes stay. `prose` False is for values within structured data: they
         have no code spans and blocks, and what is known but was not read stays an address there. `bare` False lets
         addresses through that are in no link or picture.
         """
@@ -149,7 +151,10 @@ class LinkFilter(MarkdownStream):
                 return self._pass(at + end + 2, self._shown(unescapeAll(window[:end]), behind, "<{}>"), " ")
         elif not final and any(scheme.startswith(start) for scheme in ("http://", "https://")):
             return None
-        return self._pass(at + 1, self._less_than, "<")
+        if self._less_than != "<":
+            return self._pass(at + 1, self._less_than, "<")
+        loads = begins_tag_that_loads(text, at, final)
+        return None if loads is None else self._pass(at + 1, "&lt;" if loads else "<", "<")
 
     # Links, definitions and pictures
 

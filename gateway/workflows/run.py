@@ -46,8 +46,12 @@ _OWN_HEADING = "\n\n## Sources\n\n"
 _OWN_ENTRY = re.compile(r"\[\d{1,4}\] [^\n]*")
 _MOST_CHARS_AT_ONCE = 65_536
 """Of what the user wrote; addresses in more are looked for beside the event loop."""
-_AS_THEY_ARE = frozenset({"model", "role", "tool", "params", "sources", "ads", "reports"})
-"""Fields of payloads that are in machine form: no page shows them as Markdown."""
+_AS_THEY_ARE = frozenset({"model", "role", "tool", "sources"})
+"""Fields of payloads that hold our own words, or addresses and titles that were filtered where they come from."""
+_ARGUMENTS = "params"
+"""What a model calls a tool with: addresses in it may be of the model's making."""
+_DATA = frozenset({"ads", "reports"})
+"""What tools brought, in machine form: addresses stay, links and pictures of Markdown and HTML do not."""
 _OWN_MARKERS = re.compile(r" ?\[\d{1,3}(?:, \d{1,3})*\]")
 
 
@@ -198,7 +202,9 @@ class Run:
         """
         deferrable = deferrable or not self.begun
         message = self.shown(message)
-        payload = {name: value if name in _AS_THEY_ARE else self._all_shown(value) for name, value in payload.items()}
+        payload = {
+            name: value if name in _AS_THEY_ARE else self._all_shown(name, value) for name, value in payload.items()
+        }
         self._events.put_nowait(
             ShannonEvent(event_type, agent_id, message, int(self._clock()), payload, deferrable=deferrable)
         )
@@ -208,14 +214,20 @@ class Run:
         links = LinkFilter(self.addresses, image_hosts=self.image_hosts, less_than="‹")
         return links(text) + links.flush()
 
-    def _all_shown(self, value: Any) -> Any:
+    def _all_shown(self, field: str, value: Any) -> Any:
+        """Return a value of a payload with each text in it filtered as suits its field."""
         if isinstance(value, str):
-            return self.shown(value)
+            return self._in_machine_form(value, field) if field == _ARGUMENTS or field in _DATA else self.shown(value)
         if isinstance(value, list):
-            return [self._all_shown(entry) for entry in value]
+            return [self._all_shown(field, entry) for entry in value]
         if isinstance(value, dict):
-            return {name: self._all_shown(entry) for name, entry in value.items()}
+            return {self._all_shown(field, name): self._all_shown(field, entry) for name, entry in value.items()}
         return value
+
+    def _in_machine_form(self, text: str, field: str) -> str:
+        bare = field == _ARGUMENTS
+        links = LinkFilter(self.addresses, image_hosts=self.image_hosts, less_than="<", prose=False, bare=bare)
+        return links(text) + links.flush()
 
     def send(self, event: Event) -> None:
         """Send a delta of the answer to the client."""

@@ -332,6 +332,17 @@ async def test_addresses_in_earlier_answers_are_not_the_users_own() -> None:
     assert shown == "https://read.example/page?x=1 https://named.example/own [address removed] [address removed]"
 
 
+async def test_data_of_tools_in_events_holds_no_links_and_keeps_its_values() -> None:
+    over = await metered(MockEngine())
+    run = given_run(over)
+    data = {"page": "https://any.example/?a=b", "rows": [{"n": 3, "text": "a < b, [1] (x) | c"}]}
+    bad = {"![x](//evil/S)": "[x](https://evil.example/S) <img src=//evil/S>"}
+    run.emit("WORKFLOW_COMPLETED", "Ueno", "x", reports=[{"title": "t", "data": data | bad}], ads=[bad])
+    event: Any = run._events.get_nowait()
+    clean = {"[x]([address removed])": "[x]([address removed]) &lt;img src=//evil/S>"}
+    assert event.payload == {"reports": [{"title": "t", "data": data | clean}], "ads": [clean]}
+
+
 async def test_a_supervised_step_can_not_carry_a_document_out() -> None:
     """An obedient model: it fetches the address that a document told it to, with what it has read."""
     fetch, local = Poisoned("web_fetch", Address), Poisoned("local_search")
