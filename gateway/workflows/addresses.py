@@ -69,7 +69,9 @@ class Addresses:
         self._live: dict[str, str] = {}
         """Read, or named by the user: by normal URL, as they were given."""
         self._given: dict[str, str] = {}
-        """The same, and what searches found."""
+        """What was read in this run, named by the user, or found by searches."""
+        self._hosts: set[str] = set()
+        """Of all these."""
         self._dois = set(_first(_bare(found).lower() for found in _DOI.finditer(said)))
         for written in _first(map(_bare, _NAMED.finditer(said))):
             self._name(written)
@@ -82,9 +84,14 @@ class Addresses:
         """Note what a tool found, or read."""
         for source in sources:
             key = normal_url(source.url)
-            self._given.setdefault(key, source.url)
+            self._give(key, source.url)
             if source.fetched:
                 self._live.setdefault(key, source.url)
+
+    def show(self, urls: Iterable[str]) -> None:
+        """Note what earlier answers list as read: it may be shown, and not fetched again before it is found again."""
+        for url in urls:
+            self._live.setdefault(normal_url(url), url)
 
     def live(self, written: str) -> str | None:
         """Return the address that `written` spells, None unless it was read or the user named it."""
@@ -99,6 +106,10 @@ class Addresses:
         doi = doi.lower()
         return doi in self._dois or any(doi in url.lower() for url in self._given)
 
+    def has_host(self, name: str) -> bool:
+        """Return whether a host is that of an address which a search or the user gave."""
+        return _host(name) in self._hosts
+
     def has_email(self, address: str) -> bool:
         """Return whether the user named this mail address."""
         return address.lower() in self._emails
@@ -107,7 +118,13 @@ class Addresses:
         url = _with_scheme(written)
         key = normal_url(url)
         self._live.setdefault(key, url)
-        self._given.setdefault(key, url)
+        self._give(key, url)
+
+    def _give(self, key: str, url: str) -> None:
+        if key not in self._given:
+            self._given[key] = url
+            with contextlib.suppress(ValueError):
+                self._hosts.add(urlsplit(key).hostname or "")
 
 
 def _first(values: Iterable[str]) -> list[str]:

@@ -17,6 +17,7 @@ from gateway.tools.base import Source
 from gateway.workflows.addresses import ADDRESS_CHARS, Addresses, in_markdown, normal_url, split_end
 from gateway.workflows.fences import Fences
 from gateway.workflows.links import REMOVED, LinkFilter
+from gateway.workflows.markdown_stream import Lines
 from gateway.workflows.tables import BARE, plain_line
 
 __all__ = ["AnswerFilter", "MarkerFilter", "Sources", "normal_url"]
@@ -110,6 +111,7 @@ class MarkerFilter:
     def __init__(self, sources: Sources, addresses: Addresses) -> None:
         self._sources = sources
         self._addresses = addresses
+        self._lines = Lines()
         self._held = ""
         self._before = ""
         """The character before what is held."""
@@ -121,7 +123,7 @@ class MarkerFilter:
 
     def __call__(self, piece: str) -> str:
         """Return what may be sent by now."""
-        return self._release(piece, final=False)
+        return self._release(self._lines(piece), final=False)
 
     def flush(self) -> str:
         """Return the rest."""

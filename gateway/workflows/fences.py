@@ -8,6 +8,7 @@ formulas may be open around it, nothing is certain any more, and what follows is
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from markdown_it import MarkdownIt
@@ -19,6 +20,10 @@ _MAX_CONTEXT_CHARS = 8192
 _MAX_LOOKS = 16
 """Times that the same lines are parsed; what a longer list has behind that is treated as text."""
 
+_ENVIRONMENT = "\\begin{"
+_COLON = re.compile(r" {0,3}:(?:::|[ \t])")
+"""Begins a container (`:::`) or a definition of a term: what is a fence behind it differs between renderers."""
+
 _parser = MarkdownIt("commonmark", {"html": False})
 
 
@@ -27,6 +32,7 @@ class _Fence:
     mark: str
     length: int
     indent: int
+    info: str
 
 
 class Fences:
@@ -40,10 +46,18 @@ class Fences:
         """Lines since the last one that begins a block at the margin."""
         self._looks = 0
         self._blank = True
+        self._first = True
+        self._region = ""
+        """What ends a region that only some renderers know, and take no fence in; empty outside of one."""
 
     @property
     def inside(self) -> bool:
         return self._fence is not None
+
+    @property
+    def info(self) -> str:
+        """The info string of the block that is open: its language, and whatever stands behind that."""
+        return "" if self._fence is None else self._fence.info
 
     @property
     def closing(self) -> str:
@@ -69,7 +83,7 @@ class Fences:
     def leaves(self, line: str) -> bool:
         """Return whether a line that has begun, or is whole, is not in the open block any more; it is then closed."""
         assert self._fence is not None
-        if line.strip() and _indent(line) < self._fence.indent:
+        if line.strip(" \t") and _indent(line) < self._fence.indent:
             self._fence, self.certain = None, False
             return True
         return False
@@ -98,6 +112,9 @@ class Fences:
             self._doubt(line)
         if not self.certain or run < 3 or mark not in "`~":
             return False
+        if self._region:
+            self.certain = False
+            return False
         if mark == "`" and "`" in text[run:]:
             return False
         if "|" in text:  # some renderers look for the head of a table first
@@ -106,19 +123,34 @@ class Fences:
         indent = _indent(line)
         if indent and not self._is_fence(line):
             return False
-        self._fence = _Fence(mark, run, indent)
+        self._fence = _Fence(mark, run, indent, text[run:])
         return True
 
     def note(self, line: str) -> None:
         """Take in a whole line as it was sent."""
-        if not line.strip():
+        if not self.inside:
+            self._note_region(line)
+        if not line.strip(" \t"):
             self._blank = True
         else:
-            if self._blank and not self.inside and not line[0].isspace():
+            if self._blank and not self.inside and line[0] not in " \t":
                 self._context, self._looks = "", 0
             self._blank = False
         if len(self._context) <= _MAX_CONTEXT_CHARS:
             self._context += f"{line}\n"
+
+    def _note_region(self, line: str) -> None:
+        """Note where front matter and environments of LaTeX begin and end, and what nests blocks by colons."""
+        text = line.strip()
+        if self._region:
+            self._region = "" if self._region in text else self._region
+        elif self._first and text in ("---", "+++"):
+            self._region = text
+        elif text.startswith(_ENVIRONMENT) and "\\end{" not in text:
+            self._region = "\\end{"
+        elif _COLON.match(line):
+            self.certain = False
+        self._first = False
 
     def _doubt(self, line: str) -> None:
         """Give up where a line is too long to tell whether it opens a block."""

@@ -7,6 +7,8 @@ titles are markdown-it's to read.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
+from urllib.parse import urlsplit
 
 from markdown_it.common.utils import unescapeAll
 from markdown_it.helpers import parseLinkDestination, parseLinkTitle
@@ -16,6 +18,7 @@ from gateway.workflows.addresses import ADDRESS_CHARS, MAX_ADDRESS_CHARS
 MAX_LINK_CHARS = MAX_ADDRESS_CHARS + 400
 """Of a destination and its title."""
 _HOST_CHARS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-"
+"""Besides all that is not ASCII."""
 _LOCAL_CHARS = _HOST_CHARS + "_+%"
 _ENDINGS = frozenset(
     [
@@ -53,13 +56,17 @@ _ENDINGS = frozenset(
         "zip",
         "mov",
         "run",
+        "\u0440\u0444",
     ]
 )
 _FILES = frozenset("py rs sh md pl cc so ps js ts cs go hs kt rb vb tf mk ml gz vi am pm".split())  # noqa: SIM905
 """Two letters that end names of files, and abbreviations, more often than hosts."""
 _REST = re.compile(ADDRESS_CHARS)
 _REST_GOES_ON = re.compile(r"(?:\([^\s()<>\"`]{0,200})?\Z")
+IPV4 = re.compile(r"(?:[0-9]{1,3}\.){3}[0-9]{1,3}")
 _NOT_IN_ANGLES = re.compile(r"[\n<]")
+_MAX_TAG_CHARS = 40
+_TAG_NAME = re.compile(rf"<[A-Za-z][A-Za-z0-9:_-]{{0,{_MAX_TAG_CHARS}}}")
 _SPACE = re.compile(r"\s")
 _BLANK = re.compile(r"[\x00-\x20]")
 _SCHEME = re.compile(r"\A[A-Za-z][A-Za-z0-9+.-]*:")
@@ -73,10 +80,12 @@ _MAX_SPACE_CHARS = 80
 class Link:
     """What stands behind `](` or `]:`: a destination, perhaps a title, and for a link a closing parenthesis."""
 
-    __slots__ = ("broken", "destination", "destination_end", "destination_start", "empty", "end", "ok")
+    __slots__ = ("angled", "broken", "destination", "destination_end", "destination_start", "empty", "end", "ok")
 
     def __init__(self) -> None:
         self.ok = False
+        self.angled = False
+        """The destination begins with an angle bracket."""
         self.empty = False
         self.broken = False
         """Some renderer may read it as a link, and it must not be one: another begins before this destination has
@@ -95,8 +104,8 @@ class Link:
         start = _behind_space(text, at, limit)
         if open_ended and (start == limit or (text[start] != "<" and not _FAR_END.search(text, start, limit))):
             return None
-        angled = text[start : start + 1] == "<"
-        space = _NOT_IN_ANGLES.search(text, start + 1, limit) if angled else _SPACE.search(text, start, limit)
+        link.angled = text[start : start + 1] == "<"
+        space = _NOT_IN_ANGLES.search(text, start + 1, limit) if link.angled else _SPACE.search(text, start, limit)
         last = space.start() if space else limit
         nested = text.find("](", start, last)
         found = parseLinkDestination(text, start, last if nested < 0 else nested)
@@ -127,9 +136,10 @@ class Link:
         if place == limit and open_ended:
             return None
         if place > found.pos and text[place : place + 1] in ('"', "'", "("):
-            title = parseLinkTitle(text, place, limit)
+            blank = text.find("\n\n", place, limit)
+            title = parseLinkTitle(text, place, limit if blank < 0 else blank)
             if not title.ok:
-                return None if open_ended and "\n\n" not in text[place:limit] else link
+                return None if open_ended and blank < 0 else link
             if "`" in text[place : title.pos]:
                 return link
             place = _behind_space(text, title.pos, limit)
@@ -154,6 +164,26 @@ def _space_in(text: str, start: int, end: int) -> bool:
     return _SPACE.search(text, start, end) is not None
 
 
+def title_closes(text: str, at: int, final: bool) -> bool | None:
+    """Return whether what follows a definition's destination is no title, or one that ends on its line; None to wait.
+
+    CommonMark ends a title where a block of code begins, other renderers (marked, mistune) read on to its closing
+    quote and so disagree about which lines are code.
+    """
+    limit = min(len(text), at + MAX_LINK_CHARS)
+    open_ended = limit == len(text) and not final
+    end = text.find("\n", at, limit)
+    start = at + len(text[at : limit if end < 0 else end]) - len(text[at : limit if end < 0 else end].lstrip())
+    if end >= 0 and start == end:
+        following = text[end + 1 : limit].lstrip(" \t>")
+        return (None if open_ended else True) if not following else following[0] not in "\"'("
+    if text[start : start + 1] not in ('"', "'", "(") or start == limit:
+        return None if start == limit and open_ended else True
+    if end < 0 and open_ended:
+        return None
+    return parseLinkTitle(text, start, limit if end < 0 else end).ok
+
+
 def closing_bracket(text: str) -> int | None:
     """Return where the bracket closes that `text` begins with; a picture's description ends with its paragraph."""
     depth, at = 0, 0
@@ -171,6 +201,35 @@ def closing_bracket(text: str) -> int | None:
             return None
         at += 1
     return None
+
+
+def begins_tag_that_loads(text: str, at: int, final: bool) -> bool | None:
+    """Return whether a tag with attributes, or one whose content loads something, begins at `at`; None to wait."""
+    name = _TAG_NAME.match(text, at)
+    if name is None:
+        return False
+    if name.end() == len(text) and not final and len(name[0]) <= _MAX_TAG_CHARS:
+        return None
+    if name[0][1:].lower() in ("script", "style", "base", "svg", "math"):
+        return True
+    behind = text[name.end() : name.end() + 2]
+    if behind == "/" and not final:
+        return None
+    return behind[:1].isspace() or (behind[:1] == "/" and behind != "/>")
+
+
+def is_picture_of(destination: str, hosts: Collection[str]) -> bool:
+    """Return whether a destination is an address of one of these hosts and spelled in one way only."""
+    if not hosts or not destination.isprintable() or set(destination) & set(" \\"):
+        return False
+    try:
+        parts = urlsplit(destination)
+        host, port = (parts.hostname or "").lower(), parts.port
+    except ValueError:
+        return False
+    if parts.scheme not in ("http", "https") or "@" in parts.netloc or port not in (None, 80, 443):
+        return False
+    return host in hosts or any(f"*.{host.split('.', n)[-1]}" in hosts for n in range(1, host.count(".") + 1))
 
 
 def leads_out(destination: str) -> bool:
@@ -230,15 +289,39 @@ def ends_there(text: str, at: int, final: bool) -> bool | None:
     rest = behind.lstrip(").,;:!?*_~")
     if not rest:
         return True if final else (None if len(behind) < 20 else False)
-    return rest[0].isspace()
+    return rest[0] in " \t\n"  # other white space is a part of the address to cmark
 
 
-def ends_with_host(text: str) -> bool:
-    """Return whether a text ends with a host's name, which what follows would make an address."""
-    name, dot, ending = _end_of(text, _HOST_CHARS).lower().rpartition(".")
+def begins_address(text: str, sign: str, behind: str) -> bool:
+    """Return whether a text ends with a host, which a sign and what stands behind that make an address. A number
+    behind the slash of an IPv4 address is the size of a network."""
+    number = sign == "/" and behind.isdigit()
+    return _ends_with_host(text) or (not number and IPV4.fullmatch(host_at_end(text)) is not None)
+
+
+def _ends_with_host(text: str) -> bool:
+    name, dot, ending = host_at_end(text).lower().rpartition(".")
     if not dot or not name.strip(".-"):
         return False
-    return ending in _ENDINGS or (len(ending) == 2 and ending.isalpha() and ending not in _FILES)
+    return _is_ending(ending) and ending not in _FILES
+
+
+def is_below_domain(name: str) -> bool:
+    """Return whether a name is that of a host below a domain, whose owner learns of each name that is looked up."""
+    above, dot, ending = name.strip(".-").lower().rpartition(".")
+    return bool(dot) and "." in above and _is_ending(ending) and not above.replace(".", "").isdigit()
+
+
+def _is_ending(ending: str) -> bool:
+    return ending in _ENDINGS or (len(ending) == 2 and ending.isascii() and ending.isalpha())
+
+
+def host_at_end(text: str) -> str:
+    """Return the name of a host, if it is one, that a text ends with."""
+    start = len(text)
+    while start and (text[start - 1] in _HOST_CHARS or (text[start - 1] > "\x7f" and not text[start - 1].isspace())):
+        start -= 1
+    return text[start:]
 
 
 def local_part(text: str) -> str:

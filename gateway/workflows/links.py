@@ -16,33 +16,45 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from urllib.parse import urlsplit
 
 from markdown_it.common.utils import unescapeAll
 
 from gateway.workflows.addresses import MAX_ADDRESS_CHARS, Addresses, in_markdown, split_end
+from gateway.workflows.drawings import ends_command
 from gateway.workflows.link_syntax import (
+    IPV4,
     MAX_LINK_CHARS,
     Link,
+    begins_address,
+    begins_tag_that_loads,
     closing_bracket,
     end_of_address,
     ends_there,
-    ends_with_host,
     follows,
+    host_at_end,
+    is_below_domain,
+    is_picture_of,
     leads_out,
     local_part,
     meaning,
     reading,
+    title_closes,
     unfinished,
 )
 from gateway.workflows.markdown_stream import MarkdownStream, Step
+from gateway.workflows.tables import HIDDEN
 
 REMOVED = "[address removed]"
 _MAX_ALT_CHARS = 400
 """Of a picture's description."""
 _MAX_HOST_CHARS = 260
 _TAG = re.compile(r"[A-Za-z/!?]")
-_DOMAIN = re.compile(r"@[A-Za-z0-9_.-]*")
+_DOMAIN = re.compile(r"@[^\x00-,/:-@\[-^`{-\x7f]*")
+_DOTS = re.compile("[\u3002\uff0e\uff61]")
+"""What browsers take for a dot in a host's name."""
+_LOCAL_END = frozenset('_.-+%;:&=$,"')
+"""What the part of a mail address before the at sign may end with, besides letters and digits."""
+_IPV6 = re.compile(r"\[[0-9A-Fa-f.]{0,4}:")
 _NO_WORDS = re.compile(r"[^\w ,.;-]")
 _CJK_END = re.compile("[。、，；：！？」』）】》]")
 _HARMLESS = re.compile(r"#?[\w,+*=-]*")
@@ -63,7 +75,8 @@ class LinkFilter(MarkdownStream):
     ) -> None:
         """`image_hosts` are those whose pictures may be shown, `*.example.com` for all below one.
 
-        `less_than` stands for a `<` that could begin HTML. `prose` False is for values within structured data: they
+        `less_than` stands for a `<` that could begin HTML; where it is `<`, for data that may be text of any kind, tags
+        without attributes stay. `prose` False is for values within structured data: they
         have no code spans and blocks, and what is known but was not read stays an address there. `bare` False lets
         addresses through that are in no link or picture.
         """
@@ -138,7 +151,10 @@ class LinkFilter(MarkdownStream):
                 return self._pass(at + end + 2, self._shown(unescapeAll(window[:end]), behind, "<{}>"), " ")
         elif not final and any(scheme.startswith(start) for scheme in ("http://", "https://")):
             return None
-        return self._pass(at + 1, self._less_than, "<")
+        if self._less_than != "<":
+            return self._pass(at + 1, self._less_than, "<")
+        loads = begins_tag_that_loads(text, at, final)
+        return None if loads is None else self._pass(at + 1, "&lt;" if loads else "<", "<")
 
     # Links, definitions and pictures
 
@@ -153,7 +169,7 @@ class LinkFilter(MarkdownStream):
             return None
         if not link.ok:
             if following == ":":
-                return self._pass(at + 2, "]\\:" if link.broken else "]:", " ")
+                return self._pass(at + 2, "]\\:" if link.broken or link.angled else "]:", " ")
             return self._pass(at + 2, "](" if link.empty else "] (", " ")
         if following == ":":
             return self._definition(text, at, link, final)
@@ -161,7 +177,8 @@ class LinkFilter(MarkdownStream):
             self._spans = False  # what some renderer takes for a title may hold a backtick
         if _HARMLESS.fullmatch(link.destination) or not (self._prose or leads_out(link.destination)):
             if link.end is None or not self._prose:
-                return self._pass(at + 2, "](", " ")  # and what stands behind it as text
+                # What stands behind it is text, in which an angle bracket is escaped, and then a part of an address.
+                return self._pass(at + 2, "] (" if link.angled and self._prose else "](", " ")
             return self._pass(link.end, f"]({link.destination})", " ")
         end, closing = (link.destination_end, "") if link.end is None else (link.end, ")")
         url = self._addresses.live(link.destination)
@@ -182,6 +199,12 @@ class LinkFilter(MarkdownStream):
         rest = text[link.destination_end : end if end >= 0 else link.destination_end + MAX_LINK_CHARS].strip()
         words = bool(rest) and rest[0] not in "\"'("
         destination = link.destination
+        closed = title_closes(text, link.destination_end, final)
+        if closed is None:
+            return None
+        # Of a fence in the next line some renderers make the destination.
+        if not closed or (words and link.angled) or destination.startswith(("```", "~~~")):
+            return self._pass(at + 2, "]\\:", " ")
         url = self._addresses.live(destination)
         if url is not None and leads_out(destination):
             ends = ends_there(text, link.destination_end, final)
@@ -208,25 +231,11 @@ class LinkFilter(MarkdownStream):
             link = Link.read(text, at + closing + 3, final, titled=True)
             if link is None:
                 return None
-            if link.ok and link.end is not None and self._allows_picture(link.destination):
+            if link.ok and link.end is not None and is_picture_of(link.destination, self._image_hosts):
                 description = _NO_WORDS.sub(" ", window[1:closing])
                 return self._pass(link.end, f"![{description}]({in_markdown(link.destination)})", " ")
         gap = " " if self._tail.endswith("!") else ""
         return self._pass(at + 1, gap if following in "([" else "! ", " ")
-
-    def _allows_picture(self, destination: str) -> bool:
-        if not self._image_hosts or not destination.isprintable() or set(destination) & set(" \\"):
-            return False
-        try:
-            parts = urlsplit(destination)
-            host, port = (parts.hostname or "").lower(), parts.port
-        except ValueError:
-            return False
-        if parts.scheme not in ("http", "https") or "@" in parts.netloc or port not in (None, 80, 443):
-            return False
-        return host in self._image_hosts or any(
-            f"*.{host.split('.', n)[-1]}" in self._image_hosts for n in range(1, host.count(".") + 1)
-        )
 
     # Addresses in the text
 
@@ -236,6 +245,11 @@ class LinkFilter(MarkdownStream):
         if not self._bare:
             return self._pass(run.end(), run[0], run[0])
         begins = not self._tail[-1:].isalnum() or not self._tail[-1:].isascii()
+        command = ends_command(self._tail, text, run, final)
+        if command is None:
+            return None
+        if command:
+            return self._pass(run.end(), f" {run[0]}", f" {run[0]}")
         if self._tail.lower().endswith("www."):  # its beginning was sent with the word before it
             return self._removed(text, at, final)
         if (
@@ -252,7 +266,18 @@ class LinkFilter(MarkdownStream):
                 return None
             if found:
                 return self._address(text, at, run.end(), final)
+        if self._tail.endswith("."):
+            return self._label(text, run, final)
         return self._pass(run.end(), run[0], run[0])
+
+    def _label(self, text: str, run: re.Match[str], final: bool) -> Step:
+        """Take a word behind a dot, which may end a host's name. Some renderers make links of names alone, and browsers
+        look up the hosts of links: a name below a domain tells the domain's owner whatever it holds."""
+        if run.end() == len(text) and not final:
+            return None if len(run[0]) < _MAX_HOST_CHARS else self._pass(run.end(), run[0], run[0])
+        name = host_at_end(self._tail) + run[0]
+        known = not is_below_domain(name) or self._addresses.has_host(name)
+        return self._pass(run.end(), run[0] if known else f"{HIDDEN}{run[0]}", run[0])
 
     def _address(self, text: str, at: int, start: int, final: bool) -> Step:
         """Take the address that begins at `at`; what leads nowhere is behind `start`."""
@@ -299,31 +324,40 @@ class LinkFilter(MarkdownStream):
         if sign == ":":
             if window.startswith(":/") and len(window) < 4 and not whole:
                 return None
+            before = self._tail.lower()
+            if before.endswith("mailto"):
+                window, _, whole = reading(text, at, _MAX_HOST_CHARS, final, "?,;!\"'()[]<>&`|*")
+                own = self._addresses.has_email(window[1:].rstrip("?,;!\"'()[]<>&`|*._"))
+                return self._pass(end, ":" if own else ": ", ":" if own else ": ") if whole else None
+            web = before.endswith(("http", "https", "ftp", "file"))
             if window.startswith("://"):
-                if len(window) > 3 and self._tail.lower().endswith(("http", "https", "ftp")):
+                if len(window) > 3 and web:
                     return self._removed(text, at, final)
                 return self._pass(ends[2], text[at : ends[2]], "://")
+            if web and (window[1:2].isalnum() or window[1:2] in ("[", "/", "\\")):  # browsers add the slashes
+                return self._pass(end, ": ", ": ")
         elif window.startswith("//") and not self._tail.endswith((":", "/")):
             host = window[2:].split("/", 1)[0].split("?", 1)[0].split("#", 1)[0]
             if len(host) == len(window) - 2 and not whole:
                 return None
-            if "." in host or host.lower().startswith("localhost"):
+            if "." in host or host.lower().startswith("localhost") or _IPV6.match(host):
                 return self._removed(text, at, final)
-        if len(window) > 1 and (sign != ":" or window[1].isdigit()) and ends_with_host(self._tail):
+        if len(window) > 1 and (sign != ":" or window[1].isdigit()) and begins_address(self._tail, sign, window[1]):
             return self._removed(text, at, final, known_as=self._tail.lstrip("([{*_~\"'"))
         return self._pass(end, text[at:end], sign)
 
     def _at_sign(self, text: str, at: int, end: int, final: bool) -> Step:
         """Take an at sign, which may be within a mail address."""
-        if not self._tail[-1:].isalnum() and self._tail[-1:] not in ("_", ".", "-", "+", "%"):
+        if not self._tail[-1:].isalnum() and self._tail[-1:] not in _LOCAL_END:
             return self._pass(end, text[at:end], "@")
         window, _, whole = reading(text, at, _MAX_HOST_CHARS, final, "@/?#:,;!\"'()[]<>&`|*")
         domain = _DOMAIN.match(window)
         if not domain or (domain.end() == len(window) and not whole):
             return None
-        name = domain[0][1:].rstrip(".-_")
+        name = _DOTS.sub(".", domain[0][1:]).rstrip(".-_")
         own = self._addresses.has_email(f"{local_part(self._tail)}@{name}")
-        if "." in name and not name.replace(".", "").isdigit() and not own:
+        version = name.replace(".", "").isdigit() and not IPV4.fullmatch(name)
+        if "." in name and not version and not own:
             return self._pass(end, "(at)", " ")
         return self._pass(end, text[at:end], "@")
 

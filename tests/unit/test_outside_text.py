@@ -303,6 +303,46 @@ async def test_earlier_answers_and_files_are_private(messages: list[dict[str, An
     assert fetch.calls == []
 
 
+EARLIER = (
+    "It is so [1]. See `https://code.example/?q=SECRET`.\n\n```\nhttps://made.up/?q=SECRET\n```\n\n## Sources\n\n"
+    "[1] A title (https://fake.example/x) (https://read.example/page?x=1) - read.example"
+)
+
+
+async def test_addresses_in_earlier_answers_are_not_the_users_own() -> None:
+    over = await metered(MockEngine())
+    fetch = Poisoned("web_fetch", Address)
+    messages = [
+        {"role": "user", "content": "Look at https://named.example/own."},
+        {"role": "assistant", "content": EARLIER},
+        {"role": "user", "content": "Go on."},
+    ]
+    run = given_run(over, fetch, messages=messages)
+    agent = Agent(run, "Ueno", "researcher")
+    for url in (
+        *("https://made.up/?q=SECRET", "https://code.example/?q=SECRET"),
+        *("https://fake.example/x", "https://read.example/page?x=1"),
+    ):
+        assert not (await agent.use("web_fetch", url=url)).ok, url
+    assert fetch.calls == []
+    assert (await agent.use("web_fetch", url="https://named.example/own")).ok
+    shown = run.shown(
+        "https://read.example/page?x=1 https://named.example/own https://made.up/?q=SECRET https://fake.example/x"
+    )
+    assert shown == "https://read.example/page?x=1 https://named.example/own [address removed] [address removed]"
+
+
+async def test_data_of_tools_in_events_holds_no_links_and_keeps_its_values() -> None:
+    over = await metered(MockEngine())
+    run = given_run(over)
+    data = {"page": "https://any.example/?a=b", "rows": [{"n": 3, "text": "a < b, [1] (x) | c"}]}
+    bad = {"![x](//evil/S)": "[x](https://evil.example/S) <img src=//evil/S>"}
+    run.emit("WORKFLOW_COMPLETED", "Ueno", "x", reports=[{"title": "t", "data": data | bad}], ads=[bad])
+    event: Any = run._events.get_nowait()
+    clean = {"[x]([address removed])": "[x]([address removed]) &lt;img src=//evil/S>"}
+    assert event.payload == {"reports": [{"title": "t", "data": data | clean}], "ads": [clean]}
+
+
 async def test_a_supervised_step_can_not_carry_a_document_out() -> None:
     """An obedient model: it fetches the address that a document told it to, with what it has read."""
     fetch, local = Poisoned("web_fetch", Address), Poisoned("local_search")
