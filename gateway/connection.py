@@ -16,7 +16,8 @@ Every state in which no request is running has a deadline that no byte sent can 
     closing, until the client closes too     LINGER_S once everything is written
 
 A client that closes its sending half has left as far as a running request can tell; what is answered all the same is
-still sent.
+still sent. Where too many clients are connected, `gateway.connection_limit` closes those that have waited longest. At
+the end of a shutdown, a request whose body is not complete is refused.
 """
 
 from __future__ import annotations
