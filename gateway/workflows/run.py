@@ -155,8 +155,17 @@ class Run:
     @property
     def said(self) -> str:
         """What the client wrote, earlier answers included."""
-        said = [text_of(message) for message in self.messages if message["role"] != "tool"]
-        return "\n".join([*said, self.context])
+        return "\n".join(self._texts)
+
+    @property
+    def _texts(self) -> list[str]:
+        return [*(text_of(message) for message in self.messages if message["role"] != "tool"), self.context]
+
+    async def read_along(self) -> None:
+        """Look for addresses in what the client wrote, beside the event loop where it is long."""
+        if sum(map(len, self._texts)) > _MOST_CHARS_AT_ONCE:
+            self.addresses = await asyncio.to_thread(lambda: Addresses(self.said))
+            await asyncio.to_thread(lambda: self.earlier_turns)  # which is kept
 
     def written(self, text: str) -> str:
         """Return what a model wrote, for a prompt: as text from outside where it may repeat such."""
@@ -322,9 +331,7 @@ async def conduct(workflow: Workflow, run: Run) -> AsyncGenerator[Event, None]:
     async with run.meter.noting_refusal():
         check_for_agents(run.request)
     await run.meter.prepare(run.request, run.session)
-    if len(said := run.said) > _MOST_CHARS_AT_ONCE:
-        run.addresses = await asyncio.to_thread(Addresses, said)
-        await asyncio.to_thread(lambda: run.earlier_turns)  # which is kept
+    await run.read_along()
     run.emit("WORKFLOW_STARTED", ORCHESTRATOR, f"{model_id} has started.", deferrable=True, model=model_id)
     task = asyncio.create_task(to_the_end(), name=f"workflow {run.meter.request_id}")
     try:
