@@ -28,6 +28,7 @@ from engine.base import (
     resolve_max_tokens,
 )
 from engine.fair_slots import FairSlots
+from engine.grammar_trials import GrammarTrials
 from engine.parsers import find_parsers
 from engine.rendering import ChoiceReader, Rendered, Renderer, Unreadable, is_long, keep_images, naming_constraint
 
@@ -90,6 +91,7 @@ class EmbeddedEngine(AsyncLLMEngine):
         self._image_places = FairSlots(_IMAGE_PLACES, spare=False)
         self._long_places = FairSlots(1, spare=False)
         self._grammar_checks = ThreadPoolExecutor(2, "grammar")
+        self._trials: GrammarTrials | None = None
         self._image_cache_gb: float | None = self._args.pop("mm_processor_cache_gb", None)
         self._tool_parser = tool_parser
         self._reasoning_parser = reasoning_parser
@@ -118,6 +120,12 @@ class EmbeddedEngine(AsyncLLMEngine):
             llm.shutdown()
             raise
         return llm
+
+    async def start(self) -> None:
+        """Start the engine, and beside it what tries grammars."""
+        await super().start()
+        self._trials = GrammarTrials(self._running().vllm_config)
+        self._beginning = asyncio.create_task(self._trials.begin())
 
     async def prepare(self, request: GenerationRequest) -> Prepared:
         with self._while_running():
@@ -200,11 +208,14 @@ class EmbeddedEngine(AsyncLLMEngine):
     async def _checked_input(self, llm: AsyncLLM, prepared: Prepared) -> Any:
         """Return what vLLM takes as the prompt; with a grammar it is checked already, in a thread.
 
-        To check a grammar is to compile it, which takes half a second at worst and would hold up everybody.
+        To check a grammar is to compile it, which takes half a second at worst and would hold up everybody. What takes
+        longer, there or in the core, has been refused by then.
         """
         job: _Job = prepared.payload
         if job.sampling_params.structured_outputs is None:
             return job.rendered.engine_input
+        assert self._trials is not None
+        await self._trials.check(job.sampling_params.structured_outputs, prepared.flow)
         check = partial(
             llm.input_processor.process_inputs,
             prepared.request_id,
@@ -235,6 +246,8 @@ class EmbeddedEngine(AsyncLLMEngine):
 
     async def close(self) -> None:
         self._grammar_checks.shutdown(wait=False)
+        if self._trials is not None:
+            self._trials.close()
         await super().close()
 
     async def prepare_embedding(self, request: EmbeddingRequest) -> Prepared:

@@ -26,7 +26,7 @@ from gateway.config import SessionSettings
 from gateway.errors import StoreUnavailable
 from gateway.pieces import PIECE_BYTES
 from gateway.store import Lane, Script
-from gateway.turns import Message, text_of
+from gateway.turns import Message, least_bytes, text_of
 
 _OPEN, _KEEP = Script("derived", "derived_open"), Script("derived", "derived_keep")
 _SHOW = Script("derived", "derived_show", reads=True)
@@ -106,7 +106,7 @@ class DerivedSessions:
         """Return the session that a request continues, or a new one: its id, whether it is new, and the prompt's
         digest, which is empty where the conversation is too large to be kept."""
         prompt, before, answered = "", "", ""
-        if sum(len(text_of(message)) for message in messages) <= self._kept_bytes:
+        if sum(map(least_bytes, messages)) <= self._kept_bytes:
             transcript = Transcript.of(key_id, messages)
             prompt, before, answered = transcript.prompt, transcript.before, transcript.answered
         times = [self._ttl_ms, max(self._ttl_ms, _REMEMBERED_S * 1000)]

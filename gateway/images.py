@@ -44,6 +44,8 @@ _ACCEPT = "image/png, image/jpeg, image/webp, image/gif"
 _FORM = "it must be an http(s) URL or a data URL in base64 (data:image/png;base64,...)"
 _MAX_SCANS = 64
 """Of a JPEG. Each goes over all its pixels again, and a small file can hold thousands; cameras and tools write ten."""
+_WORK_PIXELS = 262_144
+"""More take some milliseconds to decode."""
 _DECODERS = 2
 """Threads. Each may hold `max_pixels` decoded."""
 
@@ -106,7 +108,7 @@ async def inlined(request: GenerationRequest, meter: Meter, images: Images) -> G
             message = f"The model {meter.model.id!r} does not take images, and '{place}' is one. Send text only."
             raise BadRequest(message, place)
         with working_for(meter.principal.key_id):
-            return replace(request, messages=await images.inline(request.messages, meter.count))
+            return replace(request, messages=await images.inline(request.messages, meter.count, meter.note_work))
 
 
 class Images:
@@ -121,10 +123,16 @@ class Images:
         """Let the threads end."""
         self._threads.close()
 
-    async def inline(self, messages: list[Message], before_fetching: Check | None = None) -> list[Message]:
+    async def inline(
+        self,
+        messages: list[Message],
+        before_fetching: Check | None = None,
+        before_work: Callable[[], None] = lambda: None,
+    ) -> list[Message]:
         """Return `messages` with every image as a data URL that decodes. Raises BadRequest.
 
-        Images given by URL are fetched after `before_fetching`, and only if that doesn't raise.
+        Images given by URL are fetched after `before_fetching`, and only if that doesn't raise. `before_work` is called
+        before many pixels are decoded, however few bytes they are in.
         """
         pictures = list(_pictures(messages))
         if len(pictures) > self._settings.max_images:
@@ -145,6 +153,8 @@ class Images:
         await self._fetch(named)
         await self._each(named, self._read_head)
         self._check_pixels(pictures)
+        if sum(picture.pixels for picture in pictures) > _WORK_PIXELS:
+            before_work()
         await self._each(pictures, _decode)
         await self._each(pictures, _write_data_url)
         return _replaced(messages, pictures)

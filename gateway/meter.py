@@ -211,6 +211,10 @@ class Meter:
             del self._running[id(whole)]
             await self._settle(whole, _NOTHING, failure, aborted, 0.0)
 
+    def note_work(self) -> None:
+        """Have the request count even if it is refused: there is work ahead."""
+        self.worked = True
+
     async def count(self) -> None:
         """Count the request, if no generation has yet: before it does anything else that costs somebody.
 

@@ -33,7 +33,7 @@ from gateway.metrics import Metrics
 from gateway.pieces import PIECE_BYTES
 from gateway.retention import Retention, session_keys
 from gateway.store import Lane, Script
-from gateway.turns import Message, Piece, pieces_of, text_of, turns_of, without_images
+from gateway.turns import Message, Piece, least_bytes, pieces_of, text_of, turns_of, without_images
 
 __all__ = ["Message", "Session", "Sessions", "derive_id", "prepare_with_history", "text_of", "without_images"]
 
@@ -356,12 +356,15 @@ class Sessions:
                 turn = [without_images(message) for message in turn]
             await self._derived.keep(session.key_id, session.id, session.prompt, turn, int(time.time()))
             return
-        # The number makes equal turns different members of the set.
         most = self._settings.max_bytes
-        text = orjson.dumps([session.number, turn])
-        if len(text) > most // IMAGES_SHARE:
-            text = orjson.dumps([session.number, [without_images(message) for message in turn]])
-        pieces = pieces_of(session.number, text.decode()) if len(text) <= most else [""]
+        pieces = [""]
+        if sum(map(least_bytes, turn)) <= most:
+            # The number makes equal turns different members of the set.
+            text = orjson.dumps([session.number, turn])
+            if len(text) > most // IMAGES_SHARE:
+                text = orjson.dumps([session.number, [without_images(message) for message in turn]])
+            if len(text) <= most:
+                pieces = pieces_of(session.number, text.decode())
         for number, piece in enumerate(pieces):
             arguments = [session.tenant, session.incarnation, self._settings.ttl_s, session.number, piece]
             arguments += [int(session.replaces), int(number == 0), self._settings.max_turns, most, session.key_id]

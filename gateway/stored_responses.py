@@ -27,7 +27,7 @@ from gateway.metrics import Metrics
 from gateway.retention import Retention, response_keys
 from gateway.sessions import IMAGES_SHARE
 from gateway.store import Command, Lane, Script
-from gateway.turns import Message, without_images
+from gateway.turns import Message, least_bytes, without_images
 
 LEASE_S = 60
 _ID = re.compile(r"resp_[A-Za-z0-9]{1,96}")
@@ -195,6 +195,8 @@ class StoredResponses:
         return True
 
     def _turn_text(self, turn: list[Message]) -> str | None:
+        if sum(map(least_bytes, turn)) > self._settings.max_bytes:
+            return None
         text = orjson.dumps(turn)
         if len(text) > self._settings.max_bytes // IMAGES_SHARE:
             text = orjson.dumps([without_images(message) for message in turn])

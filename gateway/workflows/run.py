@@ -162,7 +162,7 @@ class Run:
         Other addresses in an earlier answer are not the user's: what a page made a model write there, in a block of
         code for one, must not be fetched now.
         """
-        addresses = Addresses(self._said({"tool", "assistant"}))
+        addresses = Addresses("\n".join(self._texts({"tool", "assistant"})))
         answers = (text_of(message) for message in self.messages if message["role"] == "assistant")
         listed = (_listed_address(entry) for answer in answers for entry in _own_entries(answer))
         addresses.show(url for url in listed if url.startswith(("http://", "https://")))
@@ -171,11 +171,17 @@ class Run:
     @property
     def said(self) -> str:
         """What the client wrote, earlier answers included."""
-        return self._said({"tool"})
+        return "
+".join(self._texts({"tool"}))
 
-    def _said(self, without: Collection[str]) -> str:
-        said = [text_of(message) for message in self.messages if message["role"] not in without]
-        return "\n".join([*said, self.context])
+    def _texts(self, without: Collection[str]) -> list[str]:
+        return [*(text_of(message) for message in self.messages if message["role"] not in without), self.context]
+
+    async def read_along(self) -> None:
+        """Look for addresses in what the client wrote, beside the event loop where it is long."""
+        if sum(map(len, self._texts({"tool"}))) > _MOST_CHARS_AT_ONCE:
+            self.addresses = await asyncio.to_thread(self.find_addresses)
+            await asyncio.to_thread(lambda: self.earlier_turns)  # which is kept
 
     def written(self, text: str) -> str:
         """Return what a model wrote, for a prompt: as text from outside where it may repeat such."""
@@ -349,9 +355,7 @@ async def conduct(workflow: Workflow, run: Run) -> AsyncGenerator[Event, None]:
     async with run.meter.noting_refusal():
         check_for_agents(run.request)
     await run.meter.prepare(run.request, run.session)
-    if len(run.said) > _MOST_CHARS_AT_ONCE:
-        run.addresses = await asyncio.to_thread(run.find_addresses)
-        await asyncio.to_thread(lambda: run.earlier_turns)  # which is kept
+    await run.read_along()
     run.emit("WORKFLOW_STARTED", ORCHESTRATOR, f"{model_id} has started.", deferrable=True, model=model_id)
     task = asyncio.create_task(to_the_end(), name=f"workflow {run.meter.request_id}")
     try:

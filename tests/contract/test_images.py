@@ -15,6 +15,7 @@ import pytest
 from engine.base import EngineUnavailable, GenerationRequest, InvalidRequest, Prepared
 from engine.mock import MockEngine
 from gateway.keys import KeySpec
+from gateway.prompt_size import WORK_BYTES
 from gateway.resolver import Resolver
 from tests.conftest import HELLO, Gateway, Start, until
 from tests.dns_server import AAAA, A, Zone, run_name_server
@@ -356,3 +357,15 @@ async def test_images_of_a_conversation_do_not_change_its_derived_session(start:
 
     assert first.headers["X-Session-ID"].startswith("oai-")
     assert "X-Session-ID" not in second.headers, "the same conversation, by its text"
+
+
+async def test_image_of_many_pixels_that_is_refused_counts_as_a_request(start: Start) -> None:
+    """A few kilobytes may hold millions of pixels, all of which are decoded before the last is seen to be missing."""
+    gateway = await start(mock=seeing)
+    whole = picture("red", size=(2000, 2000))
+    assert len(whole) < WORK_BYTES // 2
+    damaged = await gateway.chat(messages=asking(data_url(whole[: len(whole) * 3 // 4])))
+    small = await gateway.chat(messages=asking(data_url(picture("red")[:50])))
+
+    assert (damaged.status_code, damaged.headers["x-ratelimit-remaining-requests"]) == (400, "59")
+    assert (small.status_code, small.headers["x-ratelimit-remaining-requests"]) == (400, "59")

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
+import time
 from typing import Any
 
 import pytest
 
-from engine.base import EngineDied, InvalidRequest, Usage
+from engine.base import EngineDied, EngineOverloaded, InvalidRequest, Usage
 from engine.embedded import EmbeddedEngine
+from engine.grammar_trials import GrammarTrials
 from engine.rendering import ChoiceReader
 from tests.engine.test_embedded import STORY, answer, request
 
 pytestmark = [pytest.mark.anyio, pytest.mark.vllm]
+pytest.importorskip("vllm")
+from vllm.sampling_params import StructuredOutputsParams  # noqa: E402
 
 ASK = [{"role": "user", "content": "Name a city."}]
 SCHEMA: dict[str, Any] = {
@@ -119,28 +124,98 @@ async def test_what_cannot_be_compiled_is_refused_by_name(
     assert engine.unfinished_requests == 0
 
 
-async def test_grammar_that_is_long_to_compile_holds_up_nobody_else(engine: EmbeddedEngine) -> None:
-    """The core compiles it, in a thread, for up to five seconds; whether it gets through depends on the machine."""
-    heavy = {"regex": "a?" * 1365 + "a" * 1365}
-    prepared = await engine.prepare(request(ASK, structured_outputs=heavy, stream=True, max_tokens=1))
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("constraint", "reason"),
+    [
+        ({"regex": "a?" * 2000}, "too long to be compiled"),
+        ({"regex": "((a|aa|aaa|aaaa|.){1,200}){1,20}"}, "too many ways to go on"),
+        (
+            {
+                "json": {
+                    "type": "object",
+                    "properties": {f"p{n}": {"type": "string"} for n in range(300)},
+                    "minProperties": 100,
+                    "maxProperties": 200,
+                }
+            },
+            "too long to be compiled",
+        ),
+    ],
+    ids=["compiling", "tokens", "schema"],
+)
+async def test_grammar_that_takes_too_much_is_refused_and_holds_up_nobody_else(
+    engine: EmbeddedEngine, constraint: dict[str, Any], reason: str
+) -> None:
+    """It is tried in a process of its own. The core, which nobody can stop, never gets it."""
+    prepared = await engine.prepare(request(ASK, structured_outputs=constraint, stream=True, max_tokens=1))
 
-    async def generate() -> str:
-        try:
-            return "".join([delta.text async for delta in engine.generate(prepared)])
-        except InvalidRequest as refusal:
-            return str(refusal.param)
+    async def refused() -> InvalidRequest:
+        with pytest.raises(InvalidRequest) as refusal:
+            [delta async for delta in engine.generate(prepared)]
+        return refusal.value
 
-    compiling = asyncio.create_task(generate())
+    trying = asyncio.create_task(refused())
     others = 0
-    while not compiling.done():
+    while not trying.done():
         text, _ = await answer(engine, [{"role": "user", "content": "Say hello."}])
         assert text == "Hello! I am the Shannon demo model."
         await engine.check_health()
         others += 1
 
-    assert compiling.result() in ("a", "structured_outputs.regex")
+    refusal = trying.result()
+    assert refusal.param == f"structured_outputs.{next(iter(constraint))}"
+    assert reason in str(refusal)
     assert others > 2
+    assert prepared.usage.completion_tokens == 0
     assert engine.unfinished_requests == 0
+    started = time.monotonic()
+    assert reason in str(await refused()), "what came of it is remembered"
+    assert time.monotonic() - started < 5
+
+
+async def test_trial_goes_to_its_end_though_its_client_leaves(engine: EmbeddedEngine) -> None:
+    trials = engine._trials
+    assert trials is not None
+    await trials.check(StructuredOutputsParams(regex="x"), "")
+    process = trials._process
+    leaving = asyncio.create_task(trials.check(StructuredOutputsParams(regex="[a-y]{3,9}"), ""))
+    while trials._trial is None or trials._trial.done():
+        await asyncio.sleep(0)
+    leaving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+    await trials._trial
+
+    await trials.check(StructuredOutputsParams(regex="[a-y]{3,9}"), "")
+    assert trials._process is process
+
+
+async def test_trials_continue_in_a_new_process_when_theirs_has_died(engine: EmbeddedEngine) -> None:
+    trials = engine._trials
+    assert trials is not None
+    await trials.check(StructuredOutputsParams(regex="x"), "")
+    assert trials._process is not None
+    trials._process.kill()
+    with contextlib.suppress(EngineOverloaded):  # where its death was not yet seen
+        await trials.check(StructuredOutputsParams(regex="xy"), "")
+    text, _ = await answer(engine, ASK, structured_outputs={"regex": "xyz"})
+
+    assert text == "xyz"
+
+
+@pytest.mark.slow
+async def test_schema_that_outlines_can_not_compile_in_time_is_refused() -> None:
+    """Its check in this process would take minutes, in a thread that nobody can stop."""
+    config = EmbeddedEngine("demo", {"structured_outputs_config": {"backend": "outlines"}})._engine_args()
+    trials = GrammarTrials(config.create_engine_config())
+    properties = {f"p{n}": {"type": "string"} for n in range(900)}
+    try:
+        with pytest.raises(InvalidRequest, match="too long to be compiled"):
+            await trials.check(StructuredOutputsParams(json={"type": "object", "properties": properties}), "")
+        await trials.check(StructuredOutputsParams(json=SCHEMA), "")
+    finally:
+        trials.close()
 
 
 @pytest.mark.parametrize(

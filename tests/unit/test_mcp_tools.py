@@ -401,3 +401,31 @@ def test_schema_fetches_nothing() -> None:
     model = arguments_model({"$ref": "http://127.0.0.1:1/schema.json"})
     with pytest.raises(ValueError, match="outside itself"):
         model.model_validate({})
+
+
+@pytest.mark.parametrize("keyword", ["allOf", "anyOf", "oneOf"])
+def test_arguments_are_not_checked_for_ever_against_a_schema_whose_references_branch(keyword: str) -> None:
+    """Each level doubles the work: 2**40 steps, on the event loop."""
+    levels = 40
+    wrong = {"type": "string"} if keyword != "allOf" else {"type": "object"}
+    definitions: dict[str, Any] = {
+        f"d{n}": {keyword: [{"$ref": f"#/$defs/d{n + 1}"}, {"$ref": f"#/$defs/d{n + 1}"}]} for n in range(levels)
+    }
+    model = arguments_model({"$defs": definitions | {f"d{levels}": wrong}, "$ref": "#/$defs/d0"})
+    with pytest.raises(ValueError, match="takes too long to check"):
+        model.model_validate({})
+
+
+def test_schema_that_is_nested_too_deeply_is_refused() -> None:
+    schema: dict[str, Any] = {"type": "object"}
+    for _ in range(300):
+        schema = {"allOf": [schema]}
+    with pytest.raises(ValueError, match="nested too deeply"):
+        arguments_model(schema)
+
+
+def test_many_arguments_are_checked() -> None:
+    properties = {f"p{n}": {"type": "string", "maxLength": 5} for n in range(300)}
+    model = arguments_model({"type": "object", "properties": properties})
+
+    assert len(model.model_validate(dict.fromkeys(properties, "x")).root) == 300

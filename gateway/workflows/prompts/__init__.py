@@ -36,6 +36,10 @@ def render(
     instructions, task = _load(name)
     if not set(instructions.get_identifiers()).isdisjoint(outside):
         raise ValueError(f"{name}: the instructions have a place for text from outside")
+    if not outside:
+        # At once: a question may have megabytes, and line by line they would be copied twice.
+        whole = Template("\n".join(line.template for line in task))
+        return instructions.substitute(fields), whole.substitute(fields)
     lines = []
     for line in task:
         filled = line.substitute(fields)
