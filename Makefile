@@ -100,7 +100,7 @@ bench: setup-dev $(LITELLM_VENV)/.installed ## Measure against bare vllm, LiteLL
 	$(BIN)/python -m tests.bench --litellm $(LITELLM_VENV)/bin/python --out build/bench.json
 
 .PHONY: storm
-storm: setup-dev ## Play 10,000 requests with hang-ups, errors, limits and store freezes; the books must be exact after it
+storm: setup-dev ## Play 10,000 requests with hang-ups, errors, limits, store freezes and restarts; the books must be exact after it
 	$(BIN)/python -m tests.chaos.storm --requests 10000
 
 FUZZ_S ?= 900

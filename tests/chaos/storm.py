@@ -3,9 +3,10 @@
     python -m tests.chaos.storm --requests 10000           against the mock engine
     python -m tests.chaos.storm --requests 1000 --vllm     against vLLM with the demo model
 
-Meanwhile the store freezes, for shorter and for longer than the gateway waits for it. Afterwards the books must be
-exact: the ledger equals the engine's counters, no reservation and no lease is left, the day's budget equals the ledger,
-and the process holds what it held before. Prints what happened, and ends with 1 if something is not so.
+They go to two gateways over one store (vLLM: to one). Meanwhile the store freezes, for shorter and for longer than the
+gateways wait for it, and is killed and started again on its data. Afterwards the books must be exact: the ledger equals
+the engines' counters, no reservation and no lease is left, the day's budget equals the ledger, and the processes hold
+what they held before. Prints what happened, and ends with 1 if something is not so.
 
 It runs in rounds of less than a minute, each with keys of its own: what a round reserved is then still in the window.
 """
@@ -29,6 +30,7 @@ from typing import Any
 
 import httpx
 
+from gateway.keys import make_key
 from tests.chaos.observed_gateway import ask
 from tests.chaos.storm_clients import MODEL, Client, Seen
 from tests.gateway_process import UNLIMITED, GatewayProcess, serve
@@ -49,19 +51,26 @@ LIMITS: dict[str, dict[str, Any]] = {
 """The keys of a round, by name."""
 FREEZES_S = (0.02, 0.08, 0.4, 1.5, 0.03, 0.2)
 """How long the store stands still, one after the other; the deadline is 0.1 s."""
+KILLED_S = 0.3
+"""How long it is gone once in each round."""
 
 
 @dataclass
 class Storm:
-    """The gateway under test and its store."""
+    """The gateways under test and their store."""
 
-    gateway: GatewayProcess
+    gateways: list[GatewayProcess]
     store: StoreServer
-    observed: Path
+    observed: list[Path]
+    """Where each gateway tells of itself."""
     mock: bool
     seen: Seen = field(default_factory=Seen)
     faults: list[str] = field(default_factory=list)
     """What is not as it must be, in words."""
+
+    @property
+    def gateway(self) -> GatewayProcess:
+        return self.gateways[0]
 
     def keys(self, number: int) -> dict[str, str]:
         """Make the keys of a round."""
@@ -76,10 +85,11 @@ class Storm:
         """Play one round, and look at the books when it is over."""
         keys = await asyncio.to_thread(self.keys, number)
         left = iter(range(requests))
-        port = int(self.gateway.url.rpartition(":")[2])
+        ports = [int(gateway.url.rpartition(":")[2]) for gateway in self.gateways]
         began = time.monotonic()
         clients = [
-            Client(port, keys, self.seen, random.Random(rng.random()), mock=self.mock).run(left) for _ in range(CLIENTS)
+            Client(ports[place % len(ports)], keys, self.seen, random.Random(rng.random()), mock=self.mock).run(left)
+            for place in range(CLIENTS)
         ]
         over = asyncio.Event()
         freezing = asyncio.create_task(self._freeze(over, rng)) if freezes else None
@@ -90,7 +100,7 @@ class Storm:
         await asyncio.to_thread(self._judge, number, keys, began)
 
     async def _freeze(self, over: asyncio.Event, rng: random.Random) -> None:
-        for frozen_s in FREEZES_S:
+        for place, frozen_s in enumerate(FREEZES_S):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(over.wait(), rng.uniform(0.1, 0.4))
             if over.is_set():
@@ -101,6 +111,11 @@ class Storm:
             finally:
                 self.store.send(signal.SIGCONT)
             self.seen.freezes += 1
+            if place == 1:
+                self.store.send(signal.SIGKILL)
+                await asyncio.sleep(KILLED_S)
+                await asyncio.to_thread(self.store.start)
+                self.seen.restarts += 1
 
     def _judge(self, number: int, keys: dict[str, str], began: float) -> None:
         """Wait until nothing runs any more, and note what is not as it must be then."""
@@ -118,15 +133,9 @@ class Storm:
             return [f"the gateway can't be asked: {error!r}"]
 
     def _wrong(self, keys: dict[str, str]) -> list[str]:
-        metrics = self.gateway.metrics()
-        total = {
-            name: sum(value for key, value in metrics.items() if key[0] == name)
-            for name in ("shannon_engine_unfinished_requests", "shannon_streams_open", "shannon_usage_journal_bytes")
-        }
-        wrong = [f"{name} is {value:g}" for name, value in total.items() if value]
-        if not self.gateway.metric("shannon_store_available"):
-            return [*wrong, "the store is not back"]
-        wrong += [] if self.gateway.ready() else ["/ready is not 200"]
+        wrong = [fault for gateway in self.gateways for fault in _busy(gateway)]
+        if "the store is not back" in wrong:
+            return wrong
         wrong += self._wrong_books()
         for name, key in keys.items():
             wrong += [f"key {name!r}: {fault}" for fault in self._wrong_reservations(key.split("-")[2])]
@@ -135,8 +144,12 @@ class Storm:
     def _wrong_books(self) -> list[str]:
         """Compare the ledger with the engine's own counters."""
         if self.mock:
-            facts = ask(self.observed)
-            made = {"prompt_tokens": facts["prompt"], "completion_tokens": facts["completion"], "cached_tokens": 0}
+            facts = [ask(observed) for observed in self.observed]
+            made = {
+                "prompt_tokens": sum(of["prompt"] for of in facts),
+                "completion_tokens": sum(of["completion"] for of in facts),
+                "cached_tokens": 0,
+            }
         else:
             self.gateway.chat(messages=[{"role": "user", "content": "Say hello."}], max_tokens=1)  # vLLM steps again
             made = {
@@ -178,22 +191,37 @@ class Storm:
                 wrong.append(f"the day's budget has {day} tokens, {spent} were spent")
         return wrong
 
-    def compare(self, before: dict[str, Any]) -> None:
-        """Note what the process still holds after a while, and did not before, and what its log tells."""
+    def compare(self, before: list[dict[str, Any]]) -> None:
+        """Note what the processes still hold after a while, and did not before, and what their logs tell."""
         deadline = time.monotonic() + _SETTLE_S
-        while (more := _more(before, ask(self.observed))) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        self.faults += more
-        for error, count in tracebacks(self.gateway.log.read_text()).items():
-            self.faults.append(f"{count} tracebacks in the log end in {error}")
+        for observed, held in zip(self.observed, before, strict=True):
+            while (more := _more(held, ask(observed))) and time.monotonic() < deadline:
+                time.sleep(0.2)
+            self.faults += more
+        for gateway in self.gateways:
+            for error, count in tracebacks(gateway.log.read_text()).items():
+                self.faults.append(f"{count} tracebacks in the log end in {error}")
 
     def table(self) -> str:
         """Return what happened, for people."""
         rows = [("requests", self.seen.requests), ("freezes of the store", self.seen.freezes)]
+        rows += [("restarts of the store", self.seen.restarts), ("gateways", len(self.gateways))]
         rows += sorted(self.seen.kinds.items(), key=lambda row: -row[1])
         rows += [(f"status {status}", count) for status, count in sorted(self.seen.statuses.items())]
         rows += [(f"unanswered, {name}", count) for name, count in sorted(self.seen.lost.items())]
         return "\n".join(f"{count:>8}  {name}" for name, count in rows)
+
+
+def _busy(gateway: GatewayProcess) -> list[str]:
+    """Return what a gateway still has to do."""
+    metrics = gateway.metrics()
+    total = {
+        name: sum(value for key, value in metrics.items() if key[0] == name)
+        for name in ("shannon_engine_unfinished_requests", "shannon_streams_open", "shannon_usage_journal_bytes")
+    }
+    busy = [f"{name} is {value:g}" for name, value in total.items() if value]
+    busy += [] if gateway.metric("shannon_store_available") else ["the store is not back"]
+    return busy + ([] if gateway.ready() else ["/ready is not 200"])
 
 
 def _more(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
@@ -242,21 +270,26 @@ def tree(*, mock: bool) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def prepared(folder: Path, *, mock: bool) -> Iterator[Storm]:
-    """Run a gateway and its store for a storm."""
-    with run_store("valkey", folder / "store") as store:
-        observed = folder / "observed.sock"
-        environment = {"SHANNON_REDIS_URL": store.url, "OBSERVED_SOCKET": str(observed)}
-        module = "tests.chaos.observed_gateway"
-        with serve(folder / "gateway", tree(mock=mock), module=module, **environment) as gateway:
-            gateway.wait_until_ready()
-            yield Storm(gateway, store, observed, mock)
+    """Run gateways and their store for a storm."""
+    key, module = make_key(), "tests.chaos.observed_gateway"
+    with run_store("valkey", folder / "store") as store, contextlib.ExitStack() as running:
+        storm = Storm([], store, [], mock)
+        for name in ("a", "b") if mock else ("a",):
+            observed = folder / f"{name}.sock"
+            environment = {"SHANNON_REDIS_URL": store.url, "OBSERVED_SOCKET": str(observed)}
+            gateway = serve(folder / name, tree(mock=mock), key, module=module, **environment)
+            storm.gateways.append(running.enter_context(gateway))
+            storm.observed.append(observed)
+        for started in storm.gateways:
+            started.wait_until_ready()
+        yield storm
 
 
 def run(storm: Storm, requests: int, *, seed: int = 11, freezes: bool = True) -> None:
     """Play a storm, after a small one without freezes that opens what stays open."""
     rng = random.Random(seed)
     asyncio.run(storm.round(0, CLIENTS * 2, rng, freezes=False))
-    before = ask(storm.observed)
+    before = [ask(observed) for observed in storm.observed]
     for number, begin in enumerate(range(0, requests, ROUND_REQUESTS), 1):
         asyncio.run(storm.round(number, min(ROUND_REQUESTS, requests - begin), rng, freezes=freezes))
     storm.compare(before)

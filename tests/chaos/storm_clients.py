@@ -176,6 +176,7 @@ class Seen:
     lost: Counter[str] = field(default_factory=Counter)
     """Requests whose client stayed and got no whole answer, by the exception."""
     freezes: int = 0
+    restarts: int = 0
 
     @property
     def requests(self) -> int:

@@ -19,6 +19,7 @@ def test_storm_leaves_exact_books_and_nothing_behind(tmp_path: Path, freezes: bo
     assert storm.faults == []
     assert not storm.seen.lost, "clients that stayed were not answered"
     assert storm.seen.freezes >= (2 if freezes else 0)
+    assert storm.seen.restarts >= (1 if freezes else 0)
 
 
 @pytest.mark.slow
