@@ -214,8 +214,22 @@ class Sessions:
         self._derived = DerivedSessions(settings, store)
         self._kept = Retention(store, settings.max_bytes_per_key)
 
-    async def open(self, principal: Principal, given: str | None, messages: list[Message]) -> Session:
-        """Return the session of a request. Raises BadRequest on an id that can't be one."""
+    async def accept(self, principal: Principal, given: str | None) -> Session:
+        """Return the session that a request names which is to be answered later. Raises BadRequest as `open` does."""
+        session = Session()
+        if given is not None and self._settings.enabled:
+            session = Session(_check_id(given), principal.tenant, principal.key_id)
+            await self._open(session, wants_history=False)
+        return session
+
+    async def open(
+        self, principal: Principal, given: str | None, messages: list[Message], incarnation: str = ""
+    ) -> Session:
+        """Return the session of a request. Raises BadRequest on an id that can't be one.
+
+        `incarnation` is that of the session when the request was accepted, if that was earlier. A session that was
+        deleted since then is not begun again.
+        """
         if given is not None:
             _check_id(given)
         if not self._settings.enabled:
@@ -223,7 +237,7 @@ class Sessions:
         replaces = any(message["role"] == "assistant" for message in messages)
         session = Session(given or "", principal.tenant, principal.key_id, replaces=replaces)
         if given is not None:
-            await self._open(session, wants_history=not replaces)
+            await self._open(session, wants_history=not replaces, incarnation=incarnation)
             return session
         session.affinity = derive_id(principal.tenant, messages)
         if self._settings.derived:
@@ -242,21 +256,21 @@ class Sessions:
         session.announce = True
         self._metrics.session("created")
 
-    async def _open(self, session: Session, *, wants_history: bool) -> None:
+    async def _open(self, session: Session, *, wants_history: bool, incarnation: str = "") -> None:
         try:
             seed, may_be_new = "", True
             if is_derived(session.id):
                 may_be_new = belongs_to(session.id, session.key_id)
                 said = await self._derived.take(session.key_id, session.id) if may_be_new else None
                 seed = "" if said is None else orjson.dumps([0, said]).decode()
-            outcome = await self._claim(session, wants_history=wants_history, may_be_new=may_be_new, seed=seed)
+            outcome = await self._claim(session, wants_history, may_be_new, seed, incarnation)
             collided = outcome == "taken"
             while outcome == "taken":
                 session.id = f"oai-{secrets.token_hex(4)}"
-                outcome = await self._claim(session, wants_history=False)
+                outcome = await self._claim(session, False)
                 if outcome == "owned":
                     outcome = "taken"  # ours, but another conversation
-            if wants_history and not collided:
+            if wants_history and session.number and not collided:
                 await self._read(session.tenant, session.id, session.newest, session.more)
                 session.history = [turn for _, turn in turns_of(session.newest)]
                 session.newest = []
@@ -272,13 +286,18 @@ class Sessions:
         session.unavailable = True
         session.number = 0
 
-    async def _claim(self, session: Session, *, wants_history: bool, may_be_new: bool = True, seed: str = "") -> str:
+    async def _claim(
+        self, session: Session, wants_history: bool, may_be_new: bool = True, seed: str = "", incarnation: str = ""
+    ) -> str:
         arguments = [session.tenant, self._settings.ttl_s, int(wants_history), secrets.token_hex(8), int(may_be_new)]
-        arguments += [seed, PIECE_BYTES]
+        arguments += [seed, PIECE_BYTES, session.key_id, incarnation]
         keys = [*session_keys(session.id), _gone_key(session.id)]
         answer = await self._store.run(*_OPEN.call(keys, arguments))
         outcome, session.number, session.incarnation, found, session.more, payer = answer
-        if payer:
+        if outcome == "new":
+            # Counted before anything is stored in it: requests may be refused that begin sessions.
+            await self._kept.keep(session.key_id, f"s:{session.id}", len(seed.encode()), self._settings.ttl_s)
+        elif payer:
             await self._store.run(*self._kept.renewal(payer, f"s:{session.id}", self._settings.ttl_s))
         session.newest = list(zip(found[::2], found[1::2], strict=True))
         return str(outcome)

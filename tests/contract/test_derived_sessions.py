@@ -224,16 +224,27 @@ async def test_first_uses_at_once_make_one_session(start: Start) -> None:
 
 
 @pytest.mark.parametrize("named", [False, True])
-async def test_deleted_session_does_not_come_back_from_a_turn_that_runs(serve: Start, named: bool) -> None:
+async def test_deleted_session_does_not_come_back_from_a_turn_that_runs(
+    serve: Start, monkeypatch: pytest.MonkeyPatch, named: bool
+) -> None:
     gateway = await serve(mock=answering)
     session = await announced(gateway, user("hi")) if named else ""
-    gateway.mock._token_s = 0.3
+    go, pause = asyncio.Event(), gateway.mock._pause
+
+    async def pause_after_a_token(seconds: float, dead: asyncio.Event) -> None:
+        if seconds:
+            await go.wait()
+        await pause(0, dead)
+
+    monkeypatch.setattr(gateway.mock, "_token_s", 1)
+    monkeypatch.setattr(gateway.mock, "_pause", pause_after_a_token)
     headers = {"X-Session-ID": session} if named else {}
     body = {"messages": [user("more")], "stream": True}
     async with gateway.client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as running:
         session = session or running.headers["x-session-id"]
         deleted = await gateway.client.delete(f"/v1/sessions/{session}")
         assert gateway.mock.unfinished_requests == 1
+        go.set()
         await running.aread()
 
     assert deleted.status_code == 200
