@@ -24,7 +24,7 @@ from pydantic import Field
 from starlette.responses import Response
 
 from engine.base import Delta, GenerationRequest
-from gateway.api.dependencies import Services, authenticate, services
+from gateway.api.dependencies import Services, authenticate, services, while_authenticated
 from gateway.api.generation import Call, Caller, call
 from gateway.api.resume import number_of
 from gateway.api.sampling import parse_body
@@ -82,10 +82,10 @@ async def open_job_stream(
     """Open a client's stream of job events, or take it up again, in place of an older one."""
     _check_client_id(client_id)
     after = number_of(last_event_id, "Last-Event-ID")
+    run = partial(run_job, request.app)
+    frames = services.jobs.stream(principal, client_id, after, run, services.authenticator.renewed)
     return GenerationResponse(
-        services.jobs.stream(
-            principal, client_id, after, partial(run_job, request.app), services.authenticator.renewed
-        ),
+        while_authenticated(frames, request, services),
         stream=True,
         drain=services.drain,
         metrics=services.metrics,
