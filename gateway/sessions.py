@@ -11,7 +11,6 @@ without history, and say so. Raises BadRequest and NotFound.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import re
 import secrets
 import time
@@ -26,7 +25,7 @@ from engine.base import Delta, Engine, GenerationRequest, InvalidRequest, Prepar
 from gateway.answers import Answer
 from gateway.auth import Principal
 from gateway.config import SessionSettings
-from gateway.derived_sessions import DerivedSessions, belongs_to, is_derived
+from gateway.derived_sessions import DerivedSessions, belongs_to, derive_id, is_derived
 from gateway.errors import BadRequest, NotFound, StoreUnavailable
 from gateway.events import Event
 from gateway.metrics import Metrics
@@ -187,21 +186,6 @@ async def _prepare_within(
 def _leaves_room(prepared: Prepared, request: GenerationRequest, max_model_len: int) -> bool:
     wanted = request.max_tokens or request.default_max_tokens or max_model_len
     return prepared.max_tokens >= min(wanted, max_model_len // 4)
-
-
-def derive_id(tenant: str, messages: list[Message]) -> str:
-    """Return where the prefix of a conversation that names no session may be cached, by tenant and by how it begins.
-
-    It is a hint for the choice of a replica. Nothing is stored under it.
-    """
-
-    def first(role: str, characters: int) -> str:
-        texts = (text_of(message) for message in messages if message["role"] == role)
-        return next((text[:characters] for text in texts if text), "")
-
-    # JSON keeps the three apart, whatever is in them.
-    seed = orjson.dumps([tenant, first("system", 200), first("user", 100)])
-    return f"oai-{hashlib.sha256(seed).hexdigest()[:16]}"
 
 
 class Sessions:
