@@ -31,6 +31,7 @@ from engine.fair_slots import FairSlots
 from engine.grammar_trials import GrammarTrials
 from engine.parsers import find_parsers
 from engine.rendering import ChoiceReader, Rendered, Renderer, Unreadable, is_long, keep_images, naming_constraint
+from engine.whole_choices import WholeChoices
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -128,10 +129,14 @@ class EmbeddedEngine(AsyncLLMEngine):
         self._beginning = asyncio.create_task(self._trials.begin())
 
     async def prepare(self, request: GenerationRequest) -> Prepared:
+        from vllm.sampling_params import RequestOutputKind
+
         with self._while_running():
             rendered = await self._in_turn(request, self._renderer.render)
         max_tokens = resolve_max_tokens(request, rendered.prompt_tokens, self.max_model_len)
         sampling_params = self._renderer.sampling_params(rendered, max_tokens)
+        if request.n > 1:
+            sampling_params.output_kind = RequestOutputKind.DELTA  # see whole_choices.py
         return Prepared(
             request_id=request.request_id,
             prompt_tokens=rendered.prompt_tokens,
@@ -170,6 +175,7 @@ class EmbeddedEngine(AsyncLLMEngine):
         job: _Job = prepared.payload
         collector: Any = None
         finished = False
+        whole = WholeChoices() if prepared.n > 1 and not job.stream else None
         try:
             readers = self._readers(prepared)
             with naming_constraint(job.rendered.constraint):
@@ -186,7 +192,7 @@ class EmbeddedEngine(AsyncLLMEngine):
                 output: Any = collector.get_nowait() or await collector.get()  # a RequestOutput: we never pool
                 finished = output.finished
                 self._count(prepared, output)
-                for choice in output.outputs:
+                for choice in output.outputs if whole is None else whole.add(output.outputs):
                     yield readers[choice.index].read(choice, output.prompt_token_ids, stream=job.stream)
         except GracefulHTTPError as error:  # vLLM's own admission control
             raise EngineOverloaded(str(error)) from error

@@ -354,7 +354,8 @@ class LimiterSettings(_Settings):
     replicas: int = Field(1, ge=1)
     """Gateways that share the store; a process's share of a limit, while the store is away, is the limit over this."""
     failed_auth_per_minute: int = Field(30, ge=1)
-    """Requests with a wrong key that one address may make in a minute, so that guessing is slow."""
+    """Requests with a wrong key that one address may make in a minute, so that guessing is slow. Keys that were used
+    from there before, 1,024 at most, are not held up."""
 
 
 class PrefixCacheSettings(_Settings):

@@ -91,6 +91,21 @@ def _mark(key_id: str, chance: str) -> str:
     return hashlib.sha256(f"{key_id} {chance}".encode()).hexdigest()[:10]
 
 
+def derive_id(tenant: str, messages: list[Message]) -> str:
+    """Return where the prefix of a conversation that names no session may be cached, by tenant and by how it begins.
+
+    It is a hint for the choice of a replica. Nothing is stored under it.
+    """
+
+    def first(role: str, characters: int) -> str:
+        texts = (text_of(message) for message in messages if message["role"] == role)
+        return next((text[:characters] for text in texts if text), "")
+
+    # JSON keeps the three apart, whatever is in them.
+    seed = orjson.dumps([tenant, first("system", 200), first("user", 100)])
+    return f"oai-{hashlib.sha256(seed).hexdigest()[:16]}"
+
+
 class DerivedSessions:
     """The derived sessions of all keys."""
 

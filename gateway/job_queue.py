@@ -49,6 +49,10 @@ class Job:
     principal: Principal
     session_id: str | None
     request: dict[str, Any]
+    session_incarnation: str = ""
+    """That of the session when the job was submitted."""
+    session_is_new: bool = False
+    """The session began with this job."""
 
     def text(self) -> str:
         """Return the job as it lies in the queue."""

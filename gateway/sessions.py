@@ -11,7 +11,6 @@ history, and say so. Raises BadRequest and NotFound.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import re
 import secrets
 import time
@@ -26,7 +25,7 @@ from engine.base import Delta, Engine, GenerationRequest, InvalidRequest, Prepar
 from gateway.answers import Answer
 from gateway.auth import Principal
 from gateway.config import SessionSettings
-from gateway.derived_sessions import DerivedSessions, belongs_to, is_derived
+from gateway.derived_sessions import DerivedSessions, belongs_to, derive_id, is_derived
 from gateway.errors import BadRequest, NotFound, StoreUnavailable, WritesRefused
 from gateway.events import Event
 from gateway.metrics import Metrics
@@ -194,21 +193,6 @@ def _leaves_room(prepared: Prepared, request: GenerationRequest, max_model_len: 
     return prepared.max_tokens >= min(wanted, max_model_len // 4)
 
 
-def derive_id(tenant: str, messages: list[Message]) -> str:
-    """Return where the prefix of a conversation that names no session may be cached, by tenant and by how it begins.
-
-    It is a hint for the choice of a replica. Nothing is stored under it.
-    """
-
-    def first(role: str, characters: int) -> str:
-        texts = (text_of(message) for message in messages if message["role"] == role)
-        return next((text[:characters] for text in texts if text), "")
-
-    # JSON keeps the three apart, whatever is in them.
-    seed = orjson.dumps([tenant, first("system", 200), first("user", 100)])
-    return f"oai-{hashlib.sha256(seed).hexdigest()[:16]}"
-
-
 class Sessions:
     """All sessions."""
 
@@ -219,8 +203,22 @@ class Sessions:
         self._derived = DerivedSessions(settings, store)
         self._kept = Retention(store, settings.max_bytes_per_key)
 
-    async def open(self, principal: Principal, given: str | None, messages: list[Message]) -> Session:
-        """Return the session of a request. Raises BadRequest on an id that can't be one."""
+    async def accept(self, principal: Principal, given: str | None) -> Session:
+        """Return the session that a request names which is to be answered later. Raises BadRequest as `open` does."""
+        session = Session()
+        if given is not None and self._settings.enabled:
+            session = Session(_check_id(given), principal.tenant, principal.key_id)
+            await self._open(session, wants_history=False)
+        return session
+
+    async def open(
+        self, principal: Principal, given: str | None, messages: list[Message], incarnation: str = ""
+    ) -> Session:
+        """Return the session of a request. Raises BadRequest on an id that can't be one.
+
+        `incarnation` is that of the session when the request was accepted, if that was earlier. A session that was
+        deleted since then is not begun again.
+        """
         if given is not None:
             _check_id(given)
         if not self._settings.enabled:
@@ -228,7 +226,7 @@ class Sessions:
         replaces = any(message["role"] == "assistant" for message in messages)
         session = Session(given or "", principal.tenant, principal.key_id, replaces=replaces)
         if given is not None:
-            await self._open(session, wants_history=not replaces)
+            await self._open(session, wants_history=not replaces, incarnation=incarnation)
             return session
         session.affinity = derive_id(principal.tenant, messages)
         if self._settings.derived:
@@ -247,7 +245,7 @@ class Sessions:
         if session.announce:
             self._metrics.session("created")
 
-    async def _open(self, session: Session, *, wants_history: bool) -> None:
+    async def _open(self, session: Session, *, wants_history: bool, incarnation: str = "") -> None:
         derived: tuple[int, list[Message]] | None = None
         said: list[Message] = []
         try:
@@ -257,16 +255,16 @@ class Sessions:
                 if may_be_new and (derived := await self._derived.show(session.key_id, session.id)) is not None:
                     said = derived[1]
                 seed = orjson.dumps([0, said]).decode() if said else ""
-            outcome = await self._claim(session, wants_history=wants_history, may_be_new=may_be_new, seed=seed)
+            outcome = await self._claim(session, wants_history, may_be_new, seed, incarnation)
             if derived is not None:  # it is an ordinary session by now
                 await self._derived.delete(session.key_id, session.id)
             collided = outcome == "taken"
             while outcome == "taken":
                 session.id = f"oai-{secrets.token_hex(4)}"
-                outcome = await self._claim(session, wants_history=False)
+                outcome = await self._claim(session, False)
                 if outcome == "owned":
                     outcome = "taken"  # ours, but another conversation
-            if wants_history and not collided:
+            if wants_history and session.number and not collided:
                 await self._read(session.tenant, session.id, session.newest, session.more)
                 session.history = [turn for _, turn in turns_of(session.newest)]
                 session.newest = []
@@ -299,9 +297,11 @@ class Sessions:
         session.unavailable = True
         session.number = 0
 
-    async def _claim(self, session: Session, *, wants_history: bool, may_be_new: bool = True, seed: str = "") -> str:
+    async def _claim(
+        self, session: Session, wants_history: bool, may_be_new: bool = True, seed: str = "", incarnation: str = ""
+    ) -> str:
         arguments = [session.tenant, self._settings.ttl_s, int(wants_history), secrets.token_hex(8), int(may_be_new)]
-        arguments += [seed, PIECE_BYTES, session.key_id]
+        arguments += [seed, PIECE_BYTES, session.key_id, incarnation]
         keys = [*session_keys(session.id), _gone_key(session.id)]
         answer = await self._store.run(*_OPEN.call(keys, arguments))
         outcome, session.number, session.incarnation, found, session.more, payer = answer

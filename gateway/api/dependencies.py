@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -31,6 +33,9 @@ from gateway.store import Store
 from gateway.tools.base import Toolbox
 from gateway.tracing import Tracing
 from gateway.usage import Ledger
+
+_CHECK_EVERY_S = 1.0
+"""How old the last check of a key may be when its open stream is given more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +97,23 @@ async def authenticate(request: Request, services: Annotated[Services, Depends(s
     if hold_connection is not None:  # it is there where the app runs in this product's own server
         hold_connection(principal.key_id)
     return principal
+
+
+async def while_authenticated(
+    chunks: AsyncGenerator[bytes, None], request: Request, services: Services
+) -> AsyncGenerator[bytes, None]:
+    """Pass on what an open stream yields, for as long as the key that opened it is good.
+
+    Raises what `Authenticator` raises: the key may have been revoked since, or rotated, and then what comes may be for
+    whoever has the new secret.
+    """
+    checked_at = time.monotonic()
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            if time.monotonic() - checked_at >= _CHECK_EVERY_S:
+                await services.authenticator.authenticate(request)
+                checked_at = time.monotonic()
+            yield chunk
 
 
 async def authenticate_admin(principal: Annotated[Principal, Depends(authenticate)]) -> Principal:

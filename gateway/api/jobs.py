@@ -24,7 +24,7 @@ from pydantic import Field
 from starlette.responses import Response
 
 from engine.base import Delta, GenerationRequest
-from gateway.api.dependencies import Services, authenticate, services
+from gateway.api.dependencies import Services, authenticate, services, while_authenticated
 from gateway.api.generation import Call, Caller, call
 from gateway.api.resume import number_of
 from gateway.api.sampling import parse_body
@@ -82,10 +82,10 @@ async def open_job_stream(
     """Open a client's stream of job events, or take it up again, in place of an older one."""
     _check_client_id(client_id)
     after = number_of(last_event_id, "Last-Event-ID")
+    run = partial(run_job, request.app)
+    frames = services.jobs.stream(principal, client_id, after, run, services.authenticator.renewed)
     return GenerationResponse(
-        services.jobs.stream(
-            principal, client_id, after, partial(run_job, request.app), services.authenticator.renewed
-        ),
+        while_authenticated(frames, request, services),
         stream=True,
         drain=services.drain,
         metrics=services.metrics,
@@ -109,11 +109,15 @@ async def submit_job(call: Annotated[Call, Depends(call)]) -> Response:
         _check_client_id(body.client_id)
         if len(body.prompt) + len(body.context or "") > most:
             raise _too_large(most)
+        given_id = call.request.headers.get("x-session-id")
+        session = await call.services.sessions.accept(call.principal, given_id)
         job = Job(
             f"job_{secrets.token_hex(16)}",
             call.principal,
-            call.request.headers.get("x-session-id"),
+            given_id if given_id is None else session.id or given_id,
             body.model_dump(exclude_none=True),
+            session.incarnation,
+            session.announce,
         )
         if len(job.text().encode()) > most:
             raise _too_large(most)
@@ -148,7 +152,7 @@ async def run_job(app: FastAPI, job: Job) -> AsyncGenerator[JobEvent, None]:
     model = await caller.admit(body.model)
     meter = caller.meter(job.id, model)
     generation = body.for_engine(job.id, model.settings.defaults)
-    session = await services.sessions.open(principal, job.session_id, generation.messages)
+    session = await services.sessions.open(principal, job.session_id, generation.messages, job.session_incarnation)
     session.may_store = partial(services.jobs.holds, job)
     events: AsyncGenerator[Event, None] = caller.work(generation, meter, session)
     if (chars := services.config.server.stream_chunk_chars) is not None:
@@ -162,7 +166,8 @@ async def run_job(app: FastAPI, job: Job) -> AsyncGenerator[JobEvent, None]:
                     yield "token", fields
             elif model.settings.workflow != "chat":
                 yield "progress", event_fields(event)
-    told = {"session_id": session.id} if session.announce and job.session_id is not None else {}
+    is_new = session.announce or job.session_is_new
+    told = {"session_id": session.id} if is_new and job.session_id is not None else {}
     yield "done", {"finish_reason": finish_reason, "usage": usage_fields(meter.usage), **told}
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Header, Query
+from fastapi import APIRouter, Depends, Header, Query, Request
 from starlette.responses import Response
 
-from gateway.api.dependencies import Services, authenticate, services
+from gateway.api.dependencies import Services, authenticate, services, while_authenticated
 from gateway.auth import Principal
 from gateway.errors import BadRequest
 from gateway.event_log import MAX_NUMBER
@@ -30,6 +30,7 @@ def number_of(text: str | None, param: str) -> int | None:
 
 @router.get("/v1/chat/completions/{completion_id}/stream", response_class=Response)
 async def resume_chat_completion(
+    request: Request,
     completion_id: str,
     principal: Annotated[Principal, Depends(authenticate)],
     services: Annotated[Services, Depends(services)],
@@ -40,8 +41,9 @@ async def resume_chat_completion(
     given = number_of(last_event_id, "Last-Event-ID")
     if given is None:
         given = number_of(starting_after, "starting_after") or 0
+    frames = await services.resumable.resume(principal, completion_id, given)
     return GenerationResponse(
-        await services.resumable.resume(principal, completion_id, given),
+        while_authenticated(frames, request, services),
         stream=True,
         drain=services.drain,
         metrics=services.metrics,

@@ -171,8 +171,7 @@ class Run:
     @property
     def said(self) -> str:
         """What the client wrote, earlier answers included."""
-        return "
-".join(self._texts({"tool"}))
+        return "\n".join(self._texts({"tool"}))
 
     def _texts(self, without: Collection[str]) -> list[str]:
         return [*(text_of(message) for message in self.messages if message["role"] not in without), self.context]

@@ -13,7 +13,7 @@ import pytest
 from engine.mock import MockEngine
 from gateway.errors import StoreUnavailable
 from gateway.keys import KeySpec
-from tests.conftest import KEY_ID, Gateway, Start, until
+from tests.conftest import KEY_ID, Gateway, Start
 from tests.store_server import StoreServer
 
 pytestmark = pytest.mark.anyio
@@ -235,16 +235,28 @@ async def test_first_uses_at_once_make_one_session(start: Start) -> None:
 
 
 @pytest.mark.parametrize("named", [False, True])
-async def test_deleted_session_does_not_come_back_from_a_turn_that_runs(start: Start, named: bool) -> None:
-    gateway = await start(mock=answering)
-    session = await announced(gateway, user("hi"))
-    gateway.mock._token_s = 0.3
-    conversation = [user("more")] if named else [user("hi"), assistant(), user("more")]
-    running = asyncio.create_task(say(gateway, *conversation, session=session if named else ""))
-    await until(lambda: gateway.mock.unfinished_requests == 1)
-    deleted = await gateway.client.delete(f"/v1/sessions/{session}")
-    assert not running.done()
-    await running
+async def test_deleted_session_does_not_come_back_from_a_turn_that_runs(
+    serve: Start, monkeypatch: pytest.MonkeyPatch, named: bool
+) -> None:
+    gateway = await serve(mock=answering)
+    session = await announced(gateway, user("hi")) if named else ""
+    go, pause = asyncio.Event(), gateway.mock._pause
+
+    async def pause_after_a_token(seconds: float, dead: asyncio.Event) -> None:
+        if seconds:
+            await go.wait()
+        await pause(0, dead)
+
+    monkeypatch.setattr(gateway.mock, "_token_s", 1)
+    monkeypatch.setattr(gateway.mock, "_pause", pause_after_a_token)
+    headers = {"X-Session-ID": session} if named else {}
+    body = {"messages": [user("more")], "stream": True}
+    async with gateway.client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as running:
+        session = session or running.headers["x-session-id"]
+        deleted = await gateway.client.delete(f"/v1/sessions/{session}")
+        assert gateway.mock.unfinished_requests == 1
+        go.set()
+        await running.aread()
 
     assert deleted.status_code == 200
     assert await stored(gateway, session) is None

@@ -577,6 +577,34 @@ async def test_session_of_a_job_is_continued(serve: Start) -> None:
     assert [fields.get("session_id") for fields in ended] == ["s", None], "told when it is new"
 
 
+async def test_session_that_is_deleted_while_its_jobs_wait_stays_deleted(serve: Start) -> None:
+    gateway = await serve(mock=lambda: MockEngine(token_s=0.02, max_model_len=4096), config=UNLIMITED)
+    client = JobClient("c")
+    async with client.connected(gateway):
+        jobs = []
+        for number in range(3):
+            body = {"client_id": "c", "prompt": f"{number} " + "word " * 20}
+            response = await gateway.client.post("/api/v1/chat/submit", json=body, headers={"X-Session-ID": "s"})
+            jobs.append(response.json()["job_id"])
+        await until(lambda: client.text(jobs[0]) != "")
+        assert (await gateway.client.delete("/v1/sessions/s")).status_code == 200
+        await until(lambda: all(client.ended(job_id) for job_id in jobs), within_s=20)
+
+    assert [client.names(job_id)[-1] for job_id in jobs] == ["done"] * 3
+    assert [len(request.messages) for request in gateway.mock.requests] == [1, 1, 1], "without history"
+    assert (await gateway.client.get("/v1/sessions/s")).status_code == 404
+
+
+async def test_job_with_an_odd_session_is_refused(serve: Start) -> None:
+    gateway = await serve()
+    client = JobClient("c")
+    async with client.connected(gateway):
+        body = {"client_id": "c", "prompt": "hello"}
+        response = await gateway.client.post("/api/v1/chat/submit", json=body, headers={"X-Session-ID": "{s}"})
+
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "X-Session-ID")
+
+
 async def test_draining_gateway_hands_its_clients_on(serve: Start) -> None:
     """The running job ends where it is, those that wait run where the stream comes to next."""
     gateway, other = await serve(mock=lambda: MockEngine(token_s=0.01)), await serve()

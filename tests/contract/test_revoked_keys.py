@@ -286,3 +286,46 @@ async def test_key_that_was_lost_while_its_body_came_opens_nothing(serve: Start,
     assert statuses == dict.fromkeys(BODIES, 401)
     assert len(await gateway.services.keys.list()) == before
     assert gateway.mock.requests == []
+
+
+@pytest.mark.parametrize("change", ["revoke", "rotate"])
+async def test_open_stream_of_jobs_ends_with_its_key(
+    serve: Start, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """Who has the new secret submits a job, and who has the old one has the stream open."""
+    monkeypatch.setattr("gateway.api.dependencies._CHECK_EVERY_S", 0.0)
+    gateway = await serve(mock=slow, config={"limits": {"enabled": False}})
+    key_id, key = await key_of(gateway)
+    spy = JobClient("c")
+    async with spy.connected(gateway, key):
+        running = await submitted(gateway, "c", "mine", key=key, max_tokens=300)
+        await until(lambda: spy.text(running) != "")
+        changed = await getattr(gateway.services.keys, change)(key_id)
+        await until(lambda: spy.ends != [])
+        if change == "rotate":
+            job = await submitted(gateway, "c", "a secret of the owner", key=changed[1], max_tokens=5)
+            owner = JobClient("c")
+            async with owner.connected(gateway, changed[1]):
+                await until(lambda: owner.ended(job))
+
+    assert spy.ends == ["invalid_api_key"]
+    assert len(spy.text(running).split()) < 300
+
+
+@pytest.mark.parametrize("change", ["revoke", "rotate"])
+async def test_resumed_stream_ends_with_the_key_that_reads_it(
+    serve: Start, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    monkeypatch.setattr("gateway.api.dependencies._CHECK_EVERY_S", 0.0)
+    gateway = await serve(mock=slow, config={"limits": {"enabled": False}})
+    key_id, key = await key_of(gateway)
+    body = {"messages": HELLO, "stream": True, "resumable": True, "max_tokens": 300}
+    async with gateway.client.stream("POST", "/v1/chat/completions", json=body) as made:
+        path, headers = made.headers["x-shannon-resume"], {"Authorization": f"Bearer {key}"}
+        async with gateway.client.stream("GET", path, headers=headers) as read:
+            lines = read.aiter_lines()
+            await anext(lines)
+            await getattr(gateway.services.keys, change)(key_id)
+            last = [line async for line in lines if line.startswith("data: ")][-1]
+
+    assert json.loads(last[6:])["error"]["code"] == "invalid_api_key"

@@ -178,6 +178,22 @@ async def test_last_writer_of_a_shared_session_pays(start: Start, store_server: 
     assert accounted(store_server, "kept", record.id) == 0
 
 
+async def test_sessions_of_refused_requests_are_bounded(start: Start, store_server: StoreServer) -> None:
+    limits = {"requests_per_minute": 1, "tokens_per_minute": 1000}
+    models = {"shannon-chat": {"description": "Chat", "limits": limits}}
+    gateway = await start(mock=echoing, config={"models": models, "sessions": CONFIG["sessions"]})
+    body = {"messages": [{"role": "user", "content": "hello"}]}
+    most = ROOM // MEMBER_BYTES
+    for number in range(most + 200):
+        headers = {"X-Session-ID": f"s{number}"}
+        status = (await gateway.client.post("/v1/chat/completions", json=body, headers=headers)).status_code
+    assert status == 429
+
+    with store_server.client() as raw:
+        assert len(raw.keys("sh:{s:*")) <= most
+    assert accounted(store_server, "kept") <= ROOM
+
+
 def deleted_before_it_is_counted(gateway: Gateway, monkeypatch: pytest.MonkeyPatch, kept: Retention, path: str) -> None:
     """Have the first thing that a key keeps be deleted right after it is written, before it is counted."""
     keep, raced = kept.keep, False

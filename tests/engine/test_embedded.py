@@ -148,6 +148,51 @@ async def test_failure_of_one_choice_ends_its_siblings(
     assert counter("generation_tokens_total") - before == prepared.usage.completion_tokens
 
 
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+async def test_choice_that_the_core_gives_up_ends_its_siblings_at_once(
+    engine: EmbeddedEngine, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    from vllm.v1.engine import FinishReason
+
+    llm = engine._running()
+    asked = request(STORY, stream=stream, n=3, temperature=1, ignore_eos=True, max_tokens=400)
+    process = llm.output_processor.process_outputs
+    given_up: list[str] = []
+
+    def process_and_fail(core_outputs: list[Any], *args: Any, **more: Any) -> Any:
+        for output in core_outputs:
+            if output.request_id.startswith("1_") and asked.request_id in output.request_id:
+                given_up.append(output.request_id)
+                output.finish_reason = FinishReason.ERROR if len(given_up) == 20 else output.finish_reason
+        return process(core_outputs, *args, **more)
+
+    monkeypatch.setattr(llm.output_processor, "process_outputs", process_and_fail)
+    prepared = await engine.prepare(asked)
+    with pytest.raises(EngineDied):
+        async for _ in engine.generate(prepared):
+            pass
+
+    assert engine.unfinished_requests == 0
+    assert 3 * 19 <= prepared.usage.completion_tokens < 2 * 400
+    await llm.engine_core.abort_requests_async(given_up[-1:])
+
+
+@pytest.mark.parametrize("logprobs", [False, True])
+async def test_several_choices_are_the_same_whole_and_streamed(engine: EmbeddedEngine, logprobs: bool) -> None:
+    asked = {"n": 4, "temperature": 1.0, "seed": 5, "stop": ["the"], "max_tokens": 60, "logprobs": logprobs}
+    said: list[list[str]] = []
+    for stream in (True, False):
+        texts = [""] * 4
+        entries = [0] * 4
+        prepared = await engine.prepare(request(STORY, stream=stream, **asked))
+        async for delta in engine.generate(prepared):
+            texts[delta.index] += delta.text
+            entries[delta.index] += len(delta.logprobs or ())
+        said.append(texts)
+        assert sum(entries) == (prepared.usage.completion_tokens if logprobs else 0)
+    assert said[0] == said[1]
+
+
 async def test_abort_before_the_prompt_is_processed_costs_nothing(engine: EmbeddedEngine) -> None:
     prepared = await engine.prepare(request(STORY))
     task = asyncio.create_task(anext(engine.generate(prepared)))

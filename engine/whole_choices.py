@@ -1,0 +1,40 @@
+"""Several choices that are wanted whole, put together from their pieces.
+
+vLLM gives final outputs of several choices only when all of them have ended. A choice that failed would be known no
+sooner, while the others run on for nobody. So several choices are always asked for in pieces.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.outputs import CompletionOutput
+
+
+class WholeChoices:
+    """The choices of one request. Its time and memory are linear in what they say."""
+
+    def __init__(self) -> None:
+        self._pieces: defaultdict[int, list[CompletionOutput]] = defaultdict(list)
+
+    def add(self, pieces: list[CompletionOutput]) -> list[CompletionOutput]:
+        """Take the next pieces of some choices. Returns the choices that have ended with them, whole."""
+        ended = []
+        for piece in pieces:
+            self._pieces[piece.index].append(piece)
+            if piece.finish_reason is not None:
+                ended.append(_joined(self._pieces.pop(piece.index)))
+        return ended
+
+
+def _joined(pieces: list[CompletionOutput]) -> CompletionOutput:
+    logprobs = [entry for piece in pieces for entry in piece.logprobs or ()]
+    return replace(
+        pieces[-1],
+        text="".join(piece.text for piece in pieces),
+        token_ids=[token_id for piece in pieces for token_id in piece.token_ids],
+        logprobs=logprobs or None,
+    )
