@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import IO
 
 from engine.process import die_with_parent
 from gateway.data_dir import SOCKET, usable_data_dir
@@ -44,12 +45,24 @@ class EmbeddedValkey:
     async def _start(self) -> None:
         self._data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         with (self._data_dir / "valkey.lock").open("w") as lock:
-            await asyncio.to_thread(fcntl.flock, lock, fcntl.LOCK_EX)
+            await self._lock(lock)
             if await self._answers():
                 return
             self.socket.unlink(missing_ok=True)
             self._spawn()
             await self._wait()
+
+    async def _lock(self, file: IO[str]) -> None:
+        """Wait for others that start the server. Raises StoreError when they are frozen: it takes them no longer."""
+        try:
+            async with asyncio.timeout(2 * _START_TIMEOUT_S):
+                while True:
+                    with contextlib.suppress(BlockingIOError):
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        return
+                    await asyncio.sleep(0.02)
+        except TimeoutError:
+            raise StoreError(f"another process holds {file.name}, and does not finish starting the server") from None
 
     async def revive(self) -> None:
         """Start the server again if it is gone; one that is merely frozen still holds its socket. Raises StoreError."""

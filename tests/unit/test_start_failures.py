@@ -5,7 +5,9 @@ Each case goes through the real command line, in a process of its own.
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import fcntl
 import json
 import os
 import socket
@@ -293,6 +295,16 @@ async def test_bundled_server_that_is_not_there_is_said_so(
 
     with pytest.raises(StoreError, match=f"the bundled Valkey can't be started: {binary}"):
         await EmbeddedValkey(tmp_path).start()
+
+
+@pytest.mark.anyio
+async def test_start_that_another_process_holds_up_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is frozen while it starts the bundled server: neither it nor a thread that waits for it can be ended."""
+    monkeypatch.setattr(valkey, "_START_TIMEOUT_S", 0.05)
+    with (tmp_path / "valkey.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(StoreError, match=r"another process holds .*valkey\.lock"):
+            await asyncio.wait_for(EmbeddedValkey(tmp_path).start(), 10)
 
 
 def test_store_of_a_newer_layout_is_one_line(place: Place, store_server: StoreServer, store_url: str) -> None:
