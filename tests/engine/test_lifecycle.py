@@ -136,8 +136,7 @@ async def test_start_that_gets_nowhere_ends(monkeypatch: pytest.MonkeyPatch) -> 
         await asyncio.wait_for(supervised.prepare(request(HELLO)), HANG_S)
 
     assert "have done nothing for" in str(supervised.failure)
-    asleep.core.join(5)
-    assert not asleep.core.is_alive()
+    await until(lambda: not asleep.core.is_alive())  # the thread of the build reaps it
 
 
 async def test_core_that_is_up_and_says_nothing_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
