@@ -252,8 +252,10 @@ def _says_something(delta: Delta) -> bool:
 def merge(deltas: list[Delta]) -> list[Delta]:
     """Return one delta per choice."""
     merged = []
-    for index in sorted({delta.index for delta in deltas}):
-        own = [delta for delta in deltas if delta.index == index]
+    choices: dict[int, list[Delta]] = {}
+    for delta in deltas:
+        choices.setdefault(delta.index, []).append(delta)
+    for index, own in sorted(choices.items()):
         logprobs = [entry for delta in own for entry in delta.logprobs or ()]
         merged.append(
             Delta(

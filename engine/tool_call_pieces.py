@@ -62,6 +62,10 @@ class CallPieces:
         self._names = frozenset(names)
         self._calls: list[_Call] = []
         self._by_index: dict[int, _Call] = {}
+        self._by_id: dict[str, _Call] = {}
+        """By the server's id the last call that has it."""
+        self._waiting: dict[int, _Call] = {}
+        """By their number the calls that are not announced."""
         self._ids: set[str] = set()
 
     def __bool__(self) -> bool:
@@ -98,8 +102,10 @@ class CallPieces:
         return added
 
     def _begin(self, name: str = "") -> _Call:
-        self._calls.append(_Call(len(self._calls), name=name))
-        return self._calls[-1]
+        call = _Call(len(self._calls), name=name)
+        self._calls.append(call)
+        self._waiting[call.number] = call
+        return call
 
     def _find(self, piece: _Piece) -> _Call | None:
         """Return the call that a piece continues, or None where it begins one."""
@@ -117,7 +123,7 @@ class CallPieces:
             # Neither id nor name: some count the pieces.
             return last if found is None and not piece.id and not piece.name else found
         if piece.id:
-            return next((call for call in reversed(self._calls) if call.id == piece.id), last)
+            return self._by_id.get(piece.id, last)
         if not piece.name and piece.position is not None and piece.position < len(self._calls):
             return self._calls[piece.position]
         return last
@@ -152,7 +158,9 @@ class CallPieces:
 
     def _extend(self, call: _Call, piece: _Piece) -> list[ToolCallDelta]:
         name, arguments = piece.name, piece.arguments
-        call.id = call.id or piece.id
+        if piece.id and not call.id:
+            call.id = piece.id
+            self._by_id[piece.id] = call
         if name and not call.announced and name != call.name:
             call.name = name if name.startswith(call.name) else call.name + name  # all of it so far, or a part
         if name and call.announced and not arguments:
@@ -171,10 +179,11 @@ class CallPieces:
         return name in self._names and not any(other != name and other.startswith(name) for other in self._names)
 
     def _announce_all(self) -> list[ToolCallDelta]:
-        return [self._announce(call, "") for call in self._calls if not call.announced]
+        return [self._announce(call, "") for call in list(self._waiting.values())]
 
     def _announce(self, call: _Call, arguments: str) -> ToolCallDelta:
         call.announced = True
+        self._waiting.pop(call.number, None)
         call_id = call.id
         if not call_id or call_id in self._ids:
             call_id = f"call_{secrets.token_hex(12)}"

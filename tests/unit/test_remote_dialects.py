@@ -316,7 +316,7 @@ async def test_logprobs_are_numbers_and_bytes(logprob: Any, told_bytes: Any) -> 
     async with run_upstream(whole(spoken([frame, FRAMES[3]]), "text/event-stream")) as server, remote(server) as engine:
         _, deltas = await generate(engine, logprobs=True)
 
-    (read,) = deltas[0].logprobs or ()
+    (read,) = deltas[0].logprobs or []
     assert (abs(read.logprob), read.bytes, read.top[0].bytes) == (9999.0, [195, 182], [195, 182])
 
 

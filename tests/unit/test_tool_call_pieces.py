@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
+import time
 from typing import Any
 
 import pytest
@@ -96,3 +98,24 @@ def test_any_cut_of_openais_form_makes_the_same_calls() -> None:
         _, calls = put_together(frames, NAMES if rng.random() < 0.5 else [])
 
         assert calls == CALLS, frames
+
+
+@pytest.mark.parametrize("fields", [("index", "id"), ("id",), ("index",), ()], ids="+".join)
+def test_many_calls_take_linear_time(fields: tuple[str, ...]) -> None:
+    took_s = []
+    for count in (500, 8_000):
+        calls = [
+            {"index": number, "id": f"c{number}", "function": {"name": "f", "arguments": f'{{"n": {number}}}'}}
+            for number in range(count)
+        ]
+        given = [{name: call[name] for name in (*fields, "function")} for call in calls]
+        tries_s = []
+        for _ in range(3):
+            gc.collect()
+            began = time.process_time()
+            added = CallPieces(["f"]).add(given)
+            tries_s.append(time.process_time() - began)
+            assert len({delta.index for delta in added}) == count
+        took_s.append(min(tries_s))
+
+    assert took_s[1] < 60 * took_s[0], "16 times as many"
