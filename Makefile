@@ -54,9 +54,12 @@ setup-dev: $(DEV) ## ... and everything that the tests need
 serve: setup ## Start the gateway with SHANNON_CONFIG (configs/demo.yaml)
 	@exec $(BIN)/shannon serve
 
+# Tests of models take both cores, and those with an image build it once for all; the others mostly wait.
+WITH_AN_IMAGE := tests/deploy/test_image.py tests/deploy/test_chart_pod.py
 .PHONY: test
 test: setup-dev check test-gateway ## Run every test
-	$(BIN)/pytest tests/contract/test_messages.py tests/engine tests/deploy tests/e2e tests/chaos tests/browser
+	$(BIN)/pytest tests/contract/test_messages.py tests/engine tests/e2e tests/chaos $(WITH_AN_IMAGE)
+	$(BIN)/pytest -n 2 --dist loadfile tests/deploy tests/browser $(addprefix --ignore=,$(WITH_AN_IMAGE))
 
 # The gateway and its contract don't need vllm; this proves it in an environment that has none. (What tests/contract
 # does with Anthropic's SDK runs in the other one: the SDK comes with vllm.)

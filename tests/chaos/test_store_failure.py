@@ -6,13 +6,14 @@ import asyncio
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from tests.conftest import until
 from tests.gateway_process import UNLIMITED, GatewayProcess, serve, wait_until
 from tests.store_server import StoreServer, run_store
 
@@ -31,71 +32,102 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StoreServe
 
 
 class Load:
-    """Eight clients that send one request after the other, and note how long each took."""
+    """Four clients that send one request after the other, and note how long each took."""
 
     def __init__(self, gateway: GatewayProcess) -> None:
-        self._gateway = gateway
+        self.gateway = gateway
         self.sent = 0
         self.responses: list[tuple[float, float, httpx.Response]] = []
-        """(when it ended, how long it took, the response)"""
+        """(when it was sent, how long it took, the response)"""
 
-    async def run(self, plan: Callable[[], Any]) -> None:
-        """Send requests until `plan`, which runs meanwhile, has ended."""
-        async with httpx.AsyncClient(timeout=10) as client:
-            task = asyncio.create_task(plan())
-            await asyncio.gather(task, *(self._work(client, task) for _ in range(8)))
+    async def run(self, plan: asyncio.Task[None]) -> None:
+        """Send requests until `plan` has ended."""
+        async with httpx.AsyncClient(timeout=30) as client:
+            await asyncio.gather(*(self._work(client, plan) for _ in range(4)))
 
     async def _work(self, client: httpx.AsyncClient, until: asyncio.Task[None]) -> None:
-        url = f"{self._gateway.url}/v1/chat/completions"
+        url = f"{self.gateway.url}/v1/chat/completions"
         while not until.done():
             self.sent += 1
             started = time.monotonic()
-            response = await client.post(url, json=BODY, headers=self._gateway.authorization)
-            self.responses.append((time.monotonic(), time.monotonic() - started, response))
+            response = await client.post(url, json=BODY, headers=self.gateway.authorization)
+            self.responses.append((started, time.monotonic() - started, response))
 
-    def p99(self, since: float, until: float) -> float:
-        took = [took for at, took, _ in self.responses if since <= at < until]
-        return statistics.quantiles(took, n=100)[98]
+    async def more(self, count: int) -> None:
+        """Wait until that many requests that are sent from now on are answered."""
+        now = time.monotonic()
+        await until(lambda: sum(at > now for at, _, _ in self.responses) >= count, within_s=60)
+
+    def took(self, since: float, until: float) -> list[float]:
+        """Return how long the requests took that were sent in a period."""
+        return sorted(took for at, took, _ in self.responses if since <= at < until)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=lambda fault: fault.name)
 def test_requests_go_on_without_the_store_and_usage_is_complete_after_it(
-    store: StoreServer, tmp_path: Path, fault: signal.Signals
+    store: StoreServer, store_url: str, tmp_path: Path, fault: signal.Signals
 ) -> None:
-    with serve(tmp_path / "gateway", TREE, SHANNON_REDIS_URL=store.url) as gateway:
+    """As fast as those of another gateway, which has its store, at the same moment on the same machine."""
+    with (
+        serve(tmp_path / "gateway", TREE, SHANNON_REDIS_URL=store.url) as gateway,
+        serve(tmp_path / "control", TREE, SHANNON_REDIS_URL=store_url) as untouched,
+    ):
         gateway.wait_until_ready()
-        load = Load(gateway)
+        untouched.wait_until_ready()
+        load, control = Load(gateway), Load(untouched)
         marks: list[float] = []
+        counted: list[dict[str, float]] = []
+
+        def books() -> dict[str, float]:
+            """Return the sums of the metrics of both lanes to the store, by their last words."""
+            names = ("available", "failures_total", "breaker_openings_total")
+            page = gateway.metrics()
+            return {name: sum(page["shannon_store" + lane + name,] for lane in ("_", "_bulk_")) for name in names}
+
+        async def lanes(available: int) -> None:
+            while (found := await asyncio.to_thread(books))["available"] != available:
+                await asyncio.sleep(0.02)
+            counted.append(found)
+            marks.append(time.monotonic())
 
         async def plan() -> None:
-            await asyncio.sleep(3)
-            marks.append(time.monotonic())
+            await load.more(100)
             await asyncio.to_thread(store.send, fault)
-            await asyncio.sleep(4)
-            marks.append(time.monotonic())
+            await asyncio.wait_for(lanes(0), 60)
+            await load.more(300)
+            await control.more(1)
+            await asyncio.wait_for(lanes(0), 60)
             await asyncio.to_thread(store.start if fault == signal.SIGKILL else lambda: store.send(signal.SIGCONT))
-            await asyncio.sleep(3)
+            await asyncio.wait_for(lanes(2), 60)
+            await load.more(20)
 
-        started = time.monotonic()
-        asyncio.run(load.run(plan))
-        went, back = marks
-        normal, away = load.p99(started, went), load.p99(went, back)
-        print(f"{fault.name}: p99 {normal * 1000:.0f} ms with the store, {away * 1000:.0f} ms without")
+        async def play() -> None:
+            planned = asyncio.create_task(plan())
+            await asyncio.gather(planned, load.run(planned), control.run(planned))
+
+        asyncio.run(play())
+        went, back, _ = marks
+        alone, normal = load.took(went, back), control.took(went, back)
+        for name, took in (("without the store", alone), ("with it", normal)):
+            print(f"{fault.name}: {name} {len(took)} requests, median {statistics.median(took) * 1000:.0f} ms")
         assert all(response.status_code == 200 for _, _, response in load.responses)
-        alone = [response for at, _, response in load.responses if went + 0.5 < at < back]
-        assert alone
-        assert all(response.headers["x-shannon-limits"] == "local" for response in alone)
-        assert all(response.headers["x-shannon-session"] == "unavailable" for response in alone)
-        # The machine is shared; twice normal and the timeout are the promise, the rest is its noise.
-        assert away < 2 * normal + COMMAND_TIMEOUT_S + 0.1
+        for at, _, response in load.responses:
+            if went <= at < back:
+                assert response.headers["x-shannon-limits"] == "local"
+                assert response.headers["x-shannon-session"] == "unavailable"
+        # Nobody waits for a store that is known to be away, but who asks for /metrics.
+        before, after, _ = counted
+        assert after["failures_total"] - before["failures_total"] <= 1
+        assert after["breaker_openings_total"] - before["breaker_openings_total"] <= 1
+        for part in (0.5, 0.9):
+            assert alone[int(part * len(alone))] < 2 * normal[int(part * len(normal))] + COMMAND_TIMEOUT_S
         assert _rows(gateway, load.sent) == {
             "requests": load.sent,
             "prompt_tokens": load.sent * 3,
             "completion_tokens": load.sent * 4,
         }
         assert gateway.log.read_text().count("Traceback") == 0
-        assert gateway.log.read_text().count("the store is away") <= 3
 
 
 def _rows(gateway: GatewayProcess, expected: int) -> dict[str, int]:
@@ -105,7 +137,7 @@ def _rows(gateway: GatewayProcess, expected: int) -> dict[str, int]:
 
 def _rows_of(gateway: GatewayProcess, authorization: dict[str, str], expected: int) -> dict[str, int]:
     """Wait for the journal to be replayed. Return the key's totals."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while True:
         response = httpx.get(f"{gateway.url}/v1/usage", headers=authorization)
         rows = response.json()["data"] if response.status_code == 200 else []
@@ -126,6 +158,14 @@ def test_requests_in_flight_through_a_freeze_cost_what_they_spent(
         spec = {"name": "ci", "tokens_per_day": 100_000}
         made = httpx.post(f"{gateway.url}/admin/keys", json=spec, headers=gateway.authorization).json()
         headers = {"Authorization": f"Bearer {made['key']}"}
+
+        def polls() -> int:
+            stats: Any = raw.info("commandstats")
+            return int(stats["cmdstat_get"]["calls"])
+
+        # A key that was made voids the cache of keys, when the gateway next looks: without the store it has none then.
+        seen = polls()
+        wait_until(lambda: polls() >= seen + 2, "the gateway does not look for keys that have changed")
         url = f"{gateway.url}/v1/chat/completions"
         body = BODY | {"max_tokens": 900}
         assert httpx.post(url, json=body, headers=headers).status_code == 200
@@ -139,7 +179,7 @@ def test_requests_in_flight_through_a_freeze_cost_what_they_spent(
                 return await asyncio.gather(*asked)
 
         responses = asyncio.run(five())
-        assert [response.status_code for response in responses] == [200] * 5
+        assert [response.status_code for response in responses] == [200] * 5, responses[0].text
         rows = _rows_of(gateway, headers, 6)
         spent = rows["prompt_tokens"] + rows["completion_tokens"]
         head = f"sh:{{k:{made['id']}}}:"

@@ -126,7 +126,7 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess
     valkey = start_valkey(folder)
     for name, value in secrets.items():
         (folder / name).write_text(value)
-    tree = tree | {"store": {"data_dir": str(folder / "data")}, "weights": {}}
+    tree = tree | {"store": {"data_dir": str(folder / "data"), "command_timeout_ms": 2000}, "weights": {}}
     for key in tree["keys"]:
         key["key_file"] = str(folder / Path(key["key_file"]).name)
     tree["server"] |= {"host": "127.0.0.1"}

@@ -2,7 +2,8 @@
 
 Reads one scene per line on stdin, as a JSON object, plays it, and prints what was seen on stdout. A scene is a list of
 groups of clients, each under a key; a client asks, reads its stream to the end and asks again. The measured time begins
-with the next line, whatever it says; when it is over all connections are cut.
+with the next line, whatever it says, and ends after `duration_s`, or with another line where that is 0; then all
+connections are cut.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import secrets
 import sys
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -53,14 +54,14 @@ class Crowd:
         self._measuring = False
         self._asked_at: dict[asyncio.Task[Any], tuple[Seen, float]] = {}
 
-    async def play(self, begin: Awaitable[object]) -> list[Seen]:
-        """Return what each group saw in the measured time, which starts at `begin`."""
+    async def play(self, next_line: Callable[[], Awaitable[object]]) -> list[Seen]:
+        """Return what each group saw in the measured time."""
         async with asyncio.TaskGroup() as tasks:
             early = [self._join(tasks, i) for i, group in enumerate(self._groups) if not group.late]
-            await begin
+            await next_line()
             self._measuring = True
             late = [self._join(tasks, i) for i, group in enumerate(self._groups) if group.late]
-            await asyncio.sleep(self._duration_s)
+            await (asyncio.sleep(self._duration_s) if self._duration_s else next_line())
             self._measuring = False
             now = time.perf_counter()
             for seen, asked_at in self._asked_at.values():
@@ -128,7 +129,7 @@ async def main() -> None:
     while line := await lines.readline():
         scene = json.loads(line)
         groups = [Group(**group) for group in scene.pop("groups")]
-        seen = await Crowd(groups=groups, **scene).play(lines.readline())
+        seen = await Crowd(groups=groups, **scene).play(lines.readline)
         print(json.dumps([asdict(group) for group in seen]), flush=True)
 
 
