@@ -1,8 +1,8 @@
 """Links and pictures in answers that a grammar binds: as in others, only what was read or named by the user.
 
 JSON stays valid: the filter looks into each string of it, with escapes resolved, and writes it again. Such answers are
-read by programs: addresses that are in no link or picture stay, so do HTML and an answer that is one of the client's
-own choices.
+read by programs: addresses that are in no link, picture or tag of HTML stay, so does an answer that is one of the
+client's own choices.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class BoundFilter:
 
     def _new(self) -> LinkFilter:
         return LinkFilter(
-            self._run.addresses, image_hosts=self._run.image_hosts, less_than="<", prose=False, bare=False
+            self._run.addresses, image_hosts=self._run.image_hosts, less_than=None, prose=False, bare=False
         )
 
 

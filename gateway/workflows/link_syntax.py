@@ -65,8 +65,12 @@ _REST = re.compile(ADDRESS_CHARS)
 _REST_GOES_ON = re.compile(r"(?:\([^\s()<>\"`]{0,200})?\Z")
 IPV4 = re.compile(r"(?:[0-9]{1,3}\.){3}[0-9]{1,3}")
 _NOT_IN_ANGLES = re.compile(r"[\n<]")
-_MAX_TAG_CHARS = 40
-_TAG_NAME = re.compile(rf"<[A-Za-z][A-Za-z0-9:_-]{{0,{_MAX_TAG_CHARS}}}")
+_MAX_TAG_CHARS = 70
+_TAG_NAME = re.compile(rf"<[A-Za-z0-9!#$%&'*+=?^_`{{|}}~.:@-]{{1,{_MAX_TAG_CHARS}}}")
+"""Of HTML, or the beginning of a link."""
+_LINK_IN_ANGLES = re.compile(
+    r"<(?:(?:https?|ftp|file|mailto|tel|sms|data|javascript|vbscript|blob|view-source|wss?):|[^<@:]{1,70}@)", re.I
+)
 _SPACE = re.compile(r"\s")
 _BLANK = re.compile(r"[\x00-\x20]")
 _SCHEME = re.compile(r"\A[A-Za-z][A-Za-z0-9+.-]*:")
@@ -203,16 +207,19 @@ def closing_bracket(text: str) -> int | None:
     return None
 
 
-def begins_tag_that_loads(text: str, at: int, final: bool) -> bool | None:
-    """Return whether a tag with attributes, or one whose content loads something, begins at `at`; None to wait."""
+def begins_tag_that_leads(text: str, at: int, final: bool) -> bool | None:
+    """Return whether what begins at `at` is a tag with attributes, one whose content loads something, or a link in
+    angle brackets; None to wait."""
     name = _TAG_NAME.match(text, at)
     if name is None:
         return False
     if name.end() == len(text) and not final and len(name[0]) <= _MAX_TAG_CHARS:
         return None
-    if name[0][1:].lower() in ("script", "style", "base", "svg", "math"):
+    if name[0][1:].lower() in ("script", "style", "base", "svg", "math") or _LINK_IN_ANGLES.match(name[0]):
         return True
     behind = text[name.end() : name.end() + 2]
+    if not name[0][1].isalpha():
+        return False
     if behind == "/" and not final:
         return None
     return behind[:1].isspace() or (behind[:1] == "/" and behind != "/>")

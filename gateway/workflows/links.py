@@ -26,7 +26,7 @@ from gateway.workflows.link_syntax import (
     MAX_LINK_CHARS,
     Link,
     begins_address,
-    begins_tag_that_loads,
+    begins_tag_that_leads,
     closing_bracket,
     end_of_address,
     ends_there,
@@ -69,14 +69,14 @@ class LinkFilter(MarkdownStream):
         addresses: Addresses,
         *,
         image_hosts: Collection[str] = (),
-        less_than: str = "&lt;",
+        less_than: str | None = "&lt;",
         prose: bool = True,
         bare: bool = True,
     ) -> None:
         """`image_hosts` are those whose pictures may be shown, `*.example.com` for all below one.
 
-        `less_than` stands for a `<` that could begin HTML; where it is `<`, for data that may be text of any kind, tags
-        without attributes stay. `prose` False is for values within structured data: they
+        `less_than` stands for a `<` that could begin HTML; with None, for data that may be text of any kind, only tags
+        with attributes and links in angle brackets get `&lt;`. `prose` False is for values within structured data: they
         have no code spans and blocks, and what is known but was not read stays an address there. `bare` False lets
         addresses through that are in no link or picture.
         """
@@ -136,7 +136,7 @@ class LinkFilter(MarkdownStream):
     def _angle(self, text: str, at: int, final: bool) -> Step:
         if at + 1 == len(text):
             return (at + 1, "<") if final else None
-        if not _TAG.match(text, at + 1):
+        if self._prose and not _TAG.match(text, at + 1):
             return self._pass(at + 1, "<", "<")
         window = text[at + 1 : at + 2 + MAX_ADDRESS_CHARS]
         start = window[:8].lower()
@@ -151,10 +151,10 @@ class LinkFilter(MarkdownStream):
                 return self._pass(at + end + 2, self._shown(unescapeAll(window[:end]), behind, "<{}>"), " ")
         elif not final and any(scheme.startswith(start) for scheme in ("http://", "https://")):
             return None
-        if self._less_than != "<":
+        if self._less_than is not None:
             return self._pass(at + 1, self._less_than, "<")
-        loads = begins_tag_that_loads(text, at, final)
-        return None if loads is None else self._pass(at + 1, "&lt;" if loads else "<", "<")
+        leads = begins_tag_that_leads(text, at, final)
+        return None if leads is None else self._pass(at + 1, "&lt;" if leads else "<", "<")
 
     # Links, definitions and pictures
 

@@ -18,10 +18,17 @@ from gateway.tools.base import Source
 from gateway.workflows.prompts import preamble, render
 
 MAX_ATTRIBUTE_CHARS = 300
-_CONTROL_WORD = re.compile(r"[\[\uff3b](?=/?(?:[A-Z_]{3,64}|gMASK)[\]\uff3d])")
-"""Control tokens of Mistral and its like: [INST], [/TOOL_RESULTS], [gMASK]. All others are in angle brackets."""
+_CONTROL_WORD = re.compile(
+    r"[\[\uff3b](?=[|\uff5c]|/?(?:[A-Z_]{3,64}|[gs]MASK|@[A-Z]{2,16}@|extra_id_\d{1,4}|unused\d{1,4})[\]\uff3d]|[a-z]~\[)"
+    r"|\](?=~!?[a-z][\[\]]|![a-z][~!]\[|<\])"
+)
+"""Control tokens in square brackets, by their first one: Mistral's [INST] and [/TOOL_RESULTS], GLM's [gMASK], EXAONE's
+[|system|], MiniMax's ]~b], ]~!b[ and [e~[."""
 _CONTROL_TAG = re.compile(
-    r"<(?=[|\uff5c]|<SYS>>|</SYS>>|/?(?:s|bos|eos|pad|unk|start_of_turn|end_of_turn|start_of_image|end_of_image)>)",
+    r"<(?=[|\uff5c]|<SYS>>|</SYS>>|/?(?:s|bos|eos|pad|unk|mask|sep|eod|eot|sop|eop|eoh|eoa|eom|bom|image|video|audio"
+    r"|think|thinking|tools?|tool_calls?|tool_responses?|function_calls?|role|user|system|assistant|human|bot|escape"
+    r"|_user|_bot|_end|_system|(?:start|end|begin)_of_[a-z]{1,24}|im_[a-z]{1,16}|fim_[a-z]{1,16}|longcat_[a-z_]{1,24}"
+    r"|(?:seed|minimax):[a-z_]{1,32}|(?:reserved|extra_id|SPECIAL|unused)_?\d{1,5})>)",
     re.I,
 )
 """Control tokens in angle brackets, of the template families that vLLM knows: <|im_start|>, <s>, <<SYS>>."""
@@ -29,7 +36,9 @@ _CONTROL_TAG = re.compile(
 _OPENING = "<\ufe64\uff1c\u2329\u27e8\u276e\u2770\u3008\u1438\u02c2\u29fc"
 _CLOSING = ">\ufe65\uff1e\u232a\u27e9\u276f\u2771\u3009\u1433\u02c3\u29fd"
 _ANGLES = str.maketrans(dict.fromkeys(_OPENING, "\u2039") | dict.fromkeys(_CLOSING, "\u203a"))
-_TAG_LIKE = re.compile("\u2039(?=[\\s/\\\\|]{0,8}source)", re.I)
+_LESS_THAN = re.compile(r"&(?:lt|#0{0,5}60|#x0{0,5}3c);?", re.I)
+_GREATER_THAN = re.compile(r"&(?:gt|#0{0,5}62|#x0{0,5}3e);?", re.I)
+_TAG_LIKE = re.compile("\u2039(?=[\\s/\\\\|\u2044\u2215\uff0f]{0,8}source)", re.I)
 """What is left of a forged tag: the guillemet alone would still look like one to a model."""
 
 _HIDDEN = re.compile(
@@ -104,12 +113,17 @@ def fenced(kind: str, text: str) -> str:
 
 def harmless(text: str) -> str:
     """Return text from outside without what could end its fence or pass for a control token of a chat template."""
-    return _CONTROL_WORD.sub("(", _TAG_LIKE.sub("(", _HIDDEN.sub("", text).translate(_ANGLES)))
+    text = _GREATER_THAN.sub(">", _LESS_THAN.sub("<", _HIDDEN.sub("", text))).translate(_ANGLES)
+    return _CONTROL_WORD.sub(_rounded, _TAG_LIKE.sub("(", text))
 
 
 def without_control_tokens(text: str) -> str:
     """Return an earlier answer without control tokens of chat templates: it may repeat what a page said."""
-    return _CONTROL_WORD.sub("(", _CONTROL_TAG.sub("\u2039", text))
+    return _CONTROL_WORD.sub(_rounded, _CONTROL_TAG.sub("\u2039", text))
+
+
+def _rounded(bracket: re.Match[str]) -> str:
+    return ")" if bracket[0] == "]" else "("
 
 
 def _fence(tag: str, text: str, **attributes: str) -> str:

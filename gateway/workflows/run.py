@@ -231,7 +231,7 @@ class Run:
 
     def _in_machine_form(self, text: str, field: str) -> str:
         bare = field == _ARGUMENTS
-        links = LinkFilter(self.addresses, image_hosts=self.image_hosts, less_than="<", prose=False, bare=bare)
+        links = LinkFilter(self.addresses, image_hosts=self.image_hosts, less_than=None, prose=False, bare=bare)
         return links(text) + links.flush()
 
     def send(self, event: Event) -> None:

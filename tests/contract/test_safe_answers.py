@@ -87,7 +87,8 @@ async def test_links_in_bound_answers_are_taken_out_and_json_stays_json(start: S
 async def test_html_in_bound_answers_loads_nothing(start: Start) -> None:
     said = {
         "a": "<img src=//host/?q=SECRET> <a\nhref='//host/S'> <img/src=x> <STYLE>@import '//host/S'</STYLE> <svg>",
-        "b": "<p>List<String> a<b, x <3 <br/> <br> </p> <!-- x --> <T, U>",
+        "c": "<mailto:a@b> <https:evil.com/S> <JavaScript:x> <!x@evil.com> <3_x@evil.com> <https:\\\\evil>",
+        "b": "<p>List<String> a<b, x <3 <br/> <br> </p> <!-- x --> <T, U> <soap:Body> <-> <=",
     }
     here = await place(start, "quick_research", scripts={"answer": json.dumps(said)})
     body = (await here.gateway.chat(response_format={"type": "json_object"})).json()
@@ -96,6 +97,7 @@ async def test_html_in_bound_answers_loads_nothing(start: Start) -> None:
         "&lt;img src=//host/?q=SECRET> &lt;a\nhref='//host/S'> &lt;img/src=x> "
         "&lt;STYLE>@import '//host/S'</STYLE> &lt;svg>"
     )
+    assert text["c"] == said["c"].replace("<", "&lt;")
     assert text["b"] == said["b"]
 
 

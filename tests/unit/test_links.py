@@ -527,6 +527,7 @@ def test_a_block_of_code_that_is_left_open_is_closed_once() -> None:
         "- a\n  - b\n\n    ~~~\n    <b>[x](//any.example/x)</b>\n    ~~~\n- c",
         "Use `<br>` and `a[i](x.y)`, `List<int>`, `me@any.example`, `![a](b.png)` there.",
         "a < b, x <= 3, <3, 5 > 4, f[i](x, y), and/or, Node.js/Express, e.g./i.e., 7//2, v1.2/v1.3, @user, a@b",
+        'Write `<a href="/x">` and `<img src=x>` there, or `<a@b>`.',
         "**Bold**, _it_, ~~no~~, # x, $5 and `code`, a|b, C:\\dir, 10:30, ratio 3:1, [note]: The text.",
         "| a | b |\n|---|---|\n| 1 | `x` |\n\n> quote\n\n## Head\n\n- item [1]\n\n[^1]: See there, p. 5.",
         "redis://localhost:6379 and s3://bucket/key are not links; Booking.com and python.org are names.",

@@ -190,7 +190,10 @@ async def test_no_word_of_a_tool_is_outside_the_tags(
 # The tags themselves
 
 
-@pytest.mark.parametrize("opening", ["<", "\uff1c", "\ufe64", "\u3008", "\u27e8", "\u276e", "\u2039", "\u02c2"])
+@pytest.mark.parametrize(
+    "opening",
+    ["<", "&lt;", "&LT", "&#60;", "&#x003C;", "\uff1c", "\ufe64", "\u3008", "\u27e8", "\u276e", "\u2039", "\u02c2"],
+)
 @pytest.mark.parametrize(
     "tag", ["/source>", "/ SOURCE >", "/\u200bsource>", "source kind='x'>", "\\/source\uff1e", "/sou\u2060rce>"]
 )
@@ -208,6 +211,36 @@ def test_no_tag_is_forged(opening: str, tag: str) -> None:
         *("<|im_start|>", "<|eot_id|>", "<\uff5cUser\uff5c>", "<s>", "</s>", "<<SYS>>", "[INST]", "[/INST]", "[gMASK]"),
         *("\uff3bINST\uff3d", "<start_of_turn>", "<end_of_turn>", "<bos>", "<eos>", "<pad>", "[AVAILABLE_TOOLS]"),
         "[SYSTEM_PROMPT]",
+        *(
+            "[|system|]",
+            "[|endofturn|]",
+            "\uff3b|user|\uff3d",
+            "]~b]system",
+            "]~!b[",
+            "[e~[",
+            "]!p~[",
+            "[sMASK]",
+            "[@BOS@]",
+        ),
+        *(
+            "<think>",
+            "</think>",
+            "<tool_call>",
+            "<tool_response>",
+            "<seed:bos>",
+            "<reserved_106>",
+            "<extra_id_1>",
+            "<eoh>",
+        ),
+        *(
+            "<longcat_user>",
+            "<role>",
+            "<_user>",
+            "<im_start>",
+            "<end_of_utterance>",
+            "<SPECIAL_12>",
+            "<minimax:tool_call>",
+        ),
     ],
 )
 def test_control_tokens_do_not_survive(token: str) -> None:
@@ -218,7 +251,7 @@ def test_control_tokens_do_not_survive(token: str) -> None:
 
 
 def test_earlier_answers_keep_their_code() -> None:
-    code = "```html\n<div>a < b</div>\n```\n[x] [1] <http://a.example>"
+    code = "```html\n<div>a < b</div>\n```\n[x] [1] <http://a.example> if (a[i]!=b[j]) x[!y] [Note] [a-z]"
     assert without_control_tokens(code) == code
 
 
