@@ -149,7 +149,8 @@ async def run_job(app: FastAPI, job: Job) -> AsyncGenerator[JobEvent, None]:
     principal = await services.authenticator.renewed(job.principal)
     caller = Caller(principal, services)
     body = JobRequest.model_validate(job.request)
-    model = await caller.admit(body.model)
+    # A drain that has begun meanwhile waits for this job.
+    model = services.catalog.resolve(body.model, principal)
     meter = caller.meter(job.id, model)
     generation = body.for_engine(job.id, model.settings.defaults)
     session = await services.sessions.open(principal, job.session_id, generation.messages, job.session_incarnation)

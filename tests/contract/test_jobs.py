@@ -16,6 +16,7 @@ import pytest
 
 from engine.base import EngineError
 from engine.mock import Fault, MockEngine
+from gateway.auth import Principal
 from tests.conftest import KEY, Gateway, Start, until
 from tests.store_server import StoreServer
 
@@ -625,6 +626,23 @@ async def test_draining_gateway_hands_its_clients_on(serve: Start) -> None:
     assert [client.text(job_id) for job_id in jobs] == [f"You said: job {number} of three" for number in range(3)]
     assert (len(gateway.mock.requests), len(other.mock.requests)) == (1, 2)
     await assert_settled(gateway, other)
+
+
+async def test_job_that_starts_just_before_the_drain_is_answered(serve: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    gateway = await serve()
+    renewed = gateway.services.authenticator.renewed
+
+    async def drain_and_renew(principal: Principal) -> Principal:
+        gateway.services.drain.draining = True
+        return await renewed(principal)
+
+    monkeypatch.setattr(gateway.services.authenticator, "renewed", drain_and_renew)
+    client = JobClient("c")
+    async with client.connected(gateway):
+        job = await submitted(gateway, "c", "one")
+        await until(lambda: client.ended(job))
+
+    assert client.text(job) == "You said: one"
 
 
 async def test_stream_elsewhere_takes_over_from_a_draining_gateway(serve: Start) -> None:
