@@ -27,7 +27,7 @@ from gateway.tools.base import Toolbox
 from gateway.workflows.addresses import Addresses
 from gateway.workflows.budget import Budget, OutOfBudget
 from gateway.workflows.links import LinkFilter
-from gateway.workflows.prompting import Outside, without_control_tokens
+from gateway.workflows.prompting import Outside, replaced, without_control_tokens
 from gateway.workflows.stations import stations
 
 __all__ = ["AGENTS_SHARE", "Budget", "OutOfBudget", "Run", "Workflow", "check_for_agents", "conduct"]
@@ -362,6 +362,18 @@ def _as_turn(turn: dict[str, Any]) -> str:
     if turn["role"] == "user":
         return text
     before, heading, entries = text.rpartition(_OWN_HEADING)
-    if heading and all(map(_OWN_ENTRY.fullmatch, entries.rstrip().split("\n\n"))):
-        text = _OWN_MARKERS.sub("", before).rstrip()
+    if heading and _are_own_entries(entries.rstrip()):
+        text = replaced(_OWN_MARKERS, "", before).rstrip()
     return without_control_tokens(text)
+
+
+def _are_own_entries(text: str) -> bool:
+    """Return whether a text is a list of sources as this server writes it. Entry by entry: it may have a million."""
+    at = 0
+    while entry := _OWN_ENTRY.match(text, at):
+        if entry.end() == len(text):
+            return True
+        if not text.startswith("\n\n", entry.end()):
+            return False
+        at = entry.end() + 2
+    return False
