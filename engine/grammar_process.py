@@ -22,7 +22,6 @@ import resource
 import select
 import signal
 import struct
-import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -194,4 +193,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

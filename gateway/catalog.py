@@ -57,7 +57,9 @@ class Catalog:
         spec = self._specs.get(self._default if model_id is None else model_id)
         if spec is None:
             known = ", ".join(spec.id for spec in self.visible_to(principal))
-            raise ModelNotFound(f"The model {model_id!r} does not exist. Available models: {known}.", "model")
+            raise ModelNotFound(
+                f"The model {str(model_id)[:256]!r} does not exist. Available models: {known}.", "model"
+            )
         if not principal.may_use(spec.id):
             raise ModelNotAllowed(f"This API key may not use the model {spec.id!r}.", "model")
         return spec

@@ -260,7 +260,7 @@ class StoredResponses:
 
 
 def _not_found(response_id: str) -> NotFound:
-    return NotFound(f"Response with id {response_id!r} not found.", "response_id", "response_not_found")
+    return NotFound(f"Response with id {response_id[:128]!r} not found.", "response_id", "response_not_found")
 
 
 def _after_last_gap(texts: list[str | None]) -> list[str]:

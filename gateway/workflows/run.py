@@ -27,7 +27,7 @@ from gateway.tools.base import Toolbox
 from gateway.workflows.addresses import Addresses
 from gateway.workflows.budget import Budget, OutOfBudget
 from gateway.workflows.links import LinkFilter
-from gateway.workflows.prompting import Outside, without_control_tokens
+from gateway.workflows.prompting import Outside, replaced, without_control_tokens
 from gateway.workflows.stations import stations
 
 __all__ = ["AGENTS_SHARE", "Budget", "OutOfBudget", "Run", "Workflow", "check_for_agents", "conduct"]
@@ -44,6 +44,8 @@ _CONVERSATION_CHARS = 2000
 """Of the earlier turns, for prompts that only need to know of them."""
 _OWN_HEADING = "\n\n## Sources\n\n"
 _OWN_ENTRY = re.compile(r"\[\d{1,4}\] [^\n]*")
+_MOST_OWN_ENTRIES = 1000
+"""A longer list is not this server's: no run reads so many sources, and 8 MiB have room for a million entries."""
 _MOST_CHARS_AT_ONCE = 65_536
 """Of what the user wrote; addresses in more are looked for beside the event loop."""
 _AS_THEY_ARE = frozenset({"model", "role", "tool", "sources"})
@@ -385,15 +387,23 @@ def _as_turn(turn: dict[str, Any]) -> str:
     if turn["role"] == "user":
         return text
     if _own_entries(text):
-        text = _OWN_MARKERS.sub("", text.rpartition(_OWN_HEADING)[0]).rstrip()
+        text = replaced(_OWN_MARKERS, "", text.rpartition(_OWN_HEADING)[0]).rstrip()
     return without_control_tokens(text)
 
 
 def _own_entries(answer: str) -> list[str]:
     """Return the entries of the list of sources that an earlier answer ends with, none where it has no such list."""
     _, heading, listed = answer.rpartition(_OWN_HEADING)
-    entries = listed.rstrip().split("\n\n") if heading else []
-    return entries if all(map(_OWN_ENTRY.fullmatch, entries)) else []
+    listed = listed.rstrip() if heading else ""
+    entries, at = [], 0
+    while len(entries) < _MOST_OWN_ENTRIES and (entry := _OWN_ENTRY.match(listed, at)):
+        entries.append(entry[0])
+        if entry.end() == len(listed):
+            return entries
+        if not listed.startswith("\n\n", entry.end()):
+            break
+        at = entry.end() + 2
+    return []
 
 
 def _listed_address(entry: str) -> str:
