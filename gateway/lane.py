@@ -310,11 +310,10 @@ class Lane:
             try:
                 if self._revive is not None:
                     await self._revive()
-                await reconnect(self._client)
+                await self._within_timeout(reconnect(self._client), self._patience_s)
                 # A new connection, with TLS or by way of a Sentinel, takes longer than a command may.
                 await self._within_timeout(self._send([("PING",)]), self._patience_s)
-                async with asyncio.timeout(self.timeout_s):
-                    _, found = await self._send(SCHEMA_CHECK)
+                _, found = await self._within_timeout(self._send(SCHEMA_CHECK), self.timeout_s)
             except Exception as error:  # whatever it is, nobody else would look again
                 log.debug("the store is still away: %r", error)
                 continue

@@ -17,7 +17,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -27,7 +27,7 @@ import orjson
 from gateway.allowance import DAY_S, Allowance, Standing, day_number, day_of, limit_keys, standing_of, today
 from gateway.errors import StoreRefused, StoreUnavailable
 from gateway.script import Command, Script
-from gateway.store import Store
+from gateway.store import Lane, Store
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,8 @@ _SETTLE = Script("window", "reservation", "settle", when_full=True)
 _LIST = Script("list", when_full=True)
 _KEYS_WITH_USAGE = "sh:keys:used"
 _BATCH = 128
+_REPLAYED_AT_ONCE = 32
+"""Fewer: after an outage all gateways replay at once, and the server does nothing else meanwhile."""
 _MISSED = -1
 _ROWS = 32
 """Rows of usage that are read at once: the store does nothing else meanwhile."""
@@ -141,9 +143,10 @@ class Ledger:
         if self._journal is not None:
             path = self._journal_path
             with contextlib.suppress(StoreUnavailable, OSError, ValueError):  # it stays for the next gateway
-                async for _ in self._replay(path, self._process):
-                    pass
-                path.unlink()
+                if self._store.available:
+                    async for _ in self._replay(path, self._process):
+                        pass
+                    path.unlink()
             self._journal.close()
         for entry, _ in self._waiting:
             self._set_aside(entry, "neither the store nor the disk takes")
@@ -181,7 +184,7 @@ class Ledger:
         while self._waiting:
             batch, self._waiting = self._waiting[:_BATCH], self._waiting[_BATCH:]
             try:
-                answers = await self._send([entry for entry, _ in batch], self._process)
+                answers = await self._send([entry for entry, _ in batch], self._process, self._store)
             except StoreUnavailable:
                 self._waiting = batch + self._waiting
                 try:
@@ -200,13 +203,13 @@ class Ledger:
                 if not result.done():
                     result.set_result(standing_of(entry.allowance, answer[1:]))
 
-    async def _send(self, entries: list[Entry], process: str) -> list[Any]:
+    async def _send(self, entries: list[Entry], process: str, lane: Lane) -> list[Any]:
         commands, last = [], dict[str, int]()
         for entry in entries:
             # The first of a key is behind entries that were all answered.
             commands.append(entry.command(process, last.get(entry.key_id, 0)))
             last[entry.key_id] = entry.number
-        answers = await self._store.try_in_order(commands)
+        answers = await lane.try_in_order(commands)
         if any(not isinstance(answer, StoreRefused) and answer[0] == _MISSED for answer in answers):
             raise StoreUnavailable("the store missed an entry; all are sent again")
         answers = [
@@ -269,8 +272,8 @@ class Ledger:
             if not self._store.available:
                 continue
             try:
-                async for end in self._replay(path, self._process, done):
-                    done = end
+                async for reached in self._replay(path, self._process, done):
+                    done = reached
             except StoreUnavailable:
                 continue
             except Exception as error:  # whatever it is, nobody else would replay it
@@ -287,19 +290,22 @@ class Ledger:
             log.warning("the journal is replayed, %d bytes", done)
             return
 
-    async def _replay(self, path: Path, process: str, start: int = 0) -> AsyncIterator[int]:
-        """Apply a journal from byte `start` on, batch by batch. Yields up to which byte it is applied.
+    async def _replay(self, path: Path, process: str, start: int = 0) -> AsyncGenerator[int, None]:
+        """Apply a journal from byte `start` on. Yields how far it is. Raises StoreUnavailable; continue
+        from where it got: a store that fails now and then would otherwise see the same entries again and again.
 
-        Raises StoreUnavailable, and goes on from there: a store that answers one batch in two must not see all again.
+        It takes the patient lane: a batch that is slow on a busy server would open the breaker of the limits, again and
+        again.
         """
         with path.open("rb") as lines:
             lines.seek(start)
             while True:
-                batch = [line for line in (lines.readline() for _ in range(_BATCH)) if line.endswith(b"\n")]
+                batch = [line for line in (lines.readline() for _ in range(_REPLAYED_AT_ONCE)) if line.endswith(b"\n")]
                 if not batch:
                     return
-                await self._send([_parse(line) for line in batch], process)
-                yield lines.tell()
+                await self._send([_parse(line) for line in batch], process, self._store.patient)
+                start += sum(map(len, batch))
+                yield start
 
     async def _adopt_all(self) -> None:
         """Replay the journals of gateways that are gone, as soon as the store can be had."""
@@ -316,8 +322,8 @@ class Ledger:
         try:
             with path.open("r+b") as journal:
                 fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                async for end in self._replay(path, path.stem.removeprefix("ledger-"), done):
-                    done = end
+                async for reached in self._replay(path, path.stem.removeprefix("ledger-"), done):
+                    done = reached
                 path.unlink()
         except StoreUnavailable:
             return done

@@ -180,13 +180,13 @@ async def test_replay_that_fails_for_another_reason_is_tried_again(
         await ledger.settle(entry())
         replay, failures = ledger._replay, 3
 
-        async def fail_at_first(*arguments: Any) -> AsyncIterator[int]:
+        async def fail_at_first(*arguments: Any) -> AsyncGenerator[int, None]:
             nonlocal failures
             failures -= 1
             if failures >= 0:
                 raise OSError(errno.EMFILE, "Too many open files")
-            async for end in replay(*arguments):
-                yield end
+            async for reached in replay(*arguments):
+                yield reached
 
         monkeypatch.setattr(ledger, "_replay", fail_at_first)
         own.start()

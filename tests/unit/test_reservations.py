@@ -333,6 +333,31 @@ async def test_everything_a_key_holds_in_the_store_ends(bench: Bench) -> None:
     assert unsettled == []
 
 
+async def test_replay_of_a_journal_leaves_the_limits_their_lane(
+    own: StoreServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch of entries that took longer than the limits wait would call the store away, for ever."""
+    with own.client() as raw:
+        async with bench_on(own.url, tmp_path, raw) as bench:
+            entry = Entry(key_id=KEY_ID, model_id=MODEL, allowance=Allowance(60, 1000), requests=1)
+            with frozen(own):
+                await bench.ledger.settle(entry)
+                for _ in range(300):
+                    await bench.ledger.settle(dataclasses.replace(entry))
+            largest = 0
+            send = bench.store._send
+
+            async def watched(commands: list[Any]) -> list[Any]:
+                nonlocal largest
+                largest = max(largest, len(commands))
+                return await send(commands)
+
+            monkeypatch.setattr(bench.store, "_send", watched)
+            await until(lambda: bench.store.available and not bench.ledger.journal_bytes)
+            assert largest <= 2
+            assert (await bench.ledger.totals(KEY_ID))[0]["requests"] == 301
+
+
 async def test_clock_that_was_set_back_locks_nobody_out(bench: Bench) -> None:
     """A store that fails over may find itself an hour earlier than what is in its windows."""
     model = spec(requests_per_minute=1, tokens_per_minute=1000)
