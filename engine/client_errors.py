@@ -45,6 +45,8 @@ _GRAMMARS = "vllm.v1.structured_output"
 """Where grammars are compiled. What it raises has no parameter: the caller knows which of several it was."""
 _SURROGATES = re.compile("^TextEncodeInput must be|surrogates not allowed")
 """What tokenizers say of text that can't be written in UTF-8."""
+_PREFILL = re.compile("add_generation_prompt|continue_final_message")
+"""What vLLM advises where the last message is the assistant's: parameters that only the server sets."""
 _PYTHON_ERRORS = (TypeError, LookupError, AttributeError, RecursionError, UnicodeError)
 """Causes that vLLM may quote in a declared error, and whose words are Python's."""
 _seen: set[tuple[str, str, int]] = set()
@@ -98,6 +100,10 @@ def _refusal(error: Exception, prompt_param: str) -> EngineError | None:
         return InvalidRequest(message, prompt_param if parameter == "image" else parameter)
     for cause in _causes(error):
         module, _ = _origin(cause.__traceback__)
+        if isinstance(cause, ValueError) and module.startswith("vllm.") and _PREFILL.search(str(cause)):
+            return InvalidRequest(
+                "This model can't continue a message: the last one can't be the assistant's.", prompt_param
+            )
         if type(cause).__module__ == "mistral_common.exceptions" or (
             isinstance(cause, AssertionError) and module.startswith("mistral_common.")  # it also refuses by assertions
         ):

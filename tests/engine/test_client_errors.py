@@ -37,7 +37,10 @@ PYTHON = (
     "expected str",
     "self.",
     ".py",
+    "add_generation_prompt",
+    "continue_final_message",
 )
+"""What no client is told: Python's words, and parameters that only the server sets."""
 
 
 def nested(levels: int) -> dict[str, Any]:
