@@ -15,8 +15,7 @@ A connection is kept for a few seconds and used again only if nothing about it i
 Anything else closes it, so that no byte of one response can become part of another. A reused connection that the
 server closed at the moment the request was sent is replaced once, by a new one.
 
-Names are looked up by the function that it is given, or else by the system, on a few threads that all lookups share. A
-name's addresses are dialled in turn, each for its share of the time.
+Names are looked up by a function that is given, or by the system; a name's addresses share the time for connecting.
 
 Does not handle proxies, HTTP/2, upgrades, and request bodies that come in pieces. Waits without deadlines of its own,
 but for connecting: the caller sets one around each call. Raises httpx's exceptions. Leaving a response before its end

@@ -62,7 +62,6 @@ from engine.wire import (
     estimate_tokens,
     generation_body,
     is_error,
-    most_tokens,
     refuse,
     tokenize_body,
 )
@@ -106,8 +105,7 @@ class RemoteEngine:
     ) -> None:
         """`urls` end with /v1; `model` is the name there. `gateway.config.RemoteSettings` explains the others.
 
-        `resolve` looks the servers' names up, `clock` is the breakers', `transport` stands in for the network. Raises
-        EngineError when the file of certificates can't be read.
+        `resolve` looks names up, `clock` is the breakers', `transport` stands in for the network. Raises EngineError.
         """
         self.max_num_seqs: int | None = None
         self.takes_images = takes_images
@@ -300,9 +298,7 @@ class RemoteEngine:
         )
         if status != 200 or answer is None or is_error(answer):
             refuse(status, answer, call.request, retry_after_s)
-        vectors, told = await asyncio.to_thread(read_vectors, answer, len(body["input"]))
-        if told and told > most_tokens(body["input"]):
-            told = None
+        vectors, told = await asyncio.to_thread(read_vectors, answer, body["input"])
         prepared.usage.prompt_tokens = told or prepared.prompt_tokens
         prepared.usage.estimated = call.estimated and not told
         return vectors
@@ -352,10 +348,9 @@ class RemoteEngine:
         now = asyncio.get_running_loop().time
         patience = Patience(self._first_token_timeout_s, self._idle_timeout_s, self._queue_timeout_s, now)
         frames = Frames()
-        answered = False
+        answered = ended = False
         with self._pool.occupy(replica), transport_failures(lambda: reply.started):
             async with self._upstream.stream(replica, prepared, patience.deadline) as stream:
-                ended = False
                 try:
                     while not ended and not frames.done:
                         chunk = await read_some(stream.chunks, patience.deadline, complete=reply.finished)

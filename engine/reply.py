@@ -16,7 +16,7 @@ from typing import Any
 from engine.base import Delta, FinishReason, GenerationRequest, InvalidRequest, Prepared, TokenLogprob
 from engine.pool import AttemptFailed
 from engine.tool_call_pieces import CallPieces, tool_names
-from engine.wire import estimate_tokens, is_error, refuse
+from engine.wire import estimate_tokens, is_error, most_tokens, refuse
 
 _LONGEST_TOKEN_CHARS = 32
 """A frame with more text holds several tokens."""
@@ -285,8 +285,8 @@ def read_count(fields: Any, name: str) -> int | None:
     return count if type(count) is int and 0 <= count < _NO_COUNT else None
 
 
-def read_vectors(answer: Any, wanted: int) -> tuple[list[list[float]], int | None]:
-    """Return the vectors of an embedding answer, in order of the inputs, and the tokens that they cost if it tells.
+def read_vectors(answer: Any, inputs: list[str | list[int]]) -> tuple[list[list[float]], int | None]:
+    """Return the vectors of an embedding answer, in order of `inputs`, and the tokens that they cost if it tells.
 
     Raises AttemptFailed.
     """
@@ -296,11 +296,12 @@ def read_vectors(answer: Any, wanted: int) -> tuple[list[list[float]], int | Non
         indices = [row["index"] for row in rows]
     except (TypeError, KeyError, ValueError) as error:
         raise AttemptFailed("failed", "sent something else than embeddings") from error
-    if len(vectors) != wanted:
+    if len(vectors) != len(inputs):
         raise AttemptFailed("failed", "sent another number of embeddings")
-    if indices != list(range(wanted)) or len({len(vector) for vector in vectors}) > 1:
+    if indices != list(range(len(inputs))) or len({len(vector) for vector in vectors}) > 1:
         raise AttemptFailed("failed", "sent embeddings that don't belong to the inputs")
-    return vectors, read_count(answer.get("usage"), "prompt_tokens")
+    told = read_count(answer.get("usage"), "prompt_tokens")
+    return vectors, told if told and told <= most_tokens(inputs) else None
 
 
 def _vector(embedding: Any) -> list[float]:

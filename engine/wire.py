@@ -333,7 +333,11 @@ def _invalid(status: int, error: dict[str, Any], request: GenerationRequest | Em
     code = code if isinstance(code, str) and _CODE.fullmatch(code) else None
     if param is None and RESPONSE_FORMAT in message:  # DeepSeek's word on schemas, for one
         param = RESPONSE_FORMAT
-    if not isinstance(param, str) or not _NAME.fullmatch(param) or re.split(r"[.\[]", param)[0] not in _FIELDS:
+    if (
+        not isinstance(param, str)
+        or not _NAME.fullmatch(param)
+        or param.partition(".")[0].partition("[")[0] not in _FIELDS
+    ):
         return InvalidRequest("The model's server refuses the request as invalid. Check its parameters.", code=code)
     if param in (MAX_TOKENS, "max_completion_tokens") and isinstance(request, GenerationRequest):
         param = request.max_tokens_param
