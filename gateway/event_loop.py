@@ -32,7 +32,7 @@ class EventLoop(uvloop.Loop):
         super().__init__()
         self._look_up = resolve or Resolver()
 
-    async def getaddrinfo(  # type: ignore[override]
+    async def getaddrinfo(
         self, host: str | bytes | None, port: Any, *, family: int = 0, type: int = 0, proto: int = 0, flags: int = 0
     ) -> list[Any]:
         """Return what `socket.getaddrinfo` does. Raises OSError."""

@@ -311,7 +311,7 @@ class Ledger:
         """Replay the journals of gateways that are gone, as soon as the store can be had."""
         for path in sorted(self._data_dir.glob("ledger-*.jsonl")):
             done: int | None = 0
-            while (done := await self._adopt(path, done)) is not None:
+            while done is not None and (done := await self._adopt(path, done)) is not None:
                 await asyncio.sleep(_RETRY_S)
 
     async def _adopt(self, path: Path, done: int) -> int | None:

@@ -57,7 +57,28 @@ _RETRY_S = 30.0
 _LISTED_S = 600.0
 """How old a list of tools may become."""
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_-]")
+_REPEATED_S = 60.0
 _LEASH = Path(__file__).with_name("leash.py")
+
+
+def _seldom() -> Callable[[logging.LogRecord], bool]:
+    """Return a filter that passes a line once in `_REPEATED_S`, without its traceback, which quotes the server."""
+    quiet_until = 0.0
+
+    def filter_record(record: logging.LogRecord) -> bool:
+        nonlocal quiet_until
+        record.exc_info = None
+        now = time.monotonic()
+        if now < quiet_until:
+            return False
+        quiet_until = now + _REPEATED_S
+        return True
+
+    return filter_record
+
+
+# The package logs a traceback for each line of a server's output that is no message.
+logging.getLogger("mcp.client.stdio").addFilter(_seldom())
 
 
 class _Connection:
@@ -115,9 +136,12 @@ class McpServer:
             if (connected and now < self._listed_until) or now < self._not_before:
                 return self._tools if connected else []
             try:
-                self._tools = await self._list()
+                async with asyncio.timeout(2 * self.timeout_s + 1):  # to connect, and for all pages together
+                    self._tools = await self._list()
                 self._listed_until = self._clock() + _LISTED_S
-            except ToolError as error:
+            except (ToolError, TimeoutError) as error:
+                if isinstance(error, TimeoutError):
+                    error = ToolError("The server takes too long to list its tools.")
                 log.warning("tools.mcp.%s: %s", self.name, error)
                 self._not_before = self._clock() + _RETRY_S
                 return []

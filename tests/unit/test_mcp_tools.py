@@ -250,6 +250,51 @@ async def test_server_that_never_speaks_is_given_up(servers: Callable[..., McpSe
     assert await server.tools() == []
 
 
+async def test_list_without_an_end_is_given_up(servers: Callable[..., McpServer], tmp_path: Path) -> None:
+    """Every request of a model with this server waits for its list."""
+    asked = tmp_path / "asked"
+    script = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from tests import mcp_stub
+usual = mcp_stub.answer
+def answer(request):
+    said = usual(request)
+    if request.get("method") == "tools/list":
+        with open({str(asked)!r}, "a") as note:
+            note.write("x")
+        time.sleep(0.4)
+        said["result"]["nextCursor"] = str(time.time())
+    return said
+mcp_stub.answer = answer
+mcp_stub.main()
+"""
+    server = servers(command=[sys.executable, "-c", script], timeout_s=1.0)
+
+    assert await server.tools() == []
+
+    pages = len(asked.read_text())
+    assert 1 <= pages < 10, "each page was in time, all twenty were not"
+
+
+async def test_garbage_of_a_server_is_one_line_in_the_log(
+    servers: Callable[..., McpServer], caplog: pytest.LogCaptureFixture
+) -> None:
+    script = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from tests import mcp_stub
+for number in range(500):
+    print("debug: secret", number)
+mcp_stub.main()
+"""
+    tools = await box(servers(command=[sys.executable, "-c", script]))
+
+    assert (await tools.call("stub__add", {"a": 2, "b": 40})).text == "42"
+    assert len([record for record in caplog.records if record.name == "mcp.client.stdio"]) <= 1
+    assert "secret" not in caplog.text
+
+
 # Over HTTP, to a server made with the package.
 
 
