@@ -73,7 +73,7 @@ class Fences:
         if not text:
             return True
         if self._fence is not None:
-            return not text.strip(self._fence.mark + " \t")
+            return not text.strip("`~ \t")
         mark = text[0]
         run = len(text) - len(text.lstrip(mark))
         if mark not in "`~" or (run < 3 and run < len(text)):
@@ -93,8 +93,11 @@ class Fences:
         fence = self._fence
         assert fence is not None
         text = line.strip(" \t\r")
-        if len(text) < fence.length or text.strip(fence.mark):
+        if not text.startswith(fence.mark * fence.length) or text.strip("`~"):
             return False
+        if text.strip(fence.mark) or line.rstrip(" ") != line.rstrip():
+            self._fence, self.certain = None, False  # marked takes both marks at the end, and no tab behind them
+            return True
         indent = _indent(line)
         if indent > 3 and not fence.indent:
             return False  # that is code
