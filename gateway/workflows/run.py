@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Coroutine, Iterator, Sequence
 from functools import cached_property
 from typing import Any, TypeVar
@@ -26,8 +25,9 @@ from gateway.sessions import Session, text_of
 from gateway.tools.base import Toolbox
 from gateway.workflows.addresses import Addresses
 from gateway.workflows.budget import Budget, OutOfBudget
+from gateway.workflows.earlier_answers import listed_addresses, without_sources
 from gateway.workflows.links import LinkFilter
-from gateway.workflows.prompting import Outside, replaced, without_control_tokens
+from gateway.workflows.prompting import Outside
 from gateway.workflows.stations import stations
 
 __all__ = ["AGENTS_SHARE", "Budget", "OutOfBudget", "Run", "Workflow", "check_for_agents", "conduct"]
@@ -42,10 +42,6 @@ _LEAST_S = 0.01
 """With less, no agent begins; timers may fire a millisecond early, when those before it give up."""
 _CONVERSATION_CHARS = 2000
 """Of the earlier turns, for prompts that only need to know of them."""
-_OWN_HEADING = "\n\n## Sources\n\n"
-_OWN_ENTRY = re.compile(r"\[\d{1,4}\] [^\n]*")
-_MOST_OWN_ENTRIES = 1000
-"""A longer list is not this server's: no run reads so many sources, and 8 MiB have room for a million entries."""
 _MOST_CHARS_AT_ONCE = 65_536
 """Of what the user wrote; addresses in more are looked for beside the event loop."""
 _AS_THEY_ARE = frozenset({"model", "role", "tool", "sources"})
@@ -54,7 +50,6 @@ _ARGUMENTS = "params"
 """What a model calls a tool with: addresses in it may be of the model's making."""
 _DATA = frozenset({"ads", "reports"})
 """What tools brought, in machine form: addresses stay, links and pictures of Markdown and HTML do not."""
-_OWN_MARKERS = re.compile(r" ?\[\d{1,3}(?:, \d{1,3})*\]")
 
 
 class Run:
@@ -139,7 +134,7 @@ class Run:
         otherwise."""
         turns = [message for message in self.messages if message["role"] in ("user", "assistant")]
         last = max((number for number, message in enumerate(turns) if message["role"] == "user"), default=0)
-        return [{"role": turn["role"], "content": _as_turn(turn)} for turn in turns[:last] if text_of(turn)]
+        return [{"role": turn["role"], "content": _said_in(turn)} for turn in turns[:last] if text_of(turn)]
 
     @property
     def conversation(self) -> str:
@@ -166,8 +161,7 @@ class Run:
         """
         addresses = Addresses("\n".join(self._texts({"tool", "assistant"})))
         answers = (text_of(message) for message in self.messages if message["role"] == "assistant")
-        listed = (_listed_address(entry) for answer in answers for entry in _own_entries(answer))
-        addresses.show(url for url in listed if url.startswith(("http://", "https://")))
+        addresses.show(url for answer in answers for url in listed_addresses(answer))
         return addresses
 
     @property
@@ -380,32 +374,6 @@ async def _within_budget(workflow: Workflow, run: Run) -> None:
         raise Unavailable(f"The request ended before it could be answered: {error}.") from error
 
 
-def _as_turn(turn: dict[str, Any]) -> str:
-    """Return what a turn says. An answer is without its sources, which are numbered otherwise now, and without what
-    a chat template takes for its own."""
+def _said_in(turn: dict[str, Any]) -> str:
     text = text_of(turn)
-    if turn["role"] == "user":
-        return text
-    if _own_entries(text):
-        text = replaced(_OWN_MARKERS, "", text.rpartition(_OWN_HEADING)[0]).rstrip()
-    return without_control_tokens(text)
-
-
-def _own_entries(answer: str) -> list[str]:
-    """Return the entries of the list of sources that an earlier answer ends with, none where it has no such list."""
-    _, heading, listed = answer.rpartition(_OWN_HEADING)
-    listed = listed.rstrip() if heading else ""
-    entries, at = [], 0
-    while len(entries) < _MOST_OWN_ENTRIES and (entry := _OWN_ENTRY.match(listed, at)):
-        entries.append(entry[0])
-        if entry.end() == len(listed):
-            return entries
-        if not listed.startswith("\n\n", entry.end()):
-            break
-        at = entry.end() + 2
-    return []
-
-
-def _listed_address(entry: str) -> str:
-    """Return the address in an entry of a list of sources: `[1] Title (address) - domain`."""
-    return entry.rpartition(") - ")[0].rpartition(" (")[2]
+    return text if turn["role"] == "user" else without_sources(text)

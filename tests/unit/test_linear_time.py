@@ -22,11 +22,11 @@ from gateway.tools.passages import passages
 from gateway.tools.robots import allows, parse
 from gateway.workflows.addresses import Addresses
 from gateway.workflows.citations import AnswerFilter, Sources
+from gateway.workflows.earlier_answers import without_sources
 from gateway.workflows.excerpts import excerpt
 from gateway.workflows.figure_filter import FigureFilter
 from gateway.workflows.figures import Figures
 from gateway.workflows.prompting import fenced
-from gateway.workflows.run import _as_turn
 from gateway.workflows.tables import cell, plain_line
 
 _UNITS = [
@@ -189,7 +189,7 @@ def _conform(text: str) -> None:
 WORKS: dict[str, tuple[Callable[[str], object], int]] = {
     "answers": (_answer, 4_000),
     "answers, token by token": (_token_by_token, 4_000),
-    "earlier answers": (lambda text: _as_turn({"role": "assistant", "content": text}), 40_000),
+    "earlier answers": (without_sources, 40_000),
     "addresses": (Addresses, 40_000),
     "fences": (lambda text: fenced("x", text), 40_000),
     "lines": (plain_line, 40_000),
