@@ -8,6 +8,7 @@ import io
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def test_waits_are_rare(pipe: tuple[int, LossyStream], monkeypatch: pytest.Monke
             waits.extend([wait_ms] if wait_ms else [])
             return []
 
-    monkeypatch.setattr("gateway.standard_streams.time.monotonic", lambda: 100.0)
+    monkeypatch.setattr(time, "monotonic", lambda: 100.0)
     stream._poll = Poll()  # type: ignore[assignment]
     for _ in range(100):
         stream.write("x\n")
