@@ -92,7 +92,7 @@ class EmbeddedEngine(AsyncLLMEngine):
         self._image_places = FairSlots(_IMAGE_PLACES, spare=False)
         self._long_places = FairSlots(1, spare=False)
         self._grammar_checks = ThreadPoolExecutor(2, "grammar")
-        self._trials: GrammarTrials | None = None
+        self._trials = GrammarTrials()
         self._image_cache_gb: float | None = self._args.pop("mm_processor_cache_gb", None)
         self._tool_parser = tool_parser
         self._reasoning_parser = reasoning_parser
@@ -124,9 +124,13 @@ class EmbeddedEngine(AsyncLLMEngine):
 
     async def start(self) -> None:
         """Start the engine, and beside it what tries grammars."""
-        await super().start()
-        self._trials = GrammarTrials(self._running().vllm_config)
-        self._beginning = asyncio.create_task(self._trials.begin())
+        self._trials.begin()
+        try:
+            await super().start()
+        except BaseException:
+            self._trials.close()
+            raise
+        self._trials.configure(self._running().vllm_config)
 
     async def prepare(self, request: GenerationRequest) -> Prepared:
         from vllm.sampling_params import RequestOutputKind
@@ -220,7 +224,6 @@ class EmbeddedEngine(AsyncLLMEngine):
         job: _Job = prepared.payload
         if job.sampling_params.structured_outputs is None:
             return job.rendered.engine_input
-        assert self._trials is not None
         await self._trials.check(job.sampling_params.structured_outputs, prepared.flow)
         check = partial(
             llm.input_processor.process_inputs,
@@ -252,8 +255,7 @@ class EmbeddedEngine(AsyncLLMEngine):
 
     async def close(self) -> None:
         self._grammar_checks.shutdown(wait=False)
-        if self._trials is not None:
-            self._trials.close()
+        self._trials.close()
         await super().close()
 
     async def prepare_embedding(self, request: EmbeddingRequest) -> Prepared:

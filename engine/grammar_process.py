@@ -15,6 +15,7 @@ the engine core has, so it costs what it would cost there.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import pickle
 import random
@@ -180,6 +181,9 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not end up between the answers
     os.nice(_NICENESS)
+    with contextlib.suppress(Exception):  # while the engine core starts; what is wrong with them shows at their use
+        importlib.import_module("vllm.tokenizers")
+        _backend_class("xgrammar")
     trials: _Trials | None = None
     while (head := requests.read(LENGTH.size)) and len(head) == LENGTH.size:
         # From the gateway alone, which made it of checked fields.

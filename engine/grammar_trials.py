@@ -47,10 +47,8 @@ _REASONS = {
 class GrammarTrials:
     """The trials of one engine."""
 
-    def __init__(self, vllm_config: Any) -> None:
-        import cloudpickle
-
-        self._config = cloudpickle.dumps(vllm_config)  # which may hold classes of the model's own
+    def __init__(self) -> None:
+        self._config = b""
         self._process: subprocess.Popen[bytes] | None = None
         self._thread = ThreadPoolExecutor(1, "grammar-trials")
         self._remembered: OrderedDict[bytes, str] = OrderedDict()
@@ -59,11 +57,18 @@ class GrammarTrials:
         self._trial: asyncio.Task[None] | None = None
         self._closed = False
 
-    async def begin(self) -> None:
-        """Start the process, which takes some seconds, so that the first constraint need not wait for all of it."""
-        async with self._turn:
-            with contextlib.suppress(OSError):
-                self._started()
+    def begin(self) -> None:
+        """Start the process. It takes as long as the engine core to import vLLM, so begin when that is started."""
+        with contextlib.suppress(OSError):
+            self._started()
+
+    def configure(self, vllm_config: Any) -> None:
+        """Give the process the engine's configuration, without which it can try nothing."""
+        import cloudpickle
+
+        self._config = cloudpickle.dumps(vllm_config)  # which may hold classes of the model's own
+        if self._process is not None:
+            self._thread.submit(_send, self._process, self._config)
 
     async def check(self, constraint: StructuredOutputsParams, flow: str) -> None:
         """Raise InvalidRequest where a constraint would take too much. Of each flow one at a time has its turn."""
@@ -121,7 +126,8 @@ class GrammarTrials:
                 stdout=subprocess.PIPE,
                 env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"},
             )
-            self._thread.submit(_send, self._process, self._config)
+            if self._config:
+                self._thread.submit(_send, self._process, self._config)
         return self._process
 
     def _end(self) -> None:

@@ -176,7 +176,6 @@ async def test_grammar_that_takes_too_much_is_refused_and_holds_up_nobody_else(
 
 async def test_trial_goes_to_its_end_though_its_client_leaves(engine: EmbeddedEngine) -> None:
     trials = engine._trials
-    assert trials is not None
     await trials.check(StructuredOutputsParams(regex="x"), "")
     process = trials._process
     leaving = asyncio.create_task(trials.check(StructuredOutputsParams(regex="[a-y]{3,9}"), ""))
@@ -193,7 +192,6 @@ async def test_trial_goes_to_its_end_though_its_client_leaves(engine: EmbeddedEn
 
 async def test_trials_continue_in_a_new_process_when_theirs_has_died(engine: EmbeddedEngine) -> None:
     trials = engine._trials
-    assert trials is not None
     await trials.check(StructuredOutputsParams(regex="x"), "")
     assert trials._process is not None
     trials._process.kill()
@@ -208,7 +206,8 @@ async def test_trials_continue_in_a_new_process_when_theirs_has_died(engine: Emb
 async def test_schema_that_outlines_can_not_compile_in_time_is_refused() -> None:
     """Its check in this process would take minutes, in a thread that nobody can stop."""
     config = EmbeddedEngine("demo", {"structured_outputs_config": {"backend": "outlines"}})._engine_args()
-    trials = GrammarTrials(config.create_engine_config())
+    trials = GrammarTrials()
+    trials.configure(config.create_engine_config())
     properties = {f"p{n}": {"type": "string"} for n in range(900)}
     try:
         with pytest.raises(InvalidRequest, match="too long to be compiled"):
