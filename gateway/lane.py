@@ -38,7 +38,7 @@ SCHEMA_CHECK: list[Command] = [Script("schema").call(["sh:schema"], [SCHEMA]), (
 _LAG_S = 0.005  # a timer that fires this late says that the loop was busy
 _MAX_WAITS = 5
 """A command that has waited this often its lane's patience for those before it is given up without being sent."""
-_CODE = re.compile(r"([A-Z]{3,}) ")
+_CODE = re.compile(r"([A-Z]{3,32}) ")
 """What a server's error begins with, unless it is the general ERR, which redis-py leaves out."""
 # RedisClusterException, of a cluster without a node that answers, is no RedisError.
 _FAILURES = (RedisError, RedisClusterException, OSError, TimeoutError)

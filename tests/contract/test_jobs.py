@@ -501,7 +501,7 @@ async def test_idle_stream_is_ended(serve: Start) -> None:
 
 async def test_stream_too_far_behind_is_told_what_it_lost(serve: Start) -> None:
     gateway = await serve(
-        mock=lambda: MockEngine(reply=" ".join(["x" * 2000] * 400), token_s=0.0001, max_model_len=8192),
+        mock=lambda: MockEngine(reply=" ".join(["x" * 2000] * 400), token_s=0.002, max_model_len=8192),
         config={"jobs": {"max_log_bytes": 262_144}},
     )
     client = JobClient("c")
@@ -514,7 +514,7 @@ async def test_stream_too_far_behind_is_told_what_it_lost(serve: Start) -> None:
         await until(lambda: len(client.opened) == 3)
         assert [opened["resumed"] for opened in client.opened] == [False, True, False]
         assert (client.last, client.events) == (end, [])
-        job_id = await submitted(gateway, "c")
+        job_id = await submitted(gateway, "c", max_tokens=10)  # few, so that the reader can't be too far behind again
         await until(lambda: client.ended(job_id))
 
 

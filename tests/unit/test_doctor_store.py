@@ -71,10 +71,10 @@ async def test_store_without_a_bound_is_a_warning(server: StoreServer) -> None:
     assert "maxmemory" in found.next_step
 
 
-@pytest.mark.parametrize(("spare", "verdict", "words"), [(-50_000, "failed", "is full"), (150_000, "warning", "soon")])
+@pytest.mark.parametrize(("spare", "verdict", "words"), [(-50_000, "failed", "is full"), (400_000, "warning", "soon")])
 async def test_store_without_room_is_told(server: StoreServer, spare: int, verdict: str, words: str) -> None:
     with server.client() as raw:
-        for number in range(1000):
+        for number in range(4000):
             raw.set(f"filling{number}", "x" * 1000)
         used = int(raw.info("memory")["used_memory"])
         raw.config_set("maxmemory", used + spare)
