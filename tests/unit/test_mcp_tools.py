@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
@@ -22,6 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.config import ConfigError, McpServerSettings, parse_config
 from gateway.fetch import Fetcher
+from gateway.tools import leash
 from gateway.tools.assembly import build_toolbox
 from gateway.tools.base import Observation, Toolbox, ToolError
 from gateway.tools.json_arguments import arguments_model
@@ -293,6 +295,41 @@ mcp_stub.main()
     assert (await tools.call("stub__add", {"a": 2, "b": 40})).text == "42"
     assert len([record for record in caplog.records if record.name == "mcp.client.stdio"]) <= 1
     assert "secret" not in caplog.text
+
+
+@pytest.mark.parametrize("said", ["text", "many blocks"])
+async def test_answer_that_is_too_long_is_an_observation(servers: Callable[..., McpServer], said: str) -> None:
+    script = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from tests import mcp_stub
+usual = mcp_stub.answer
+def answer(request):
+    said = usual(request)
+    if request.get("method") == "tools/call" and request["params"]["arguments"]["a"] == 1:
+        block = {{"type": "text", "text": "x" * (20_000_000 if {said == "text"} else 1)}}
+        said["result"] = {{"content": [block] * (1 if {said == "text"} else 100_000)}}
+    return said
+mcp_stub.answer = answer
+mcp_stub.main()
+"""
+    tools = await box(servers(command=[sys.executable, "-c", script]))
+    found = await tools.call("stub__add", {"a": 1, "b": 1})
+
+    assert not found.ok
+    assert "longer than 1048576 bytes" in found.text
+    assert (await tools.call("stub__add", {"a": 2, "b": 40})).text == "42", "by the same process"
+
+
+def test_server_that_writes_without_end_is_slowed_down() -> None:
+    """The gateway takes its lines on the event loop, one after the other."""
+    lines = 2 * leash.MESSAGES_PER_S
+    command = [sys.executable, leash.__file__, str(os.getpid()), sys.executable, "-c", f"print('{{}}\\n' * {lines})"]
+    began = time.monotonic()
+    done = subprocess.run(command, capture_output=True, check=True)
+
+    assert done.stdout.count(b"{}") == lines
+    assert time.monotonic() - began > 0.9 * lines / leash.MESSAGES_PER_S - 1, "the first come at once"
 
 
 # Over HTTP, to a server made with the package.
