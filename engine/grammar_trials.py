@@ -141,7 +141,9 @@ class GrammarTrials:
                         pipe.close()
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, if it was not ended before."""
+        if self._closed:
+            return
         self._closed = True
         if self._process is not None:
             self._process.kill()
