@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -58,6 +59,17 @@ async def _in_time(what: str) -> AsyncIterator[None]:
         if bound.expired():
             raise EngineOverloaded(f"{what} take too long to prepare now.") from None
         raise
+
+
+def _check_lm_format_enforcer() -> None:
+    """Raise EngineError where the package can't use this vLLM: the first grammar would end the engine core."""
+    try:
+        importlib.import_module("lmformatenforcer.integrations.vllm")
+    except ImportError as error:
+        raise EngineError(
+            "structured_outputs_config.backend: lm-format-enforcer does not work with this version of vLLM. Use auto, "
+            "xgrammar, guidance or outlines"
+        ) from error
 
 
 @dataclass(slots=True)
@@ -111,7 +123,9 @@ class EmbeddedEngine(AsyncLLMEngine):
             self._args["reasoning_parser"] = reasoning_parser
         config = self._args["structured_outputs_config"]
         if isinstance(config, dict):  # vLLM writes the parser's name into it
-            self._args["structured_outputs_config"] = StructuredOutputsConfig(**config)
+            config = self._args["structured_outputs_config"] = StructuredOutputsConfig(**config)
+        if config.backend == "lm-format-enforcer":
+            _check_lm_format_enforcer()
         self._args["mm_processor_cache_gb"] = 0  # see keep_images
         llm = super()._build()
         keep_images(llm, self._image_cache_gb)

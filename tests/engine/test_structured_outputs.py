@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from engine.base import EngineDied, EngineOverloaded, InvalidRequest, Usage
+from engine.base import EngineDied, EngineError, EngineOverloaded, InvalidRequest, Usage
 from engine.embedded import EmbeddedEngine
 from engine.grammar_trials import GrammarTrials
 from engine.rendering import ChoiceReader
@@ -200,6 +200,13 @@ async def test_trials_continue_in_a_new_process_when_theirs_has_died(engine: Emb
     text, _ = await answer(engine, ASK, structured_outputs={"regex": "xyz"})
 
     assert text == "xyz"
+
+
+async def test_backend_that_does_not_work_with_vllm_is_refused_at_the_start() -> None:
+    other = EmbeddedEngine("demo", {"structured_outputs_config": {"backend": "lm-format-enforcer"}})
+    with pytest.raises(EngineError, match=r"lm-format-enforcer does not work .* Use auto, xgrammar"):
+        await other.start()
+    await other.close()
 
 
 @pytest.mark.slow
