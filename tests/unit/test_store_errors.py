@@ -49,22 +49,22 @@ def lack_replicas(server: StoreServer) -> Undo:
     return lambda: raw.config_set("min-replicas-to-write", 0)
 
 
-def forbid_scripts(server: StoreServer) -> Undo:
+def _forbid(server: StoreServer, *rules: str) -> Undo:
     raw = admin(server)
-    raw.execute_command("ACL", "SETUSER", "default", "-eval", "-evalsha")
+    raw.execute_command("ACL", "SETUSER", "default", *rules)
     return lambda: raw.execute_command("ACL", "SETUSER", "default", "+@all")
+
+
+def forbid_scripts(server: StoreServer) -> Undo:
+    return _forbid(server, "-eval", "-evalsha")
 
 
 def forbid_in_scripts(server: StoreServer) -> Undo:
-    raw = admin(server)
-    raw.execute_command("ACL", "SETUSER", "default", "-hset", "-hincrby", "-setnx")
-    return lambda: raw.execute_command("ACL", "SETUSER", "default", "+@all")
+    return _forbid(server, "-hset", "-hincrby", "-setnx")
 
 
 def forbid_all(server: StoreServer) -> Undo:
-    raw = admin(server)
-    raw.execute_command("ACL", "SETUSER", "default", "-@all", "+ping")
-    return lambda: raw.execute_command("ACL", "SETUSER", "default", "+@all")
+    return _forbid(server, "-@all", "+ping")
 
 
 def change_password(server: StoreServer) -> Undo:
