@@ -17,49 +17,48 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
-from engine.admission import QueuedEngine
 from engine.base import Engine, EngineError
-from engine.inspector import Inspector, Source
+from engine.inspector.base import Inspector, Source
+from engine.inspector.transformers_inspector import TransformersInspector
+from engine.queue.admission import QueuedEngine
 from engine.supervisor import SupervisedEngine
-from engine.transformers_inspector import TransformersInspector
-from engine.weights import is_hub_id
+from engine.weights.cache import is_hub_id
 from gateway import __version__
-from gateway.address_limit import AddressLimit
+from gateway.access.address_limit import AddressLimit
+from gateway.access.auth import Authenticator
+from gateway.access.cache_salts import CacheSalts
+from gateway.access.catalog import Catalog
+from gateway.access.configured_keys import own_keys
+from gateway.access.keys import Keys, KeySpec
+from gateway.access.ledger import Ledger
+from gateway.access.limits import Limits
 from gateway.api import (
     admin,
+    chat,
     completions,
     embeddings,
     health,
+    inspection,
     jobs,
     messages,
     models,
-    openai,
+    page,
     responses,
     resume,
     sessions,
     tokens,
-    trace,
     usage,
-    web,
 )
-from gateway.api.bodies import Bodies
-from gateway.api.dependencies import Services
+from gateway.api.chat_schema import ChatCompletionRequest
 from gateway.api.messages_schema import CountTokensRequest, MessagesRequest
 from gateway.api.responses_schema import ResponseRequest
-from gateway.api.schema import ChatCompletionRequest
-from gateway.auth import Authenticator
-from gateway.cache_salts import CacheSalts
-from gateway.catalog import Catalog
-from gateway.config import (
-    AdmissionSettings,
-    Config,
-    ConfigError,
-    EmbeddedSettings,
-    EngineSettings,
-    MockSettings,
-    RemoteSettings,
-)
-from gateway.drain import Drain
+from gateway.clock import Clock
+from gateway.conversations.live_responses import LiveResponses
+from gateway.conversations.sessions import Sessions
+from gateway.conversations.stored_responses import StoredResponses
+from gateway.durable.event_log import EventLogs
+from gateway.durable.jobs import Jobs
+from gateway.durable.resumable import ResumableStreams
 from gateway.errors import (
     BadRequest,
     GatewayError,
@@ -70,26 +69,28 @@ from gateway.errors import (
     from_store,
     unknown_argument,
 )
-from gateway.event_log import EventLogs
-from gateway.events import Clock
-from gateway.fetch import Fetcher
+from gateway.exchange.bodies import Bodies
+from gateway.exchange.drain import Drain
+from gateway.exchange.error_response import ErrorResponse
 from gateway.images import Images
-from gateway.jobs import Jobs
-from gateway.keys import Keys, KeySpec
-from gateway.limits import Limits
-from gateway.live_responses import LiveResponses
-from gateway.logs import without_keys
-from gateway.metrics import Metrics
-from gateway.middleware import ErrorResponse, RequestMiddleware
-from gateway.own_keys import own_keys
-from gateway.resolver import Resolver
-from gateway.resumable import ResumableStreams
-from gateway.sessions import Sessions
-from gateway.store import Store
-from gateway.stored_responses import StoredResponses
+from gateway.outbound.fetch import Fetcher
+from gateway.outbound.resolver import Resolver
+from gateway.services import Services
+from gateway.serving.middleware import RequestMiddleware
+from gateway.settings.config import (
+    AdmissionSettings,
+    Config,
+    ConfigError,
+    EmbeddedSettings,
+    EngineSettings,
+    MockSettings,
+    RemoteSettings,
+)
+from gateway.store.client import Store
+from gateway.telemetry.logs import without_keys
+from gateway.telemetry.metrics import Metrics
+from gateway.telemetry.tracing import Tracing, build_tracing, traces_endpoint
 from gateway.tools.assembly import build_toolbox
-from gateway.tracing import Tracing, build_tracing, traces_endpoint
-from gateway.usage import Ledger
 
 # Bodies that routes parse themselves, for the OpenAPI document.
 _BODIES = (
@@ -102,10 +103,10 @@ _BODIES = (
     tokens.TokenizeRequest,
     tokens.DetokenizeRequest,
     jobs.JobRequest,
-    trace.InspectRequest,
-    trace.InspectAttentionRequest,
-    trace.ChatStreamRequest,
-    trace.FullAttentionRequest,
+    inspection.InspectRequest,
+    inspection.InspectAttentionRequest,
+    inspection.ChatStreamRequest,
+    inspection.FullAttentionRequest,
     KeySpec,
 )
 EXPOSED_HEADERS = [
@@ -174,10 +175,10 @@ def create_app(
         address_limit=AddressLimit(config.inspector.requests_per_minute, config.inspector.burst, clock),
         clock=clock,
     )
-    protocols = (openai, resume, responses, messages, completions, embeddings, tokens, trace, jobs)
-    for module in (*protocols, models, sessions, usage, admin, health, web):
+    protocols = (chat, resume, responses, messages, completions, embeddings, tokens, inspection, jobs)
+    for module in (*protocols, models, sessions, usage, admin, health, page):
         app.include_router(module.router)
-    app.include_router(trace.plain_router)
+    app.include_router(inspection.plain_router)
     app.user_middleware = _middleware(config, metrics, tracing)
     app.add_exception_handler(GatewayError, _on_gateway_error)
     app.add_exception_handler(StoreUnavailable, _on_store_unavailable)
@@ -191,7 +192,7 @@ def build_engines(config: Config, environment: Mapping[str, str] = os.environ) -
     """Return the configured engines, unstarted. Raises ConfigError that names the engine."""
     in_process = [settings for settings in config.engines.values() if isinstance(settings, EmbeddedSettings)]
     if in_process:
-        from engine.async_llm import go_offline, local_path
+        from engine.local.async_llm import go_offline, local_path
 
         if all(local_path(settings.model, settings.revision) for settings in in_process):
             go_offline()
@@ -288,7 +289,7 @@ def _factory(name: str, settings: EngineSettings, environment: Mapping[str, str]
 
         return lambda: MockEngine(**settings.args)
     if isinstance(settings, RemoteSettings):
-        from engine.remote import RemoteEngine
+        from engine.remote.engine import RemoteEngine
 
         api_key = environment.get(settings.api_key_env, "").strip() if settings.api_key_env else ""
         if settings.api_key_env and not api_key:
@@ -303,10 +304,10 @@ def _factory(name: str, settings: EngineSettings, environment: Mapping[str, str]
     args |= settings.args
     more: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     if settings.kind == "pooling":
-        from engine.pooling import PoolingEngine
+        from engine.local.pooling import PoolingEngine
 
         return lambda: PoolingEngine(settings.model, args, **more)
-    from engine.embedded import EmbeddedEngine
+    from engine.local.embedded import EmbeddedEngine
 
     parsers: dict[str, Any] = {"tool_parser": settings.tool_parser, "reasoning_parser": settings.reasoning_parser}
     return lambda: EmbeddedEngine(settings.model, args, **parsers, **more)

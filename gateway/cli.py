@@ -22,20 +22,22 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from engine.weights import WeightsError
-from gateway import __version__, event_loop, logs, tracing
+from engine.weights.cache import WeightsError
+from gateway import __version__
+from gateway.access.configured_keys import BOOTSTRAP, BOOTSTRAP_FILE
+from gateway.access.keys import KeyRecord, Keys, KeySpec, make_key
+from gateway.access.ledger import Ledger
 from gateway.app import build_authenticator, build_engines, build_store, create_app
-from gateway.config import Config, ConfigError, StoreSettings, load_config
-from gateway.data_dir import usable_data_dir
 from gateway.download import download
-from gateway.environment import hub_environment
 from gateway.errors import GatewayError, StoreError, StoreUnavailable, from_validation
-from gateway.keys import KeyRecord, Keys, KeySpec, make_key
-from gateway.metrics import Metrics
-from gateway.own_keys import BOOTSTRAP, BOOTSTRAP_FILE
-from gateway.standard_streams import discard_output, lossy_output, prepare_streams
-from gateway.store import Store
-from gateway.usage import Ledger
+from gateway.outbound import event_loop
+from gateway.settings.config import Config, ConfigError, StoreSettings, load_config
+from gateway.settings.data_dir import usable_data_dir
+from gateway.settings.environment import hub_environment
+from gateway.store.client import Store
+from gateway.telemetry import logs, tracing
+from gateway.telemetry.metrics import Metrics
+from gateway.telemetry.standard_streams import discard_output, lossy_output, prepare_streams
 
 console = Console(stderr=True, highlight=False)
 log = logging.getLogger("shannon")
@@ -153,8 +155,8 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _serve_until_stopped(args: argparse.Namespace) -> int:
-    from gateway.reload import Reload
-    from gateway.server import Server
+    from gateway.serving.reload import Reload
+    from gateway.serving.server import Server
 
     for name, value in (("SHANNON_HOST", args.host), ("SHANNON_PORT", args.port)):
         if value:

@@ -1,8 +1,8 @@
 """`shannon download`: bring the models' weights before the server needs them, and show how far it is.
 
-On a terminal every file has a bar; elsewhere a line comes every few seconds. All of that goes to stderr: stdout has
-the result. Leaves out the way the bytes take (`engine.hub`). Fails with ConfigError and WeightsError; an interrupted
-download goes on with the next run.
+On a terminal every file has a bar; elsewhere a line comes every few seconds. All of that goes to stderr: stdout has the
+result. Leaves out the way the bytes take (`engine.weights.hub`). Fails with ConfigError and WeightsError; an
+interrupted download goes on with the next run.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import TransferSpeedColumn as SpeedColumn
 
-from engine.hub import Hub
-from engine.weights import File, Offline, Plan, find_snapshot, is_hub_id, show_bytes
-from gateway import event_loop
-from gateway.config import Config, ConfigError, EmbeddedSettings
-from gateway.environment import VARIABLES, hub_token
+from engine.weights.cache import File, Offline, Plan, find_snapshot, is_hub_id, show_bytes
+from engine.weights.hub import Hub
+from gateway.outbound import event_loop
+from gateway.settings.config import Config, ConfigError, EmbeddedSettings
+from gateway.settings.environment import VARIABLES, hub_token
 
 LINE_S = 10.0
 """Time between two lines where there is no terminal."""

@@ -1,4 +1,4 @@
-"""The slots of `engine.fair_slots`, taken for the key that the current task works for.
+"""The slots of `engine.queue.fair_slots`, taken for the key that the current task works for.
 
 `working_for` names the key that the current task works for; tasks that are started in it inherit the name. Work that
 belongs to no key (indexing, the gateway's own requests) shares one name, the empty one.
@@ -12,7 +12,7 @@ from contextlib import AbstractAsyncContextManager
 from contextvars import ContextVar
 from typing import TypeVar
 
-from engine import fair_slots
+from engine.queue import fair_slots
 
 _T = TypeVar("_T")
 

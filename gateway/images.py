@@ -21,12 +21,12 @@ from PIL import Image
 
 from engine.base import GenerationRequest
 from engine.supervisor import SupervisedEngine
-from gateway.config import ImageSettings
 from gateway.errors import BadRequest
-from gateway.events import Event
+from gateway.exchange.events import Event
 from gateway.fair_slots import FairThreads, working_for
-from gateway.fetch import Fetcher, FetchError
 from gateway.meter import Meter
+from gateway.outbound.fetch import Fetcher, FetchError
+from gateway.settings.config import ImageSettings
 
 Message = dict[str, Any]
 Run = Callable[[GenerationRequest], AsyncGenerator[Event, None]]

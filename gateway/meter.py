@@ -27,15 +27,15 @@ from engine.base import (
     QueuePosition,
     Usage,
 )
-from gateway.auth import Principal
-from gateway.catalog import ModelSpec
+from gateway.access.auth import Principal
+from gateway.access.catalog import ModelSpec
+from gateway.access.ledger import Entry, Ledger
+from gateway.access.limits import Allowance, Limits, Reservation, Standing, allowance_of
+from gateway.access.prompt_size import takes_work
+from gateway.conversations.sessions import Session, prepare_with_history
 from gateway.errors import BadRequest, GatewayError, InternalError, RateLimitExceeded, from_engine
-from gateway.limits import Allowance, Limits, Reservation, Standing, allowance_of
-from gateway.metrics import Metrics
-from gateway.prompt_size import takes_work
-from gateway.sessions import Session, prepare_with_history
-from gateway.tracing import Tracing
-from gateway.usage import Entry, Ledger
+from gateway.telemetry.metrics import Metrics
+from gateway.telemetry.tracing import Tracing
 
 _CHECK_EVERY_S = 1.0
 """How old the last check of the caller's key may be when a generation begins."""

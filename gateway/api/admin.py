@@ -6,12 +6,13 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 
-from gateway.api.dependencies import Services, authenticate_admin, services
-from gateway.api.generation import Call
+from gateway.access.auth import Principal
+from gateway.access.keys import KeySpec
+from gateway.api.call import Call
+from gateway.api.dependencies import authenticate_admin, services
 from gateway.api.sampling import parse_body
-from gateway.auth import Principal
 from gateway.errors import BadRequest
-from gateway.keys import KeySpec
+from gateway.services import Services
 
 router = APIRouter(prefix="/admin/keys")
 

@@ -11,11 +11,11 @@ from pydantic import Discriminator, Field, Tag, ValidationError, WrapValidator, 
 from starlette.responses import Response
 
 from engine.base import GenerationRequest
-from gateway.api.generation import Call, call
+from gateway.api.call import Call, call
 from gateway.api.sampling import SamplingFields, parse_body
-from gateway.config import DefaultSettings
 from gateway.errors import BadRequest
-from gateway.frames.completions import CompletionFrames
+from gateway.exchange.frames.completions import CompletionFrames
+from gateway.settings.config import DefaultSettings
 from gateway.workflows.complete import complete
 
 router = APIRouter()

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from gateway.api.tooling import Plain, Schema
+from gateway.api.function_calling import Plain, Schema
 from gateway.errors import BadRequest
 
 

@@ -3,74 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Request
 
-from engine.inspector import Inspector
-from engine.supervisor import SupervisedEngine
-from gateway.address_limit import AddressLimit
-from gateway.api.bodies import Bodies
-from gateway.auth import Authenticator, Principal
-from gateway.cache_salts import CacheSalts
-from gateway.catalog import Catalog, ModelSpec
-from gateway.config import Config
-from gateway.drain import Drain
+from gateway.access.auth import Principal
 from gateway.errors import AdminOnly
-from gateway.events import Clock
-from gateway.images import Images
-from gateway.jobs import Jobs
-from gateway.keys import Keys
-from gateway.limits import Limits
-from gateway.live_responses import LiveResponses
-from gateway.metrics import Metrics
-from gateway.resumable import ResumableStreams
-from gateway.sessions import Sessions
-from gateway.store import Store
-from gateway.tools.base import Toolbox
-from gateway.tracing import Tracing
-from gateway.usage import Ledger
+from gateway.services import Services
 
 _CHECK_EVERY_S = 1.0
 """How old the last check of a key may be when its open stream is given more."""
-
-
-@dataclass(frozen=True, slots=True)
-class Services:
-    """Everything a route may need, wired once by `create_app`."""
-
-    config: Config
-    engines: Mapping[str, SupervisedEngine]
-    catalog: Catalog
-    authenticator: Authenticator
-    keys: Keys
-    limits: Limits
-    ledger: Ledger
-    sessions: Sessions
-    responses: LiveResponses
-    resumable: ResumableStreams
-    jobs: Jobs
-    images: Images
-    bodies: Bodies
-    cache_salts: CacheSalts
-    tools: Toolbox
-    store: Store
-    metrics: Metrics
-    tracing: Tracing
-    drain: Drain
-    inspector: Inspector | None
-    """None where it is turned off."""
-    address_limit: AddressLimit
-    """Of the inspector's plain routes."""
-    clock: Clock
-
-    def tools_of(self, model: ModelSpec) -> Toolbox:
-        """Return the tools that a model's agents may use."""
-        allowed = model.settings.tools
-        return self.tools if allowed is None else self.tools.only(allowed)
 
 
 async def services(request: Request) -> Services:

@@ -16,10 +16,10 @@ from pydantic import Field, Tag, model_validator
 from starlette.responses import Response
 
 from engine.base import EmbeddingRequest
+from gateway.api.call import Call, call
 from gateway.api.completions import BY_SHAPE, Prompt, Text, TokenIds, check_ids
-from gateway.api.generation import Call, call
+from gateway.api.function_calling import Schema
 from gateway.api.sampling import parse_body
-from gateway.api.tooling import Schema
 from gateway.meter import Meter
 
 router = APIRouter()

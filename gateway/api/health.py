@@ -14,15 +14,16 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from engine.admission import QueuedEngine
-from engine.pool import Replicated
+from engine.queue.admission import QueuedEngine
+from engine.remote.pool import Replicated
 from engine.supervisor import SupervisedEngine
 from gateway import __version__
-from gateway.api.dependencies import Services, authenticate, identify, services
-from gateway.auth import Principal
-from gateway.drain import INTERRUPTED
+from gateway.access.auth import Principal
+from gateway.api.dependencies import authenticate, identify, services
 from gateway.errors import MetricsNotAllowed, StoreUnavailable
-from gateway.metrics import Metrics
+from gateway.exchange.drain import INTERRUPTED
+from gateway.services import Services
+from gateway.telemetry.metrics import Metrics
 
 router = APIRouter()
 

@@ -24,19 +24,20 @@ from pydantic import Field
 from starlette.responses import Response
 
 from engine.base import Delta, GenerationRequest
-from gateway.api.dependencies import Services, authenticate, services, while_authenticated
-from gateway.api.generation import Call, Caller, call
+from gateway.access.auth import Principal
+from gateway.api.call import Call, Caller, call
+from gateway.api.dependencies import authenticate, services, while_authenticated
+from gateway.api.function_calling import Schema
 from gateway.api.resume import number_of
 from gateway.api.sampling import parse_body
-from gateway.api.tooling import Schema
-from gateway.auth import Principal
-from gateway.chunking import rechunk
-from gateway.config import DefaultSettings
+from gateway.durable.job_queue import Job, JobEvent, error_fields, event_frame
 from gateway.errors import BadRequest, GatewayError, RequestTooLarge
-from gateway.events import Event
-from gateway.job_queue import Job, JobEvent, error_fields, event_frame
-from gateway.response import GenerationResponse
-from gateway.sse import event_fields, usage_fields
+from gateway.exchange.chunking import rechunk
+from gateway.exchange.encoder import event_fields, usage_fields
+from gateway.exchange.events import Event
+from gateway.exchange.response import GenerationResponse
+from gateway.services import Services
+from gateway.settings.config import DefaultSettings
 
 router = APIRouter()
 

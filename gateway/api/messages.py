@@ -16,15 +16,15 @@ from fastapi.routing import APIRoute
 from starlette.responses import Response
 
 from engine.base import GenerationRequest
-from gateway.api.generation import Call, call
+from gateway.api.call import Call, call
+from gateway.api.error_params import reword
 from gateway.api.messages_schema import CountTokensRequest, MessagesRequest
-from gateway.api.places import reword
 from gateway.api.sampling import parse_body
 from gateway.errors import GatewayError, StoreUnavailable, from_store
-from gateway.frames.messages import MessageFrames, error_body, render_error
+from gateway.exchange.error_response import ErrorResponse
+from gateway.exchange.frames.messages import MessageFrames, error_body, render_error
+from gateway.exchange.response import RenderError
 from gateway.images import inlined
-from gateway.middleware import ErrorResponse
-from gateway.response import RenderError
 
 Body = TypeVar("Body", bound=CountTokensRequest)
 

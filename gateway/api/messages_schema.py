@@ -13,9 +13,7 @@ import orjson
 from pydantic import Field, model_validator
 
 from engine.base import GenerationRequest
-from gateway.api.options import ShannonOptions
-from gateway.api.sampling import StopString
-from gateway.api.tooling import (
+from gateway.api.function_calling import (
     MAX_TOOLS,
     FunctionDefinition,
     FunctionName,
@@ -30,8 +28,10 @@ from gateway.api.tooling import (
     check_together,
     check_tool_choice,
 )
-from gateway.config import DefaultSettings
+from gateway.api.sampling import StopString
+from gateway.api.shannon_options import ShannonOptions
 from gateway.errors import BadRequest
+from gateway.settings.config import DefaultSettings
 
 Message = dict[str, Any]
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import orjson
 from pydantic import Field, model_validator
 
-from gateway.api.tooling import Arguments, FunctionName, Plain, Schema
+from gateway.api.function_calling import Arguments, FunctionName, Plain, Schema
 from gateway.errors import BadRequest
 
 Message = dict[str, Any]

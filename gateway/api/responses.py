@@ -16,20 +16,21 @@ from fastapi import APIRouter, Depends, Query
 from starlette.responses import Response
 
 from engine.base import GenerationRequest
-from gateway.api.dependencies import Services, authenticate, services
-from gateway.api.generation import Call, call
-from gateway.api.places import reword
+from gateway.access.auth import Principal
+from gateway.api.call import Call, call
+from gateway.api.dependencies import authenticate, services
+from gateway.api.error_params import reword
 from gateway.api.response_items import InputItem, Message, image_places, messages_of
 from gateway.api.responses_schema import ResponseRequest
 from gateway.api.sampling import parse_body
-from gateway.auth import Principal
+from gateway.conversations.live_responses import LiveResponse
+from gateway.conversations.sessions import Session, derive_id, text_of
+from gateway.conversations.stored_responses import Conversation, Path
 from gateway.errors import BadRequest, GatewayError
-from gateway.frames.responses import ResponseFrames
-from gateway.live_responses import LiveResponse
+from gateway.exchange.frames.responses import ResponseFrames
+from gateway.exchange.response import GenerationResponse
 from gateway.meter import Meter
-from gateway.response import GenerationResponse
-from gateway.sessions import Session, derive_id, text_of
-from gateway.stored_responses import Conversation, Path
+from gateway.services import Services
 
 router = APIRouter()
 

@@ -11,10 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from engine.base import GenerationRequest
-from gateway.api.options import ShannonOptions
-from gateway.api.response_items import Input, InputItem, Message, check_images, items_of
-from gateway.api.sampling import SamplingFields
-from gateway.api.tooling import (
+from gateway.api.function_calling import (
     MAX_TOOLS,
     FunctionDefinition,
     FunctionName,
@@ -28,8 +25,11 @@ from gateway.api.tooling import (
     check_tool_choice,
     max_entries,
 )
-from gateway.config import DefaultSettings
+from gateway.api.response_items import Input, InputItem, Message, check_images, items_of
+from gateway.api.sampling import SamplingFields
+from gateway.api.shannon_options import ShannonOptions
 from gateway.errors import BadRequest
+from gateway.settings.config import DefaultSettings
 
 _MOVED = {
     "messages": "input",

@@ -8,11 +8,12 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Header, Query, Request
 from starlette.responses import Response
 
-from gateway.api.dependencies import Services, authenticate, services, while_authenticated
-from gateway.auth import Principal
+from gateway.access.auth import Principal
+from gateway.api.dependencies import authenticate, services, while_authenticated
+from gateway.durable.event_log import MAX_NUMBER
 from gateway.errors import BadRequest
-from gateway.event_log import MAX_NUMBER
-from gateway.response import GenerationResponse
+from gateway.exchange.response import GenerationResponse
+from gateway.services import Services
 
 router = APIRouter()
 

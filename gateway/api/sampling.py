@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from gateway.api.json_parser import load
-from gateway.api.tooling import JsonSchemaObject, Schema, max_entries
-from gateway.config import DefaultSettings
+from gateway.api.function_calling import JsonSchemaObject, Schema, max_entries
 from gateway.errors import BadRequest, from_validation
+from gateway.exchange.json_parser import load
+from gateway.settings.config import DefaultSettings
 
 MAX_CHOICES = 16
 MAX_BIASES = 1024

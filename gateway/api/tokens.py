@@ -15,11 +15,11 @@ from pydantic import Field, model_validator
 from starlette.responses import Response
 
 from engine.base import GenerationRequest
+from gateway.api.call import Call, call
+from gateway.api.chat_schema import Messages, check_role
 from gateway.api.completions import Text, TokenIds
-from gateway.api.generation import Call, call
+from gateway.api.function_calling import Schema, Tools
 from gateway.api.sampling import parse_body
-from gateway.api.schema import Messages, check_role
-from gateway.api.tooling import Schema, Tools
 from gateway.errors import BadRequest
 from gateway.images import inlined
 

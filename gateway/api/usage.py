@@ -7,9 +7,10 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
 
-from gateway.api.dependencies import Services, authenticate, services
-from gateway.auth import Principal
+from gateway.access.auth import Principal
+from gateway.api.dependencies import authenticate, services
 from gateway.errors import AdminOnly
+from gateway.services import Services
 
 router = APIRouter()
 

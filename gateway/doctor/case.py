@@ -13,8 +13,8 @@ from pathlib import Path
 
 import psutil
 
-from gateway.config import Config, EmbeddedSettings
 from gateway.doctor.gpus import Driver, find_driver
+from gateway.settings.config import Config, EmbeddedSettings
 
 DISTRIBUTION = "shannon-gateway"
 _KERNEL_OPEN_FILES = 2**20

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.demo import WEIGHTS as DEMO_WEIGHTS
-from engine.hub import Hub
-from engine.weights import (
+from engine.weights.cache import (
     INDEX,
     NoSpace,
     Plan,
@@ -27,10 +26,11 @@ from engine.weights import (
     repository_folder,
     show_bytes,
 )
-from gateway.config import EmbeddedSettings
+from engine.weights.hub import Hub
 from gateway.doctor.case import Case, existing_parent
 from gateway.doctor.finding import Finding
-from gateway.environment import hub_token
+from gateway.settings.config import EmbeddedSettings
+from gateway.settings.environment import hub_token
 
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
 

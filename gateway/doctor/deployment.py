@@ -7,10 +7,10 @@ import os
 import shutil
 
 from gateway.app import build_authenticator, build_engines, build_store
-from gateway.config import Config, ConfigError, RemoteSettings, ToolSettings
 from gateway.doctor.case import Case
 from gateway.doctor.finding import Finding
-from gateway.fetch import Fetcher
+from gateway.outbound.fetch import Fetcher
+from gateway.settings.config import Config, ConfigError, RemoteSettings, ToolSettings
 from gateway.tools.assembly import build_toolbox
 
 _NO_STORE = {"SHANNON_REDIS_URL": "unix:///nowhere.sock"}

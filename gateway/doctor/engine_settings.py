@@ -1,4 +1,4 @@
-"""What vLLM itself thinks of the settings of engines in this process: `engine.trial`, in a process of its own."""
+"""What vLLM itself thinks of the settings of engines in this process: `engine.local.trial`, in a process of its own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gateway.doctor.checkpoint import Checkpoint
 from gateway.doctor.finding import Finding
 
 _TIMEOUT_S = 180.0  # the first import after an installation compiles thousands of files
-_COMMAND = (sys.executable, "-m", "engine.trial")
+_COMMAND = (sys.executable, "-m", "engine.local.trial")
 
 
 async def check_engine_settings(

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import httpx
 
-from gateway.config import Config, ConfigError, RemoteSettings, load_config
 from gateway.doctor.case import Case, Machine, inspect_machine
 from gateway.doctor.checkpoint import check_cache_space, check_weights, find_checkpoint
 from gateway.doctor.deployment import check_config, check_drain, check_exposure, check_keys, check_tools
@@ -23,7 +22,8 @@ from gateway.doctor.memory import check_gpu_memory, check_ram, check_shares
 from gateway.doctor.place import check_data_dir, check_open_files, check_port, check_shared_memory
 from gateway.doctor.replicas import check_replicas
 from gateway.doctor.store_health import check_store
-from gateway.environment import TOKENS, hub_environment
+from gateway.settings.config import Config, ConfigError, RemoteSettings, load_config
+from gateway.settings.environment import TOKENS, hub_environment
 
 _SHORTEST_SECRET = 6
 _SECRETS = ("SHANNON_BOOTSTRAP_KEY", *TOKENS)

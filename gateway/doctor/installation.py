@@ -7,7 +7,7 @@ from importlib import metadata
 
 from packaging.requirements import InvalidRequirement, Requirement
 
-from engine.weights import show_bytes
+from engine.weights.cache import show_bytes
 from gateway import __version__
 from gateway.doctor.case import DISTRIBUTION, Machine
 from gateway.doctor.finding import Finding, Verdict

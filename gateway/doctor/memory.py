@@ -10,12 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from engine.async_llm import build_defaults
-from engine.weights import show_bytes
-from gateway.config import EmbeddedSettings
+from engine.local.async_llm import build_defaults
+from engine.weights.cache import show_bytes
 from gateway.doctor.case import Case
 from gateway.doctor.checkpoint import Checkpoint
 from gateway.doctor.finding import Finding
+from gateway.settings.config import EmbeddedSettings
 
 UTILIZATION = 0.92
 """vLLM's default of `gpu_memory_utilization`."""

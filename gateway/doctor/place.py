@@ -8,13 +8,13 @@ from pathlib import Path
 
 import psutil
 
-from engine.weights import show_bytes
-from gateway import listeners
-from gateway.config import ConfigError
-from gateway.data_dir import usable_data_dir
+from engine.weights.cache import show_bytes
 from gateway.doctor.case import Case, existing_parent
 from gateway.doctor.finding import Finding
 from gateway.doctor.memory import devices
+from gateway.serving import listeners
+from gateway.settings.config import ConfigError
+from gateway.settings.data_dir import usable_data_dir
 
 _SCARCE_BYTES = 2**30
 _LEAST_BYTES = 100 * 2**20

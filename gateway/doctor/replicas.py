@@ -11,11 +11,11 @@ from typing import Any
 
 import httpx
 
-from engine.http1 import make_context
-from engine.reply import read_count
-from gateway.config import RemoteSettings
+from engine.remote.http1 import make_context
+from engine.remote.reply import read_count
 from gateway.doctor.case import Case
 from gateway.doctor.finding import Finding
+from gateway.settings.config import RemoteSettings
 
 _TIMEOUT_S = 10.0
 

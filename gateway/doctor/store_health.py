@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from gateway.config import StoreSettings
 from gateway.doctor.case import Case
 from gateway.doctor.finding import Finding
 from gateway.errors import StoreError, StoreRefused, StoreUnavailable
-from gateway.metrics import Metrics
-from gateway.store import Store
-from gateway.valkey import EmbeddedValkey
+from gateway.settings.config import StoreSettings
+from gateway.store.client import Store
+from gateway.store.valkey import EmbeddedValkey
+from gateway.telemetry.metrics import Metrics
 
 _PATIENCE_MS = 3000
 _PINGS = 50

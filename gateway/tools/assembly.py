@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from gateway.config import Config
-from gateway.fetch import Fetcher
+from gateway.outbound.fetch import Fetcher
+from gateway.settings.config import Config
 from gateway.tools.base import Resource, Tool, Toolbox
 from gateway.tools.document_library import DocumentLibrary
 from gateway.tools.local_search import LocalRead, LocalSearch

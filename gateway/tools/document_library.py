@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from gateway.config import LocalSearchSettings
 from gateway.fair_slots import FairThreads
+from gateway.settings.config import LocalSearchSettings
 from gateway.tools.document_folder import File, read, scan
 from gateway.tools.document_index import DocumentIndex, Entry, Excerpt, IndexFailed, Match
 from gateway.tools.documents import Unreadable

@@ -25,7 +25,7 @@ from zoneinfo import ZoneInfo
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from gateway.config import ConfigError, Ga4Settings
+from gateway.settings.config import ConfigError, Ga4Settings
 from gateway.tools.base import Observation, Tool
 from gateway.tools.ga4_api import CURRENT, PREVIOUS, SCOPE, Ga4Api, Metadata, Refused, check_names, parse_report
 from gateway.tools.ga4_api import Field as Ga4Field

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from gateway.config import Ga4Settings
+from gateway.settings.config import Ga4Settings
 from gateway.tools.base import ToolError
 from gateway.tools.google_account import ServiceAccount
 from gateway.tools.json_client import Answer, JsonClient

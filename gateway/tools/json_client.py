@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 
-from gateway.fetch import USER_AGENT
+from gateway.outbound.fetch import USER_AGENT
 from gateway.tools.base import ToolError
 
 log = logging.getLogger(__name__)

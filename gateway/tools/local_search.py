@@ -12,7 +12,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field, StringConstraints
 
-from gateway.config import LocalSearchSettings
+from gateway.settings.config import LocalSearchSettings
 from gateway.tools.base import Observation, Source, ToolError
 from gateway.tools.document_folder import SCHEME, split_url
 from gateway.tools.document_index import Excerpt, IndexFailed

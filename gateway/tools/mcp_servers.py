@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 from pydantic import BaseModel
 
-from gateway.config import ConfigError, McpServerSettings
+from gateway.settings.config import ConfigError, McpServerSettings
 from gateway.tools.base import MAX_OBSERVATION_CHARS, Observation, ToolError, nested_deeper
 
 if TYPE_CHECKING:  # the package takes most of a second to import, and few gateways need it

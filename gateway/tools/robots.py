@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 import httpx
 
-from gateway.fetch import USER_AGENT, Fetcher, FetchError, FetchFailed, TooLarge
+from gateway.outbound.fetch import USER_AGENT, Fetcher, FetchError, FetchFailed, TooLarge
 
 PRODUCT = USER_AGENT.partition("/")[0]
 MAX_BYTES = 512 * 2**10

@@ -20,7 +20,7 @@ import httpx
 import re2
 from pydantic import BaseModel, ConfigDict, Field
 
-from gateway.config import ConfigError, SerpAdsSettings
+from gateway.settings.config import ConfigError, SerpAdsSettings
 from gateway.tools.base import Observation, Source, ToolError
 from gateway.tools.json_client import Answer, JsonClient
 

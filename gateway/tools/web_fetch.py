@@ -1,9 +1,9 @@
 """The tool `web_fetch`: a web page or a PDF as text.
 
-The URL goes through `gateway.fetch`, which keeps it out of this network, each step of its redirects through the site's
-robots.txt, and what comes back to a process of its own, which turns it into text. Leaves out scripts: a page that
-writes itself in the browser has nothing to say here. Fails with ToolError; where a host can't be reached, or must not
-be, the message is the same.
+The URL goes through `gateway.outbound.fetch`, which keeps it out of this network, each step of its redirects through
+the site's robots.txt, and what comes back to a process of its own, which turns it into text. Leaves out scripts: a page
+that writes itself in the browser has nothing to say here. Fails with ToolError; where a host can't be reached, or must
+not be, the message is the same.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, StringConstraints
 
-from gateway.config import WebFetchSettings
-from gateway.fetch import Fetched, Fetcher, FetchError, FetchFailed, TooLarge, UrlRefused
+from gateway.outbound.fetch import Fetched, Fetcher, FetchError, FetchFailed, TooLarge, UrlRefused
+from gateway.settings.config import WebFetchSettings
 from gateway.tools.base import Observation, Source, ToolError
 from gateway.tools.documents import PAGE_BREAK, Unreadable
 from gateway.tools.reader import Reader, kind_of

@@ -18,8 +18,8 @@ from typing import Annotated, Any
 import httpx
 from pydantic import BaseModel, Field, StringConstraints
 
-from gateway.config import ConfigError, WebSearchSettings
-from gateway.fetch import USER_AGENT
+from gateway.outbound.fetch import USER_AGENT
+from gateway.settings.config import ConfigError, WebSearchSettings
 from gateway.tools.base import Observation, ToolError
 from gateway.tools.search_providers import PROVIDERS, Meaning, Provider, sources
 

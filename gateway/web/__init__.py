@@ -1,5 +1,5 @@
 """The page that the gateway serves at `/`: plain HTML, CSS and ES modules, served as they stand here.
 
 Nothing is built and nothing comes from elsewhere: `vendor/` and `fonts/` hold what others wrote, with its licences.
-`gateway.api.web` serves them.
+`gateway.api.page` serves them.
 """

@@ -3,7 +3,7 @@
 A model may spell an address in any way, and anything that it adds to one (a query, a fragment, a user name) may carry
 what it has read to whoever owns the host. So an address is looked up in a form without these, and what is then shown
 or fetched is always the address as it was given, never as the model wrote it. Not handled: whether an address is safe
-to fetch, which `gateway.fetch` decides.
+to fetch, which `gateway.outbound.fetch` decides.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from engine.base import Delta
-from gateway.events import ORCHESTRATOR
+from gateway.exchange.events import ORCHESTRATOR
 from gateway.tools.base import Observation
 from gateway.workflows.agents import AGENT_FAILURES, Agent, Decision, Outside, Prompt, fenced, quoted
 from gateway.workflows.checked_answer import check_unbound, checked_answer

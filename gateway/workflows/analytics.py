@@ -20,7 +20,8 @@ import orjson
 from pydantic import Field
 
 from engine.base import Delta
-from gateway.events import ORCHESTRATOR, Clock
+from gateway.clock import Clock
+from gateway.exchange.events import ORCHESTRATOR
 from gateway.tools.base import Observation, nested_deeper
 from gateway.tools.mcp_servers import MAX_DEPTH, SEPARATOR
 from gateway.tools.server_toolbox import server_of, stocked
@@ -224,7 +225,7 @@ async def _explore(agent: Agent, tools: list[str], calls: list[Call], today: dat
     """Let the agent decide on calls of `tools`, one at a time, and note them with what they brought."""
     run = agent.run
 
-    class Step(Decision):
+    class ReportMove(Decision):
         why: Annotated[str, Field(max_length=160)]
         action: Literal["call", "finish"]
         tool: Literal[tuple(tools)]  # type: ignore[valid-type]
@@ -241,7 +242,7 @@ async def _explore(agent: Agent, tools: list[str], calls: list[Call], today: dat
             "step": str(number),
             "steps": str(_STEPS),
         }
-        step = await agent.decide(Prompt("analytics_step", fields, material), Step, 420, schema_is_outside=True)
+        step = await agent.decide(Prompt("analytics_step", fields, material), ReportMove, 420, schema_is_outside=True)
         message = f"Thinking step {number} of {_STEPS}."
         run.emit("PROGRESS", agent.id, message, role=agent.role, step=number, steps=_STEPS)
         if step is None or step.action == "finish" or failures >= _MAX_FAILURES:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from gateway.events import Clock
+from gateway.clock import Clock
 
 
 class OutOfBudget(Exception):

@@ -9,9 +9,10 @@ import contextlib
 from collections.abc import AsyncGenerator
 
 from engine.base import GenerationRequest
-from gateway.events import ORCHESTRATOR, Clock, Event, EventType, ShannonEvent
+from gateway.clock import Clock
+from gateway.conversations.sessions import Session
+from gateway.exchange.events import ORCHESTRATOR, Event, EventType, ShannonEvent
 from gateway.meter import Meter
-from gateway.sessions import Session
 
 AGENT_ID = "Ryogoku"
 """Agents are named after stations of Tokyo's Yamanote line and its neighbours; this one is the field's oldest."""

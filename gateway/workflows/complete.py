@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import replace
 
 from engine.base import Delta, GenerationRequest, Prepared
-from gateway.events import Event
+from gateway.exchange.events import Event
 from gateway.meter import Meter
 
 

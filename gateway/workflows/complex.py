@@ -17,7 +17,7 @@ import orjson
 from pydantic import Field
 
 from gateway.errors import BadRequest
-from gateway.events import ORCHESTRATOR
+from gateway.exchange.events import ORCHESTRATOR
 from gateway.tools.base import Observation
 from gateway.tools.mcp_servers import SEPARATOR
 from gateway.tools.server_toolbox import stocked
@@ -37,7 +37,7 @@ _OBSERVATION_CHARS = 4000
 _RETRIES = 1
 
 
-class Step(Decision):
+class PlanStep(Decision):
     id: Annotated[int, Field(ge=1, le=MOST_STEPS)]
     role: Literal["researcher", "analyst", "writer", "engineer", "critic", "generalist"]
     task: Annotated[str, Field(min_length=1, max_length=240)]
@@ -45,7 +45,7 @@ class Step(Decision):
 
 
 class Plan(Decision):
-    steps: Annotated[list[Step], Field(min_length=1, max_length=MOST_STEPS)]
+    steps: Annotated[list[PlanStep], Field(min_length=1, max_length=MOST_STEPS)]
 
 
 class ToolUse(Decision):
@@ -59,7 +59,7 @@ class ToolUse(Decision):
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    step: Step
+    step: PlanStep
     text: str
 
     def fenced(self) -> str:
@@ -67,13 +67,13 @@ class Result:
         return fenced(f"result of step {self.step.id}: {self.step.task}", self.text)
 
 
-def ordered(plan: Plan) -> list[Step]:
+def ordered(plan: Plan) -> list[PlanStep]:
     """Return the plan's steps with ids that differ and dependencies that exist and come earlier.
 
     A model may write any numbers; a dependency on a later step, on itself or on nothing is dropped, so there is no
     circle left.
     """
-    kept: dict[int, Step] = {}
+    kept: dict[int, PlanStep] = {}
     for step in plan.steps:
         if step.id not in kept:
             kept[step.id] = step.model_copy(update={"depends_on": sorted({d for d in step.depends_on if d in kept})})
@@ -98,9 +98,9 @@ def _from_servers(run: Run) -> bool:
     return any(SEPARATOR in name for name in run.tools.names)
 
 
-async def _plan(run: Run) -> list[Step]:
+async def _plan(run: Run) -> list[PlanStep]:
     """Return the steps, or the whole task as one where no plan can be had."""
-    alone = Step(id=1, role="generalist", task=run.question[:240] or "?", depends_on=[])
+    alone = PlanStep(id=1, role="generalist", task=run.question[:240] or "?", depends_on=[])
     try:
         async with Agent(run, "planner", "supervisor") as planner:
             planner.think("Splitting the task into steps.")
@@ -124,7 +124,7 @@ async def _plan(run: Run) -> list[Step]:
 class _Execution:
     """The running of one plan."""
 
-    def __init__(self, run: Run, steps: list[Step], sources: Sources) -> None:
+    def __init__(self, run: Run, steps: list[PlanStep], sources: Sources) -> None:
         self._run = run
         self._steps = steps
         self._sources = sources
@@ -143,7 +143,7 @@ class _Execution:
         for dependency in self._steps[number].depends_on:
             await self._ended[dependency].wait()
 
-    def _job(self, step: Step) -> Callable[[], Coroutine[Any, Any, None]]:
+    def _job(self, step: PlanStep) -> Callable[[], Coroutine[Any, Any, None]]:
         async def job() -> None:
             try:
                 for attempt in range(_RETRIES + 1):
@@ -164,7 +164,7 @@ class _Execution:
 
         return job
 
-    async def _attempt(self, step: Step, attempt: int) -> str | None:
+    async def _attempt(self, step: PlanStep, attempt: int) -> str | None:
         """Return the step's result, None where it failed."""
         agent = Agent(self._run, self._run.station(), step.role)
         earlier = [self._results[number] for number in step.depends_on if number in self._results]
@@ -183,7 +183,7 @@ class _Execution:
         except AGENT_FAILURES:
             return None  # reported by the agent itself
 
-    async def _call_tools(self, agent: Agent, step: Step, results: list[str]) -> list[str]:
+    async def _call_tools(self, agent: Agent, step: PlanStep, results: list[str]) -> list[str]:
         """Let the agent call tools, a few at most. Returns what they brought, marked as data."""
         read: list[str] = []
         tools = self._run.tools
@@ -207,7 +207,7 @@ class _Execution:
             read.append(self._quoted(step, use.tool, observation))
         return read
 
-    def _quoted(self, step: Step, tool: str, observation: Observation) -> str:
+    def _quoted(self, step: PlanStep, tool: str, observation: Observation) -> str:
         text = excerpt(observation.text, step.task, _OBSERVATION_CHARS)
         fetched = [source for source in observation.sources if source.fetched]
         if len(fetched) != 1:
@@ -215,7 +215,7 @@ class _Execution:
         return quoted(self._sources.number(fetched[0].url) or 0, fetched[0], text)
 
 
-async def _answer(run: Run, results: list[Result], failed: list[Step], sources: Sources) -> None:
+async def _answer(run: Run, results: list[Result], failed: list[PlanStep], sources: Sources) -> None:
     names = "; ".join(f"step {step.id} ({step.task})" for step in failed)
     missing = "".join(f"\n- {step.task}" for step in failed)
     run.result["steps_failed"] = [step.id for step in failed]

@@ -41,7 +41,7 @@ from gateway.workflows.link_syntax import (
     title_closes,
     unfinished,
 )
-from gateway.workflows.markdown_stream import MarkdownStream, Step
+from gateway.workflows.markdown_stream import MarkdownStream, Parsed
 from gateway.workflows.tables import HIDDEN
 
 REMOVED = "[address removed]"
@@ -87,7 +87,7 @@ class LinkFilter(MarkdownStream):
         self._bare = bare
         self._removed_last = False
 
-    def _within(self, text: str, at: int, final: bool) -> Step:
+    def _within(self, text: str, at: int, final: bool) -> Parsed:
         removed, self._removed_last = self._removed_last, False
         if removed and text[at] in "([:":  # behind our own brackets this would be a link or a definition
             return self._pass(at, " ", " ")
@@ -99,7 +99,7 @@ class LinkFilter(MarkdownStream):
         # With a colon it would be a definition.
         return super()._pass(end, said.replace(f"{REMOVED}:", f"{REMOVED} :"), meant)
 
-    def _text(self, text: str, at: int, final: bool) -> Step:
+    def _text(self, text: str, at: int, final: bool) -> Parsed:
         character = text[at]
         if character == "<":
             return self._angle(text, at, final)
@@ -133,7 +133,7 @@ class LinkFilter(MarkdownStream):
 
     # HTML and autolinks
 
-    def _angle(self, text: str, at: int, final: bool) -> Step:
+    def _angle(self, text: str, at: int, final: bool) -> Parsed:
         if at + 1 == len(text):
             return (at + 1, "<") if final else None
         if self._prose and not _TAG.match(text, at + 1):
@@ -158,7 +158,7 @@ class LinkFilter(MarkdownStream):
 
     # Links, definitions and pictures
 
-    def _bracket(self, text: str, at: int, final: bool) -> Step:
+    def _bracket(self, text: str, at: int, final: bool) -> Parsed:
         if at + 1 == len(text) and not final:
             return None
         following = text[at + 1 : at + 2]
@@ -191,7 +191,7 @@ class LinkFilter(MarkdownStream):
             return self._pass(end, f"] ({self._shown(link.destination)}{closing}", " ")
         return self._pass(end, f"]({REMOVED}{closing}", " ")
 
-    def _definition(self, text: str, at: int, link: Link, final: bool) -> Step:
+    def _definition(self, text: str, at: int, link: Link, final: bool) -> Parsed:
         end = text.find("\n", link.destination_end, link.destination_end + MAX_LINK_CHARS)
         more = end < 0 and not final and len(text) < link.destination_end + MAX_LINK_CHARS
         if more and not text[link.destination_end :].strip():
@@ -216,7 +216,7 @@ class LinkFilter(MarkdownStream):
             return self._pass(at + 2, "]:", "]")
         return self._pass(link.destination_end, f"{text[at : link.destination_start]}{REMOVED}", " ")
 
-    def _picture(self, text: str, at: int, final: bool) -> Step:
+    def _picture(self, text: str, at: int, final: bool) -> Parsed:
         if at + 1 == len(text):
             return (at + 1, "!") if final else None
         if text[at + 1] != "[":
@@ -239,7 +239,7 @@ class LinkFilter(MarkdownStream):
 
     # Addresses in the text
 
-    def _word(self, text: str, run: re.Match[str], final: bool) -> Step:
+    def _word(self, text: str, run: re.Match[str], final: bool) -> Parsed:
         """Take a word, which may be how an address begins."""
         at, word = run.start(), run[0].lower()
         if not self._bare:
@@ -270,7 +270,7 @@ class LinkFilter(MarkdownStream):
             return self._label(text, run, final)
         return self._pass(run.end(), run[0], run[0])
 
-    def _label(self, text: str, run: re.Match[str], final: bool) -> Step:
+    def _label(self, text: str, run: re.Match[str], final: bool) -> Parsed:
         """Take a word behind a dot, which may end a host's name. Some renderers make links of names alone, and browsers
         look up the hosts of links: a name below a domain tells the domain's owner whatever it holds."""
         if run.end() == len(text) and not final:
@@ -279,7 +279,7 @@ class LinkFilter(MarkdownStream):
         known = not is_below_domain(name) or self._addresses.has_host(name)
         return self._pass(run.end(), run[0] if known else f"{HIDDEN}{run[0]}", run[0])
 
-    def _address(self, text: str, at: int, start: int, final: bool) -> Step:
+    def _address(self, text: str, at: int, start: int, final: bool) -> Parsed:
         """Take the address that begins at `at`; what leads nowhere is behind `start`."""
         rest = end_of_address(text, start, final)
         if rest is None:
@@ -312,7 +312,7 @@ class LinkFilter(MarkdownStream):
         shown = self._unescaped(f"<{in_markdown(url)}>") if self._prose else self._removal()
         return self._pass(rest, shown + end, " ")
 
-    def _address_sign(self, sign: str, text: str, at: int, end: int, final: bool) -> Step:
+    def _address_sign(self, sign: str, text: str, at: int, end: int, final: bool) -> Parsed:
         """Take a character that may stand within an address whose beginning was sent already."""
         if sign == "@":
             return self._at_sign(text, at, end, final)
@@ -346,7 +346,7 @@ class LinkFilter(MarkdownStream):
             return self._removed(text, at, final, known_as=self._tail.lstrip("([{*_~\"'"))
         return self._pass(end, text[at:end], sign)
 
-    def _at_sign(self, text: str, at: int, end: int, final: bool) -> Step:
+    def _at_sign(self, text: str, at: int, end: int, final: bool) -> Parsed:
         """Take an at sign, which may be within a mail address."""
         if not self._tail[-1:].isalnum() and self._tail[-1:] not in _LOCAL_END:
             return self._pass(end, text[at:end], "@")
@@ -361,7 +361,7 @@ class LinkFilter(MarkdownStream):
             return self._pass(end, "(at)", " ")
         return self._pass(end, text[at:end], "@")
 
-    def _removed(self, text: str, at: int, final: bool, known_as: str = "") -> Step:
+    def _removed(self, text: str, at: int, final: bool, known_as: str = "") -> Parsed:
         """Take the rest of an address whose beginning was sent already. `known_as` is that beginning."""
         rest = end_of_address(text, at, final)
         if rest is None:

@@ -14,7 +14,7 @@ import re
 from gateway.workflows.drawings import MAX_LINE_CHARS, checked_line, is_drawn
 from gateway.workflows.fences import Fences
 
-Step = tuple[int, str] | None
+Parsed = tuple[int, str] | None
 """Where to continue and what may be sent by then; None to wait for more."""
 
 _MAX_SPAN_CHARS = 400
@@ -73,11 +73,11 @@ class MarkdownStream:
         self._dollar = False
         self._formula = False
 
-    def _text(self, text: str, at: int, final: bool) -> Step:
+    def _text(self, text: str, at: int, final: bool) -> Parsed:
         """Take what comes next of the text, but for backticks and plain characters."""
         raise NotImplementedError
 
-    def _word(self, text: str, run: re.Match[str], final: bool) -> Step:
+    def _word(self, text: str, run: re.Match[str], final: bool) -> Parsed:
         """Take a word."""
         raise NotImplementedError
 
@@ -126,7 +126,7 @@ class MarkdownStream:
 
     # Lines
 
-    def _begin_line(self, text: str, at: int, final: bool) -> Step:
+    def _begin_line(self, text: str, at: int, final: bool) -> Parsed:
         """Look at a line's beginning: it may be the edge of a block of code.
 
         Returns where to continue and what may be sent, None to wait for more.
@@ -151,7 +151,7 @@ class MarkdownStream:
         self._at_line_start = False
         return at, ""
 
-    def _within(self, text: str, at: int, final: bool) -> Step:
+    def _within(self, text: str, at: int, final: bool) -> Parsed:
         """Take what comes next within a line. Returns what `_begin_line` does."""
         character = text[at]
         if character == "\n":
@@ -167,7 +167,7 @@ class MarkdownStream:
             return self._plain(text, plain)
         return self._text(text, at, final)
 
-    def _code_line(self, text: str, at: int, final: bool) -> Step:
+    def _code_line(self, text: str, at: int, final: bool) -> Parsed:
         """Take the rest of a line of a block of code. One that is drawn is checked as a whole."""
         end = text.find("\n", at)
         line = text[at:] if end < 0 else text[at:end]
@@ -180,7 +180,7 @@ class MarkdownStream:
         self._cut = len(line) > MAX_LINE_CHARS
         return at + len(line), checked_line(self._drawn, line)
 
-    def _plain(self, text: str, plain: re.Match[str]) -> Step:
+    def _plain(self, text: str, plain: re.Match[str]) -> Parsed:
         """Take characters that begin nothing."""
         return self._pass(plain.end(), plain[0], plain[0])
 
@@ -192,7 +192,7 @@ class MarkdownStream:
 
     # Code spans
 
-    def _code_span(self, text: str, at: int, final: bool) -> Step:
+    def _code_span(self, text: str, at: int, final: bool) -> Parsed:
         ticks = _TICKS.match(text, at)
         assert ticks is not None
         if ticks.end() == len(text) and not final:

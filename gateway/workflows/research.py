@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from gateway.errors import BadRequest
-from gateway.events import ORCHESTRATOR
+from gateway.exchange.events import ORCHESTRATOR
 from gateway.workflows.agents import AGENT_FAILURES, Agent, Decision, Prompt, fenced
 from gateway.workflows.excerpts import one_line
 from gateway.workflows.researcher import SEARCHES, Library, Notes, Researcher, SubQuestion, Thoroughness

@@ -40,7 +40,7 @@ class SubQuestion(Decision):
     queries: Annotated[list[Annotated[str, Field(min_length=1, max_length=100)]], Field(min_length=1, max_length=3)]
 
 
-class Step(Decision):
+class ResearchMove(Decision):
     action: Literal["search", "read", "finish"]
     query: Annotated[str, Field(max_length=100)]
     number: Annotated[int, Field(ge=0, le=99)]
@@ -145,7 +145,7 @@ class Researcher:
         for number in range(1, steps + 1):
             if len(self._read) >= self._most.reads or self._failures >= _MAX_FAILURES:
                 return
-            step = await agent.decide(self._step_prompt(number), Step, 160)
+            step = await agent.decide(self._step_prompt(number), ResearchMove, 160)
             message = f"Thinking step {number} of {steps}."
             self._run.emit("PROGRESS", agent.id, message, role=agent.role, step=number, steps=steps)
             if step is None:

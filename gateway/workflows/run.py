@@ -17,11 +17,12 @@ from typing import Any, TypeVar
 import orjson
 
 from engine.base import Delta, GenerationRequest
+from gateway.clock import Clock
+from gateway.conversations.sessions import Session, text_of
 from gateway.errors import BadRequest, Overloaded, Unavailable
-from gateway.events import ORCHESTRATOR, Clock, Event, EventType, ShannonEvent
+from gateway.exchange.events import ORCHESTRATOR, Event, EventType, ShannonEvent
 from gateway.fair_slots import working_for
 from gateway.meter import Meter
-from gateway.sessions import Session, text_of
 from gateway.tools.base import Toolbox
 from gateway.workflows.addresses import Addresses
 from gateway.workflows.budget import Budget, OutOfBudget

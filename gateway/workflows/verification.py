@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from gateway.events import ORCHESTRATOR
+from gateway.exchange.events import ORCHESTRATOR
 from gateway.workflows.agents import AGENT_FAILURES, Agent, Decision, Outside, Prompt, fenced
 from gateway.workflows.researcher import Library
 from gateway.workflows.run import Run

@@ -37,9 +37,9 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.demo import WEIGHTS
-from gateway.keys import make_key
+from gateway.access.keys import make_key
 from tests.bench.load import Result, Scenario, run_load
-from tests.gateway_process import UNLIMITED
+from tests.support.gateway_process import UNLIMITED
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE_ARGS = {"max_model_len": 1024, "max_num_seqs": 64}
@@ -130,7 +130,7 @@ async def wait_until_served(url: str, process: asyncio.subprocess.Process) -> No
 
 @contextlib.asynccontextmanager
 async def bare(*, tuned: bool) -> AsyncIterator[HttpTarget]:
-    from engine.async_llm import build_defaults
+    from engine.local.async_llm import build_defaults
 
     environment, args = build_defaults()
     if not tuned:

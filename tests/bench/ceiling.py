@@ -14,7 +14,7 @@ import time
 import uuid
 
 from engine.base import GenerationRequest
-from engine.embedded import EmbeddedEngine
+from engine.local.embedded import EmbeddedEngine
 from tests.bench.load import Scenario, prompt
 
 

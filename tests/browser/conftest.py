@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests.browser import scripted_gateway
-from tests.browser.visit import Open, Site, Visit, chromium, open_page
-from tests.gateway_process import UNLIMITED, serve
+from tests.support.browser import scripted_gateway
+from tests.support.browser.visit import Open, Site, Visit, chromium, open_page
+from tests.support.gateway_process import UNLIMITED, serve
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +35,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 @pytest.fixture(scope="session")
 def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """`tests.browser.scripted_gateway`: agents, tools and sources without a model."""
+    """`tests.support.browser.scripted_gateway`: agents, tools and sources without a model."""
     with scripted_gateway.run(tmp_path_factory.mktemp("scripted"), "--days", "5") as running:
         yield running.site
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import httpx
 from PIL import Image
 
-from tests.browser import scripted_gateway
-from tests.browser.script import QUESTION
-from tests.browser.visit import Site, Visit, chromium, expect, open_page
+from tests.support.browser import scripted_gateway
+from tests.support.browser.script import QUESTION
+from tests.support.browser.visit import Site, Visit, chromium, expect, open_page
 
 FOLDER = Path(__file__).parent / "pictures"
 _STREAMS = 6

@@ -7,8 +7,8 @@ import re
 import pytest
 from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]
 
-from tests.browser.script import QUESTION
-from tests.browser.visit import PHONE, Open, Site, Visit, expect
+from tests.support.browser.script import QUESTION
+from tests.support.browser.visit import PHONE, Open, Site, Visit, expect
 
 pytestmark = pytest.mark.slow  # starts a gateway of its own
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.browser.script import QUESTION
-from tests.browser.visit import Site, Visit, expect, open_page
+from tests.support.browser.script import QUESTION
+from tests.support.browser.visit import Site, Visit, expect, open_page
 
 pytestmark = pytest.mark.slow  # starts a gateway of its own
 

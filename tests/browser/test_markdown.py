@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.browser.scripted_gateway import FAST
-from tests.browser.visit import Site, Visit, expect, open_page
+from tests.support.browser.scripted_gateway import FAST
+from tests.support.browser.visit import Site, Visit, expect, open_page
 
 pytestmark = pytest.mark.slow  # starts a gateway of its own
 

@@ -9,8 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.browser.visit import Open, Site, Visit, expect
-from tests.gateway_process import UNLIMITED, wait_until
+from tests.support.browser.visit import Open, Site, Visit, expect
+from tests.support.gateway_process import UNLIMITED, wait_until
 
 pytestmark = pytest.mark.slow  # the first test starts an engine
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from tests.browser.scripted_gateway import FAST
-from tests.browser.visit import Visit, expect
-from tests.pictures import data_url, picture
+from tests.support.browser.scripted_gateway import FAST
+from tests.support.browser.visit import Visit, expect
+from tests.support.pictures import data_url, picture
 
 pytestmark = pytest.mark.slow  # starts a gateway of its own
 

@@ -9,10 +9,10 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from tests.browser import scripted_gateway
-from tests.browser.script import LONG_TOKENS, PARAGRAPH
-from tests.browser.scripted_gateway import FAST
-from tests.browser.visit import PHONE, Open, Site, Visit, expect
+from tests.support.browser import scripted_gateway
+from tests.support.browser.script import LONG_TOKENS, PARAGRAPH
+from tests.support.browser.scripted_gateway import FAST
+from tests.support.browser.visit import PHONE, Open, Site, Visit, expect
 
 pytestmark = pytest.mark.slow  # starts gateways of its own
 

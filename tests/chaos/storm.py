@@ -30,11 +30,11 @@ from typing import Any
 
 import httpx
 
-from gateway.keys import make_key
-from tests.chaos.observed_gateway import ask
+from gateway.access.keys import make_key
 from tests.chaos.storm_clients import MODEL, Client, Seen
-from tests.gateway_process import UNLIMITED, GatewayProcess, serve
-from tests.store_server import StoreServer, run_store
+from tests.support.chaos.observed_gateway import ask
+from tests.support.gateway_process import UNLIMITED, GatewayProcess, serve
+from tests.support.store_server import StoreServer, run_store
 
 CLIENTS = 64
 ROUND_REQUESTS = 1000
@@ -271,7 +271,7 @@ def tree(*, mock: bool) -> dict[str, Any]:
 @contextlib.contextmanager
 def prepared(folder: Path, *, mock: bool) -> Iterator[Storm]:
     """Run gateways and their store for a storm."""
-    key, module = make_key(), "tests.chaos.observed_gateway"
+    key, module = make_key(), "tests.support.chaos.observed_gateway"
     with run_store("valkey", folder / "store") as store, contextlib.ExitStack() as running:
         storm = Storm([], store, [], mock)
         for name in ("a", "b") if mock else ("a",):

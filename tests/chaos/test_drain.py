@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from tests.chaos.test_engine_failure import BODY, Client
-from tests.gateway_process import serve, wait_until
+from tests.support.gateway_process import serve, wait_until
 
 pytest.importorskip("vllm", reason="this drains a real engine; `make setup` installs vllm")
 

@@ -13,7 +13,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.gateway_process import GatewayProcess, serve
+from tests.support.gateway_process import GatewayProcess, serve
 
 pytest.importorskip("vllm", reason="this kills a real engine; `make setup` installs vllm")
 

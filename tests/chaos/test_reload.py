@@ -20,8 +20,8 @@ import httpx
 import pytest
 import yaml
 
-from gateway.keys import make_key
-from tests.gateway_process import ENVIRONMENT, ROOT, UNLIMITED, GatewayProcess, serve, wait_until
+from gateway.access.keys import make_key
+from tests.support.gateway_process import ENVIRONMENT, ROOT, UNLIMITED, GatewayProcess, serve, wait_until
 
 STREAMS = 50
 TOKENS = 300

@@ -24,8 +24,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine.demo import WEIGHTS
-from tests.gateway_process import ROOT, UNLIMITED, GatewayProcess, serve, wait_until
-from tests.upstream_server import Connection, UpstreamServer, run_upstream_beside
+from tests.support.gateway_process import ROOT, UNLIMITED, GatewayProcess, serve, wait_until
+from tests.support.upstream_server import Connection, UpstreamServer, run_upstream_beside
 
 pytest.importorskip("vllm", reason="this kills a real vLLM server; `make setup` installs vllm")
 
@@ -57,7 +57,7 @@ class VllmServer:
 
     def start(self) -> None:
         """Start it; it listens many seconds later."""
-        from engine.async_llm import build_defaults
+        from engine.local.async_llm import build_defaults
 
         environment, args = build_defaults()
         args = args | {"model": WEIGHTS, "served_model_name": "demo", "max_model_len": 2048, "max_num_seqs": 16}

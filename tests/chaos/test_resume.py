@@ -15,12 +15,12 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway.keys import make_key
-from tests.conftest import until
+from gateway.access.keys import make_key
 from tests.contract.test_jobs import JobClient, submitted
 from tests.contract.test_resume import Taken
-from tests.gateway_process import UNLIMITED, GatewayProcess, serve
-from tests.store_server import StoreServer, run_store
+from tests.support.gateway_process import UNLIMITED, GatewayProcess, serve
+from tests.support.store_server import StoreServer, run_store
+from tests.support.waiting import until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 

@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway.keys import make_key
-from tests.gateway_process import GatewayProcess, serve
-from tests.store_server import StoreServer, run_store
+from gateway.access.keys import make_key
+from tests.support.gateway_process import GatewayProcess, serve
+from tests.support.store_server import StoreServer, run_store
 
 HELLO = [{"role": "user", "content": "hello there"}]
 

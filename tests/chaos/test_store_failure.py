@@ -13,9 +13,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.conftest import until
-from tests.gateway_process import UNLIMITED, GatewayProcess, serve, wait_until
-from tests.store_server import StoreServer, run_store
+from tests.support.gateway_process import UNLIMITED, GatewayProcess, serve, wait_until
+from tests.support.store_server import StoreServer, run_store
+from tests.support.waiting import until
 
 COMMAND_TIMEOUT_S = 0.05
 BODY = {"messages": [{"role": "user", "content": "hello there"}], "max_tokens": 4}

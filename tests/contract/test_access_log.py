@@ -17,9 +17,10 @@ import pytest
 from engine.base import EngineDied, EngineOverloaded
 from engine.mock import Fault, MockEngine
 from gateway.tools.base import Toolbox
-from tests.conftest import AUTHORIZATION, HELLO, KEY_ID, Gateway, Start, until
-from tests.gateway_process import serve as serve_process
-from tests.scripted import FakeFetch, FakeSearch, ScriptedModel
+from tests.support.app import AUTHORIZATION, HELLO, KEY_ID, Gateway, Start
+from tests.support.gateway_process import serve as serve_process
+from tests.support.scripted_model import FakeFetch, FakeSearch, ScriptedModel
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 
@@ -92,7 +93,7 @@ async def test_line_of_a_stream_is_written_at_its_end(serve: Start, access_log: 
 
 
 async def test_line_of_a_request_that_waited_tells_how_long(serve: Start, access_log: AccessLog) -> None:
-    from engine.admission import QueuedEngine
+    from engine.queue.admission import QueuedEngine
 
     gateway = await serve(mock=lambda: QueuedEngine(MockEngine(token_s=0.005), max_in_flight=1))  # type: ignore[arg-type, return-value]
     await asyncio.gather(*(gateway.chat(ignore_eos=True, max_tokens=10) for _ in range(2)))
@@ -286,7 +287,9 @@ def test_every_line_of_a_gateway_is_json(tmp_path: Path) -> None:
     text = gateway.log.read_text()
     lines = [json.loads(line) for line in text.splitlines()]
     assert all({"timestamp", "level", "logger", "message"} <= line.keys() for line in lines)
-    assert {"shannon", "shannon.access", "gateway.server", "uvicorn.error"} <= {line["logger"] for line in lines}
+    assert {"shannon", "shannon.access", "gateway.serving.server", "uvicorn.error"} <= {
+        line["logger"] for line in lines
+    }
     (line,) = [line for line in lines if line.get("request_id") == "r1"]
     assert line["path"] == "/v1/chat/completions"
     assert (line["prompt_tokens"], line["completion_tokens"], line["streamed"]) == (4, 5, True)

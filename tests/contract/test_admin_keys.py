@@ -13,8 +13,9 @@ import httpx
 import pytest
 import redis
 
-from tests.conftest import HELLO, KEY_ID, Gateway, Start, until
-from tests.store_server import StoreServer, run_store
+from tests.support.app import HELLO, KEY_ID, Gateway, Start
+from tests.support.store_server import StoreServer, run_store
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from starlette.routing import BaseRoute, Mount, Route
 
-from tests.conftest import HELLO, KEY, KEY_ID, SECRET, Gateway, Start
+from tests.support.app import HELLO, KEY, KEY_ID, SECRET, Gateway, Start
 
 pytestmark = pytest.mark.anyio
 

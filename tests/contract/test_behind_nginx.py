@@ -18,9 +18,9 @@ import httpx
 import pytest
 
 from engine.mock import MockEngine
-from tests.conftest import KEY, Gateway, Start
-from tests.hostile_framings import generate
-from tests.nginx import Nginx, run_nginx
+from tests.support.app import KEY, Gateway, Start
+from tests.support.hostile_framings import generate
+from tests.support.nginx import Nginx, run_nginx
 
 pytestmark = pytest.mark.anyio
 

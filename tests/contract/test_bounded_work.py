@@ -14,14 +14,14 @@ import pytest
 from pydantic import ValidationError
 
 from engine.mock import MockEngine
-from gateway.api.json_parser import LARGE_BYTES
+from gateway.access.prompt_size import WORK_BYTES
+from gateway.api.chat_schema import ChatCompletionRequest
 from gateway.api.messages_schema import MessagesRequest
 from gateway.api.response_items import InputItem, messages_of
 from gateway.api.sampling import parse_body
-from gateway.api.schema import ChatCompletionRequest
 from gateway.errors import BadRequest, from_validation
-from gateway.prompt_size import WORK_BYTES
-from tests.conftest import HELLO, Gateway, Start
+from gateway.exchange.json_parser import LARGE_BYTES
+from tests.support.app import HELLO, Gateway, Start
 
 pytestmark = pytest.mark.anyio
 

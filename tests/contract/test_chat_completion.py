@@ -7,7 +7,7 @@ import re
 import pytest
 
 from engine.mock import MockEngine
-from tests.conftest import HELLO, NOW, Gateway, Start
+from tests.support.app import HELLO, NOW, Gateway, Start
 
 pytestmark = pytest.mark.anyio
 

@@ -14,10 +14,12 @@ import pytest
 
 from engine.base import EngineDied, GenerationRequest
 from engine.mock import Fault, MockEngine
-from gateway.auth import Principal
-from gateway.keys import KeySpec
+from gateway.access.auth import Principal
+from gateway.access.keys import KeySpec
 from gateway.meter import Meter
-from tests.conftest import KEY_ID, NOW, Gateway, Start, chunks, data_lines, until
+from tests.support.app import KEY_ID, NOW, Gateway, Start
+from tests.support.frames import chunks, data_lines
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 

@@ -11,8 +11,9 @@ import httpx
 import pytest
 
 from engine.mock import MockEngine
-from tests.conftest import HELLO, KEY, Gateway, Start, until
-from tests.gateway_process import serve as serve_process
+from tests.support.app import HELLO, KEY, Gateway, Start
+from tests.support.gateway_process import serve as serve_process
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 
@@ -110,7 +111,7 @@ async def test_connection_is_held_only_while_a_request_of_its_key_runs(serve: St
 def test_clients_leave_files_to_the_rest_of_the_process(tmp_path: Path) -> None:
     tree = {"engines": {"main": {"kind": "mock"}}, "limits": {"enabled": False}}
     with contextlib.ExitStack() as stack:
-        gateway = stack.enter_context(serve_process(tmp_path, tree, module="tests.few_files"))
+        gateway = stack.enter_context(serve_process(tmp_path, tree, module="tests.support.few_files"))
         gateway.wait_until_ready()
         host, port = gateway.url.removeprefix("http://").split(":")
         for _ in range(300):

@@ -7,7 +7,7 @@ import pytest
 
 from engine.base import EngineOverloaded, GenerationRequest
 from engine.mock import Fault, MockEngine
-from tests.conftest import HELLO, Gateway, Start
+from tests.support.app import HELLO, Gateway, Start
 
 pytestmark = pytest.mark.anyio
 

@@ -11,10 +11,10 @@ import httpx
 import pytest
 
 from engine.mock import MockEngine
+from gateway.access.keys import KeySpec
 from gateway.errors import StoreUnavailable
-from gateway.keys import KeySpec
-from tests.conftest import KEY_ID, Gateway, Start
-from tests.store_server import StoreServer
+from tests.support.app import KEY_ID, Gateway, Start
+from tests.support.store_server import StoreServer
 
 pytestmark = pytest.mark.anyio
 
@@ -177,7 +177,7 @@ async def test_conversation_is_not_continued_where_a_prompt_is_missing(
     start: Start, monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
     """An earlier conversation with the same words and answer could not be told from the one in the session."""
-    monkeypatch.setattr("gateway.derived_sessions._MAX_PROMPTS", 3)
+    monkeypatch.setattr("gateway.conversations.derived_sessions._MAX_PROMPTS", 3)
     gateway = await start(mock=answering, config=UNLIMITED)
     if missing == "forgotten":
         for text in ("hi", "one", "two", "three"):

@@ -10,7 +10,8 @@ import logging
 import pytest
 
 from engine.mock import Fault, MockEngine
-from tests.conftest import HELLO, Gateway, Start, until
+from tests.support.app import HELLO, Gateway, Start
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 
@@ -96,7 +97,7 @@ async def test_leaving_with_a_full_socket_aborts_its_generation(serve: Start) ->
 
 async def test_reader_that_stays_and_reads_nothing_is_left(serve: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its place in the engine is somebody else's by then."""
-    monkeypatch.setattr("gateway.connection.WRITE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("gateway.serving.connection.WRITE_TIMEOUT_S", 0.3)
     gateway = await serve(mock=lambda: MockEngine(reply="x" * 4000, token_s=0.0001, max_model_len=100_000))
     body = {"messages": HELLO, "stream": True, "ignore_eos": True, "max_tokens": 90_000}
     _, writer = await gateway.post_by_hand(json.dumps(body).encode())
@@ -108,7 +109,7 @@ async def test_reader_that_stays_and_reads_nothing_is_left(serve: Start, monkeyp
 
 
 async def test_reader_that_is_slow_is_waited_for(serve: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.connection.WRITE_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("gateway.serving.connection.WRITE_TIMEOUT_S", 1.0)
     gateway = await serve(mock=lambda: MockEngine(reply="x" * 4000, max_model_len=100_000))
     body = {"messages": HELLO, "stream": True, "ignore_eos": True, "max_tokens": 2_000}
     reader, writer = await gateway.post_by_hand(json.dumps(body).encode())

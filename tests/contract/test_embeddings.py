@@ -15,7 +15,8 @@ import pytest
 
 from engine.base import EngineDied, EngineOverloaded, Prepared
 from engine.mock import MockEngine
-from tests.conftest import Gateway, Start, until
+from tests.support.app import Gateway, Start
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 

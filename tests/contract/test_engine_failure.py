@@ -8,7 +8,9 @@ import json
 import pytest
 
 from engine.mock import Fault, MockEngine
-from tests.conftest import Gateway, Start, data_lines, until
+from tests.support.app import Gateway, Start
+from tests.support.frames import data_lines
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 

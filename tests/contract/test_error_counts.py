@@ -18,8 +18,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from engine.base import EngineDied, EngineOverloaded, EngineUnavailable, InvalidRequest
 from engine.mock import Fault, MockEngine
 from gateway.errors import StoreUnavailable
-from tests.conftest import HELLO, KEY_ID, Gateway, Start, until
-from tests.pictures import asking, data_url, picture
+from tests.support.app import HELLO, KEY_ID, Gateway, Start
+from tests.support.pictures import asking, data_url, picture
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 

@@ -9,7 +9,7 @@ import pytest
 
 from engine.base import EngineError, EngineOverloaded, EngineUnavailable, GenerationRequest
 from engine.mock import Fault, MockEngine
-from tests.conftest import HELLO, Gateway, Start
+from tests.support.app import HELLO, Gateway, Start
 
 pytestmark = pytest.mark.anyio
 

@@ -10,9 +10,10 @@ import pytest
 
 from engine.mock import MockEngine
 from gateway.tools.base import Toolbox
-from tests.conftest import ROOT, Gateway, Start, chunks
-from tests.event_grammar import PAYLOADS, check_events
-from tests.scripted import FakeFetch, FakeSearch, ScriptedModel, steps
+from tests.support.app import ROOT, Gateway, Start
+from tests.support.event_grammar import PAYLOADS, check_events
+from tests.support.frames import chunks
+from tests.support.scripted_model import FakeFetch, FakeSearch, ScriptedModel, steps
 
 pytestmark = pytest.mark.anyio
 

@@ -9,8 +9,9 @@ import logging
 import pytest
 
 from engine.mock import MockEngine
-from tests.conftest import HELLO, KEY, Gateway, Start, until
-from tests.hostile_framings import generate, split
+from tests.support.app import HELLO, KEY, Gateway, Start
+from tests.support.hostile_framings import generate, split
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 

@@ -9,7 +9,7 @@ import pytest
 
 from engine.base import EngineDied
 from engine.mock import Fault, MockEngine
-from tests.conftest import Gateway, Start
+from tests.support.app import Gateway, Start
 
 pytestmark = pytest.mark.anyio
 

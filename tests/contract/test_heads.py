@@ -9,8 +9,8 @@ import json
 import pytest
 
 from engine.mock import MockEngine
-from gateway.connection import MAX_HEAD_BYTES
-from tests.conftest import Gateway, Start
+from gateway.serving.connection import MAX_HEAD_BYTES
+from tests.support.app import Gateway, Start
 
 pytestmark = pytest.mark.anyio
 
@@ -96,7 +96,7 @@ async def test_head_within_the_bound_is_read_whatever_the_packets(serve: Start) 
 async def test_head_that_does_not_come_ends_with_the_connection(
     serve: Start, monkeypatch: pytest.MonkeyPatch, begin: bytes
 ) -> None:
-    monkeypatch.setattr("gateway.connection.HEAD_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("gateway.serving.connection.HEAD_TIMEOUT_S", 0.2)
     gateway = await serve()
     host, port = gateway.url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
@@ -109,7 +109,7 @@ async def test_head_that_does_not_come_ends_with_the_connection(
 
 
 async def test_answer_may_take_longer_than_a_head(serve: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.connection.HEAD_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("gateway.serving.connection.HEAD_TIMEOUT_S", 0.05)
     gateway = await serve(mock=lambda: MockEngine(token_s=0.05))
 
     assert (await gateway.chat(max_tokens=4)).status_code == 200

@@ -8,7 +8,8 @@ import pytest
 
 from engine.mock import MockEngine
 from gateway import __version__
-from tests.conftest import Gateway, Start, until
+from tests.support.app import Gateway, Start
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 

@@ -11,10 +11,10 @@ from dataclasses import replace
 
 import pytest
 
-from tests.conftest import build_app
 from tests.fuzz.bodies import HostileBody, Route, bodies_for, for_models, routes_of, sample
 from tests.fuzz.checks import MAX_BODY_BYTES, faults_of
 from tests.fuzz.server import AGENT_MODELS, Target, gateway
+from tests.support.app import build_app
 
 WORST = [
     ("/v1/chat/completions", "messages[0].content", "ints"),

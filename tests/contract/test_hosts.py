@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.conftest import HELLO, Start
+from tests.support.app import HELLO, Start
 
 pytestmark = pytest.mark.anyio
 

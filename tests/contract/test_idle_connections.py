@@ -8,8 +8,9 @@ import re
 
 import pytest
 
-from gateway.connection import Connection
-from tests.conftest import KEY, Gateway, Start, until
+from gateway.serving.connection import Connection
+from tests.support.app import KEY, Gateway, Start
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 
@@ -65,7 +66,7 @@ STATES: dict[str, tuple[bytes, bytes]] = {
 @pytest.fixture(autouse=True)
 def short_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HEAD_TIMEOUT_S", "WRITE_TIMEOUT_S", "LINGER_S"):
-        monkeypatch.setattr(f"gateway.connection.{name}", SHORT_S)
+        monkeypatch.setattr(f"gateway.serving.connection.{name}", SHORT_S)
 
 
 def connections(gateway: Gateway) -> set[Connection]:

@@ -14,13 +14,14 @@ import pytest
 
 from engine.base import EngineUnavailable, GenerationRequest, InvalidRequest, Prepared
 from engine.mock import MockEngine
-from gateway.keys import KeySpec
-from gateway.prompt_size import WORK_BYTES
-from gateway.resolver import Resolver
-from tests.conftest import HELLO, Gateway, Start, until
-from tests.dns_server import AAAA, A, Zone, run_name_server
-from tests.pictures import asking, data_url, image_part, picture
-from tests.website import Website, page, run_website
+from gateway.access.keys import KeySpec
+from gateway.access.prompt_size import WORK_BYTES
+from gateway.outbound.resolver import Resolver
+from tests.support.app import HELLO, Gateway, Start
+from tests.support.dns_server import AAAA, A, Zone, run_name_server
+from tests.support.pictures import asking, data_url, image_part, picture
+from tests.support.waiting import until
+from tests.support.website import Website, page, run_website
 
 pytestmark = pytest.mark.anyio
 
@@ -247,7 +248,7 @@ async def test_names_that_never_resolve_hold_up_only_the_key_that_asks_for_them(
     async with run_name_server() as server:
         names = [f"slow{number}.test" for number in range(8)]
         server.zones |= {name: Zone(silent=frozenset({A, AAAA})) for name in names} | {"a.test": Zone(["127.0.0.1"])}
-        monkeypatch.setattr("gateway.fetch.Resolver", partial(Resolver, servers=[server.address]))
+        monkeypatch.setattr("gateway.outbound.fetch.Resolver", partial(Resolver, servers=[server.address]))
         gateway = await serve(mock=seeing, config=reaching(site))
         made = await gateway.services.keys.create(KeySpec(name="greedy", tenant="other"))
         greedy = {"Authorization": f"Bearer {made[1]}"}

@@ -16,9 +16,10 @@ import pytest
 
 from engine.base import EngineError
 from engine.mock import Fault, MockEngine
-from gateway.auth import Principal
-from tests.conftest import KEY, Gateway, Start, until
-from tests.store_server import StoreServer
+from gateway.access.auth import Principal
+from tests.support.app import KEY, Gateway, Start
+from tests.support.store_server import StoreServer
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 
@@ -533,7 +534,7 @@ async def test_number_of_another_time_is_not_taken_for_one_of_this_log(serve: St
 async def test_store_that_forgot_a_client_ends_its_stream(
     serve: Start, store_server: StoreServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.jobs.RENEW_S", 0.05)
+    monkeypatch.setattr("gateway.durable.jobs.RENEW_S", 0.05)
     gateway = await serve(mock=slow)
     client = JobClient("c")
     async with client.connected(gateway):

@@ -9,7 +9,8 @@ import pytest
 
 from engine.base import EngineDied
 from engine.mock import Fault, MockEngine
-from tests.conftest import Gateway, Start, chunks, data_lines
+from tests.support.app import Gateway, Start
+from tests.support.frames import chunks, data_lines
 
 pytestmark = pytest.mark.anyio
 

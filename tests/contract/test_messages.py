@@ -11,8 +11,9 @@ import pytest
 
 from engine.base import Delta, EngineDied, EngineOverloaded, GenerationRequest, ToolCallDelta
 from engine.mock import Fault, MockEngine, echo
-from tests.conftest import KEY, Gateway, Start, until
-from tests.pictures import data_url, picture
+from tests.support.app import KEY, Gateway, Start
+from tests.support.pictures import data_url, picture
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 

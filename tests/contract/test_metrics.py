@@ -13,10 +13,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from engine.base import EngineDied, EngineOverloaded, Usage
 from engine.mock import Fault, MockEngine
-from engine.remote import RemoteEngine
-from tests.conftest import Gateway, Start, until
-from tests.store_server import run_store
-from tests.upstream_server import Connection, chunk, run_upstream
+from engine.remote.engine import RemoteEngine
+from tests.support.app import Gateway, Start
+from tests.support.store_server import run_store
+from tests.support.upstream_server import Connection, chunk, run_upstream
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 

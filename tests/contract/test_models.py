@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.config import load_config
-from tests.conftest import ROOT, Gateway, Start
+from gateway.settings.config import load_config
+from tests.support.app import ROOT, Gateway, Start
 
 pytestmark = pytest.mark.anyio
 

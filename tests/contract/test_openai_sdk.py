@@ -10,7 +10,8 @@ from openai.types.chat import ChatCompletionMessageParam
 
 from engine.base import EngineError, EngineOverloaded, EngineUnavailable
 from engine.mock import Fault, MockEngine
-from tests.conftest import NOW, Gateway, Start, until
+from tests.support.app import NOW, Gateway, Start
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 

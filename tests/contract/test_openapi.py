@@ -14,8 +14,8 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.python.asgi import shutdown_lifespans
 
 from engine.mock import MockEngine
-from tests.conftest import AUTHORIZATION, Gateway, build_app
-from tests.store_server import StoreServer
+from tests.support.app import AUTHORIZATION, Gateway, build_app
+from tests.support.store_server import StoreServer
 
 REQUEST_FIELDS = {
     *("shannon_options", "resumable"),

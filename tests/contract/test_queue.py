@@ -12,14 +12,16 @@ import httpx
 import openai
 import pytest
 
-from engine.admission import QueuedEngine
 from engine.base import EngineOverloaded
 from engine.mock import Fault, MockEngine
+from engine.queue.admission import QueuedEngine
+from gateway.access.keys import KeySpec, make_key, split_key
 from gateway.app import build_engines
-from gateway.config import parse_config
 from gateway.errors import from_engine
-from gateway.keys import KeySpec, make_key, split_key
-from tests.conftest import HELLO, KEY_ID, Gateway, Start, chunks, until
+from gateway.settings.config import parse_config
+from tests.support.app import HELLO, KEY_ID, Gateway, Start
+from tests.support.frames import chunks
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 

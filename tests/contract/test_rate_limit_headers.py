@@ -13,9 +13,9 @@ import pytest
 
 from engine.base import EngineDied
 from engine.mock import Fault, MockEngine
-from gateway.keys import KeySpec
-from tests.conftest import Gateway, Start
-from tests.store_server import run_store
+from gateway.access.keys import KeySpec
+from tests.support.app import Gateway, Start
+from tests.support.store_server import run_store
 
 pytestmark = pytest.mark.anyio
 

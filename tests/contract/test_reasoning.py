@@ -11,7 +11,8 @@ import pytest
 
 from engine.base import Delta, ToolCallDelta
 from engine.mock import MockEngine
-from tests.conftest import HELLO, NOW, Gateway, Start, chunks
+from tests.support.app import HELLO, NOW, Gateway, Start
+from tests.support.frames import chunks
 
 pytestmark = pytest.mark.anyio
 

@@ -12,10 +12,12 @@ import pytest
 import yaml
 
 from engine.mock import MockEngine
-from gateway.keys import make_key
-from gateway.reload import Reload
-from tests.conftest import KEY, Gateway, Start, chunks, until
+from gateway.access.keys import make_key
+from gateway.serving.reload import Reload
 from tests.contract.test_jobs import JobClient
+from tests.support.app import KEY, Gateway, Start
+from tests.support.frames import chunks
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 

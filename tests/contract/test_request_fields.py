@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from engine.mock import MockEngine
-from tests.conftest import HELLO, Gateway, Start
+from tests.support.app import HELLO, Gateway, Start
 
 pytestmark = pytest.mark.anyio
 

@@ -10,7 +10,7 @@ import anyio
 import pytest
 
 from engine.mock import MockEngine
-from tests.conftest import HELLO, Gateway, Start
+from tests.support.app import HELLO, Gateway, Start
 
 pytestmark = pytest.mark.anyio
 

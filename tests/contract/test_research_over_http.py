@@ -13,12 +13,14 @@ from typing import Any, cast
 import pytest
 
 from engine.base import GenerationRequest
-from engine.remote import RemoteEngine
-from tests.conftest import Start, chunks, until
-from tests.event_grammar import check_events
-from tests.scripted import ScriptedModel
-from tests.upstream_server import Connection, UpstreamServer, chunk, error, run_upstream, summary
-from tests.website import Website, page, run_website
+from engine.remote.engine import RemoteEngine
+from tests.support.app import Start
+from tests.support.event_grammar import check_events
+from tests.support.frames import chunks
+from tests.support.scripted_model import ScriptedModel
+from tests.support.upstream_server import Connection, UpstreamServer, chunk, error, run_upstream, summary
+from tests.support.waiting import until
+from tests.support.website import Website, page, run_website
 
 pytestmark = pytest.mark.anyio
 

@@ -17,11 +17,12 @@ from openai.types.responses import Response
 
 from engine.base import Delta, EngineDied, EngineOverloaded, GenerationRequest, ToolCallDelta
 from engine.mock import Fault, MockEngine
+from gateway.access.keys import KeySpec
 from gateway.errors import Unavailable, WritesRefused
-from gateway.keys import KeySpec
-from tests.conftest import Gateway, Start, until
-from tests.pictures import data_url, picture
-from tests.store_server import run_store
+from tests.support.app import Gateway, Start
+from tests.support.pictures import data_url, picture
+from tests.support.store_server import run_store
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 
@@ -834,7 +835,7 @@ async def test_shutdown_waits_for_the_background_and_then_says_what_happened(ser
 
 
 async def test_too_many_in_the_background_are_refused(serve: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.live_responses.MAX_BACKGROUND", 1)
+    monkeypatch.setattr("gateway.conversations.live_responses.MAX_BACKGROUND", 1)
     gateway = await serve(mock=slow)
     body = await response_to(gateway, background=True)
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from engine.base import Delta, EngineDied, GenerationRequest, ToolCallDelta
 from engine.mock import Fault, MockEngine, echo
-from tests.conftest import Gateway, Start
+from tests.support.app import Gateway, Start
 
 pytestmark = pytest.mark.anyio
 

@@ -15,11 +15,12 @@ import pytest
 
 from engine.base import EngineError
 from engine.mock import Fault, MockEngine
-from gateway import event_log
+from gateway.durable import event_log
+from gateway.durable.resumable import ResumableStreams
 from gateway.errors import StoreUnavailable
-from gateway.resumable import ResumableStreams
-from tests.conftest import HELLO, KEY_ID, Gateway, Start, until
-from tests.store_server import StoreServer
+from tests.support.app import HELLO, KEY_ID, Gateway, Start
+from tests.support.store_server import StoreServer
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 
@@ -190,8 +191,8 @@ async def test_leaving_before_the_id_is_known_ends_the_completion(serve: Start) 
 
 
 async def test_completion_that_nobody_reads_is_ended(serve: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.resumable.RENEW_S", 0.05)
-    monkeypatch.setattr("gateway.event_log.PRESENT_S", 0.05)
+    monkeypatch.setattr("gateway.durable.resumable.RENEW_S", 0.05)
+    monkeypatch.setattr("gateway.durable.event_log.PRESENT_S", 0.05)
     config = {"resume": {"ttl_s": 0.1}}
     gateway = await serve(mock=lambda: counting(5000), config=config)
     other = await serve(config=config)
@@ -211,7 +212,7 @@ async def test_completion_that_nobody_reads_is_ended(serve: Start, monkeypatch: 
 
 
 async def test_completion_that_is_read_elsewhere_goes_on(serve: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.resumable.RENEW_S", 0.05)
+    monkeypatch.setattr("gateway.durable.resumable.RENEW_S", 0.05)
     config = {"resume": {"ttl_s": 0.1}}
     gateway, other = await serve(mock=lambda: counting(300), config=config), await serve(config=config)
     taken = Taken()
@@ -293,10 +294,10 @@ async def test_check_without_an_answer_shows_no_stream(
     serve: Start, monkeypatch: pytest.MonkeyPatch, nth: int, error: Exception | None, replica: str
 ) -> None:
     """Whose stream it is, only the store's answer says: a check that it does not answer fails."""
-    monkeypatch.setattr("gateway.resumable._CHECK_S", 0.02)
-    monkeypatch.setattr("gateway.resumable._AHEAD_S", 0.2)
-    monkeypatch.setattr("gateway.event_log.PATIENCE_S", 0.02)
-    monkeypatch.setattr("gateway.event_log._RETRY_S", 0.01)
+    monkeypatch.setattr("gateway.durable.resumable._CHECK_S", 0.02)
+    monkeypatch.setattr("gateway.durable.resumable._AHEAD_S", 0.2)
+    monkeypatch.setattr("gateway.durable.event_log.PATIENCE_S", 0.02)
+    monkeypatch.setattr("gateway.durable.event_log._RETRY_S", 0.01)
     gateway = await serve(**TENANTS, mock=lambda: counting(3000))
     other = gateway if replica == "same" else await serve(**TENANTS)
     async with gateway.stream(resumable=True) as response:
@@ -337,7 +338,7 @@ async def test_number_that_can_not_be_is_refused(serve: Start) -> None:
 
 
 async def test_stream_is_forgotten_in_time(serve: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.resumable.LEASE_S", 0.0)
+    monkeypatch.setattr("gateway.durable.resumable.LEASE_S", 0.0)
     gateway = await serve(config={"resume": {"ttl_s": 0.1}})
     async with gateway.stream(resumable=True) as response:
         await Taken().take(response)
@@ -425,7 +426,7 @@ async def test_closing_ends_what_is_made(start: Start) -> None:
 
 
 async def test_too_many_at_once_are_refused(serve: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.resumable.MAX_RESUMABLE", 1)
+    monkeypatch.setattr("gateway.durable.resumable.MAX_RESUMABLE", 1)
     gateway = await serve(mock=counting)
     async with gateway.stream(resumable=True) as response:
         await Taken().take(response, 1)

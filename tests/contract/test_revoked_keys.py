@@ -11,15 +11,16 @@ from typing import Any
 import httpx
 import pytest
 
-from engine.admission import QueuedEngine
 from engine.base import GenerationRequest, Usage
 from engine.mock import MockEngine
-from gateway.api.generation import Caller
-from gateway.auth import Authenticator, Principal
+from engine.queue.admission import QueuedEngine
+from gateway.access.auth import Authenticator, Principal
+from gateway.access.keys import KeySpec
+from gateway.api.call import Caller
 from gateway.errors import GatewayError, InvalidApiKey, StoreUnavailable, Unavailable
-from gateway.keys import KeySpec
-from tests.conftest import HELLO, Gateway, Start, until
 from tests.contract.test_jobs import JobClient, submitted
+from tests.support.app import HELLO, Gateway, Start
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from engine.base import Delta
-from tests.conftest import Start, chunks
 from tests.contract.test_workflows import AGENTS, content, place
-from tests.scripted import Address, FakeTool, tokens
+from tests.support.app import Start
+from tests.support.frames import chunks
+from tests.support.scripted_model import Address, FakeTool, tokens
 from tests.unit.test_links import unsafe
 
 pytestmark = pytest.mark.anyio

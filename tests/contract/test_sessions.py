@@ -13,11 +13,12 @@ import redis
 
 from engine.base import EngineDied
 from engine.mock import Fault, MockEngine
-from gateway.keys import KeySpec
-from gateway.pieces import PIECE_BYTES
-from tests.conftest import Gateway, Start, until
-from tests.store_commands import watch_store
-from tests.store_server import StoreServer, run_store
+from gateway.access.keys import KeySpec
+from gateway.store.pieces import PIECE_BYTES
+from tests.support.app import Gateway, Start
+from tests.support.store_commands import watch_store
+from tests.support.store_server import StoreServer, run_store
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 

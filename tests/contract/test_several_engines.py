@@ -17,11 +17,13 @@ import pytest
 from engine.base import EngineError
 from engine.mock import MockEngine
 from engine.supervisor import SupervisedEngine
-from gateway.api.dependencies import Services
 from gateway.app import build_authenticator, build_engines, build_store, create_app
-from gateway.config import parse_config
-from gateway.server import Server
-from tests.conftest import AUTHORIZATION, HELLO, KEY, Gateway, Start, chunks, data_lines, until
+from gateway.services import Services
+from gateway.serving.server import Server
+from gateway.settings.config import parse_config
+from tests.support.app import AUTHORIZATION, HELLO, KEY, Gateway, Start
+from tests.support.frames import chunks, data_lines
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import HELLO, NOW, Gateway, chunks
+from tests.support.app import HELLO, NOW, Gateway
+from tests.support.frames import chunks
 
 pytestmark = pytest.mark.anyio
 

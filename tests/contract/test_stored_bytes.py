@@ -10,18 +10,19 @@ from typing import Any
 import pytest
 
 from engine.mock import MockEngine
-from gateway.config import JobSettings, ResumeSettings, SessionSettings, StoreSettings
-from gateway.derived_sessions import make_id
-from gateway.keys import KeyLimits, KeySpec
-from gateway.metrics import Metrics
-from gateway.pieces import PIECE_BYTES
-from gateway.retention import Retention
-from gateway.store import Store
-from gateway.stored_bytes import MEMBER_BYTES, StoredBytes
-from tests.conftest import KEY_ID, ROOT, Gateway, Start, until
+from gateway.access.keys import KeyLimits, KeySpec
+from gateway.conversations.derived_sessions import make_id
+from gateway.conversations.retention import Retention
+from gateway.settings.config import JobSettings, ResumeSettings, SessionSettings, StoreSettings
+from gateway.store.client import Store
+from gateway.store.pieces import PIECE_BYTES
+from gateway.store.stored_bytes import MEMBER_BYTES, StoredBytes
+from gateway.telemetry.metrics import Metrics
 from tests.contract.test_jobs import JobClient, submit, submitted
-from tests.store_commands import watch_store
-from tests.store_server import StoreServer
+from tests.support.app import KEY_ID, ROOT, Gateway, Start
+from tests.support.store_commands import watch_store
+from tests.support.store_server import StoreServer
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 

@@ -10,7 +10,9 @@ import pytest
 
 from engine.base import EngineDied, EngineError, EngineOverloaded
 from engine.mock import Fault, MockEngine
-from tests.conftest import HELLO, Gateway, Start, data_lines, until
+from tests.support.app import HELLO, Gateway, Start
+from tests.support.frames import data_lines
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 

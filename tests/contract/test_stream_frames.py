@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from engine.mock import MockEngine
-from tests.conftest import NOW, Gateway, Start, chunks, data_lines
+from tests.support.app import NOW, Gateway, Start
+from tests.support.frames import chunks, data_lines
 
 pytestmark = pytest.mark.anyio
 

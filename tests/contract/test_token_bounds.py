@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from engine.mock import MockEngine
-from gateway.environment import override
-from tests.conftest import HELLO, Gateway, Start, chunks
+from gateway.settings.environment import override
+from tests.support.app import HELLO, Gateway, Start
+from tests.support.frames import chunks
 
 pytestmark = pytest.mark.anyio
 

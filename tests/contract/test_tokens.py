@@ -9,8 +9,8 @@ import pytest
 
 from engine.base import EngineUnavailable, GenerationRequest
 from engine.mock import MockEngine
-from tests.conftest import HELLO, Gateway, Start
-from tests.pictures import asking, data_url, picture
+from tests.support.app import HELLO, Gateway, Start
+from tests.support.pictures import asking, data_url, picture
 
 pytestmark = pytest.mark.anyio
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from engine.remote import RemoteEngine
-from tests.conftest import Gateway, Start
-from tests.tool_call_dialects import DIALECTS, NAMES, calls_of
-from tests.upstream_server import Connection, chunk, run_upstream, summary
+from engine.remote.engine import RemoteEngine
+from tests.support.app import Gateway, Start
+from tests.support.tool_call_dialects import DIALECTS, NAMES, calls_of
+from tests.support.upstream_server import Connection, chunk, run_upstream, summary
 
 pytestmark = pytest.mark.anyio
 

@@ -12,7 +12,9 @@ import pytest
 
 from engine.base import Delta, GenerationRequest, ToolCallDelta
 from engine.mock import MockEngine
-from tests.conftest import HELLO, NOW, Gateway, Start, chunks, until
+from tests.support.app import HELLO, NOW, Gateway, Start
+from tests.support.frames import chunks
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 

@@ -12,14 +12,15 @@ from opentelemetry.sdk.trace import ReadableSpan
 
 from engine.base import EngineDied
 from engine.mock import Fault, MockEngine
-from engine.remote import RemoteEngine
+from engine.remote.engine import RemoteEngine
 from gateway.tools.base import Toolbox
-from tests.conftest import HELLO, KEY, KEY_ID, Gateway, Start, until
-from tests.gateway_process import serve as serve_process
-from tests.gateway_process import wait_until
-from tests.otlp_receiver import run_receiver
-from tests.scripted import FakeFetch, FakeSearch, ScriptedModel
-from tests.spans import Spans
+from tests.support.app import HELLO, KEY, KEY_ID, Gateway, Start
+from tests.support.gateway_process import serve as serve_process
+from tests.support.gateway_process import wait_until
+from tests.support.otlp_receiver import run_receiver
+from tests.support.scripted_model import FakeFetch, FakeSearch, ScriptedModel
+from tests.support.spans import Spans
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 

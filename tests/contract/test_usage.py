@@ -9,9 +9,9 @@ import pytest
 
 from engine.base import EngineDied
 from engine.mock import Fault
-from gateway.keys import KeySpec
-from gateway.limits import today
-from tests.conftest import HELLO, KEY_ID, Gateway
+from gateway.access.keys import KeySpec
+from gateway.access.limits import today
+from tests.support.app import HELLO, KEY_ID, Gateway
 
 pytestmark = pytest.mark.anyio
 

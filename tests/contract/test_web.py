@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import gateway.web
-from tests.conftest import Gateway
+from tests.support.app import Gateway
 
 pytestmark = pytest.mark.anyio
 

@@ -14,10 +14,12 @@ import pytest
 from engine.base import Delta, EngineDied
 from engine.mock import Fault, MockEngine
 from gateway.tools.base import Toolbox
-from tests.conftest import Gateway, Start, chunks, until
 from tests.contract.test_rate_limit_headers import assert_six, remaining
-from tests.event_grammar import check_events
-from tests.scripted import FakeFetch, FakeSearch, FakeTool, ScriptedModel, steps, text_of
+from tests.support.app import Gateway, Start
+from tests.support.event_grammar import check_events
+from tests.support.frames import chunks
+from tests.support.scripted_model import FakeFetch, FakeSearch, FakeTool, ScriptedModel, steps, text_of
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 

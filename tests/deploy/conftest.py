@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.deploy.containers import Podman
+from tests.support.deploy.containers import Podman
 
 
 @pytest.fixture(scope="session")

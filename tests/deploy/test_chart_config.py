@@ -15,9 +15,9 @@ import pytest
 import yaml
 
 from gateway import __version__
-from gateway.config import Config, RemoteSettings, load_config
-from gateway.keys import split_key
-from tests.deploy.chart import (
+from gateway.access.keys import split_key
+from gateway.settings.config import Config, RemoteSettings, load_config
+from tests.support.deploy.chart import (
     CHART,
     RELEASE,
     ROOT,

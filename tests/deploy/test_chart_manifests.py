@@ -13,7 +13,17 @@ import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
 import yaml
 
-from tests.deploy.chart import CHART, SCENARIOS, SNAPSHOTS, Manifest, helm, manifests, pod_templates, rendered, snapshot
+from tests.support.deploy.chart import (
+    CHART,
+    SCENARIOS,
+    SNAPSHOTS,
+    Manifest,
+    helm,
+    manifests,
+    pod_templates,
+    rendered,
+    snapshot,
+)
 
 CHART_YAML = yaml.safe_load((CHART / "Chart.yaml").read_text())
 VERSIONS = (CHART_YAML["kubeVersion"].removeprefix(">=").removesuffix(".0-0"), kubernetes_validate.latest_version())
@@ -66,7 +76,7 @@ def test_objects_have_names_of_their_own(scenario: str) -> None:
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_manifests_are_what_was_reviewed(scenario: str) -> None:
-    """`python -m tests.deploy.chart` writes the snapshots anew."""
+    """`python -m tests.support.deploy.chart` writes the snapshots anew."""
     assert snapshot(scenario) == (SNAPSHOTS / f"{scenario}.yaml").read_text()
 
 

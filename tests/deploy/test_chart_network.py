@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.deploy.chart import NAMESPACE, RELEASE, Manifest, find, manifests, pod_templates
+from tests.support.deploy.chart import NAMESPACE, RELEASE, Manifest, find, manifests, pod_templates
 
 OURS = {"app.kubernetes.io/name": "shannon", "app.kubernetes.io/instance": RELEASE}
 GATEWAY_PORT, VALKEY_PORT = 8080, 6379

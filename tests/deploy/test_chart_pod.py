@@ -19,10 +19,10 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway.keys import make_key
-from tests.deploy.chart import RELEASE, Manifest, find, gateway_container, gateway_pod
-from tests.deploy.containers import Podman
-from tests.gateway_process import wait_until
+from gateway.access.keys import make_key
+from tests.support.deploy.chart import RELEASE, Manifest, find, gateway_container, gateway_pod
+from tests.support.deploy.containers import Podman
+from tests.support.gateway_process import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import yaml
 
-from tests.deploy.chart import SCENARIOS, Manifest, gateway_container, gateway_pod, manifests, pod_templates
+from tests.support.deploy.chart import SCENARIOS, Manifest, gateway_container, gateway_pod, manifests, pod_templates
 
 VOLATILE_LABELS = {"helm.sh/chart", "app.kubernetes.io/version", "pod-template-hash"}
 """Labels that an upgrade changes."""

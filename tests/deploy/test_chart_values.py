@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.deploy.chart import CHART, NAMESPACE, RELEASE, SCENARIOS, HelmError, helm
-from tests.deploy.kube_api import run_kube_api
+from tests.support.deploy.chart import CHART, NAMESPACE, RELEASE, SCENARIOS, HelmError, helm
+from tests.support.deploy.kube_api import run_kube_api
 
 VALUES = (CHART / "values.yaml").read_text()
 SCHEMA = json.loads((CHART / "values.schema.json").read_text())

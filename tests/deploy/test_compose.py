@@ -19,12 +19,12 @@ from typing import Any
 import pytest
 import yaml
 
-from gateway.auth import MIN_KEY_LENGTH
-from gateway.config import parse_config
-from gateway.environment import DEFAULT_ENGINE, EACH, TOKENS, VARIABLES, override
-from gateway.keys import make_key
-from tests.deploy.prometheus import promtool, run_prometheus
-from tests.gateway_process import ROOT, serve, wait_until
+from gateway.access.auth import MIN_KEY_LENGTH
+from gateway.access.keys import make_key
+from gateway.settings.config import parse_config
+from gateway.settings.environment import DEFAULT_ENGINE, EACH, TOKENS, VARIABLES, override
+from tests.support.deploy.prometheus import promtool, run_prometheus
+from tests.support.gateway_process import ROOT, serve, wait_until
 
 PROFILES = {"cpu": "cpu", "gpu": "cuda", "jetson": "cuda", "remote": "gateway"}
 """Each with the target of the Dockerfile that its gateway is."""

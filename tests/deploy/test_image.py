@@ -21,10 +21,10 @@ import pytest
 import yaml
 
 from gateway import __version__
-from gateway.keys import make_key
-from tests.conftest import chunks
-from tests.deploy.containers import Podman
-from tests.gateway_process import ROOT, wait_until
+from gateway.access.keys import make_key
+from tests.support.deploy.containers import Podman
+from tests.support.frames import chunks
+from tests.support.gateway_process import ROOT, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 

@@ -17,10 +17,10 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.deploy.chart import CHART, NAMESPACE, ROOT, find, manifests
-from tests.deploy.prometheus import metrics_of, promtool
-from tests.deploy.watched_gateway import INSTANCE, SERVICE, VLLM, Watched, watch
-from tests.gateway_process import wait_until
+from tests.support.deploy.chart import CHART, NAMESPACE, ROOT, find, manifests
+from tests.support.deploy.prometheus import metrics_of, promtool
+from tests.support.deploy.watched_gateway import INSTANCE, SERVICE, VLLM, Watched, watch
+from tests.support.gateway_process import wait_until
 
 RULES = sorted((CHART / "rules").glob("*.yaml"))
 DASHBOARD = json.loads((CHART / "dashboards/shannon.json").read_text())

@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.deploy.cluster import Cluster, Replica, run_cluster
-from tests.gateway_process import UNLIMITED, wait_until
+from tests.support.deploy.cluster import Cluster, Replica, run_cluster
+from tests.support.gateway_process import UNLIMITED, wait_until
 
 pytestmark = pytest.mark.slow
 

@@ -15,9 +15,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.deploy.cluster import Cluster, Replica, run_cluster
-from tests.deploy.load import Load, Request, most_in_a_minute
-from tests.gateway_process import UNLIMITED, wait_until
+from tests.support.deploy.cluster import Cluster, Replica, run_cluster
+from tests.support.deploy.load import Load, Request, most_in_a_minute
+from tests.support.gateway_process import UNLIMITED, wait_until
 
 pytestmark = pytest.mark.slow
 

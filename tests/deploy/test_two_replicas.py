@@ -10,8 +10,8 @@ import httpx
 import pytest
 
 from tests.contract.test_resume import Taken
-from tests.deploy.cluster import Cluster, run_cluster
-from tests.gateway_process import UNLIMITED
+from tests.support.deploy.cluster import Cluster, run_cluster
+from tests.support.gateway_process import UNLIMITED
 
 pytestmark = pytest.mark.slow
 

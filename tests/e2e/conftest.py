@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.gateway_process import UNLIMITED, GatewayProcess, serve, wait_until
+from tests.support.gateway_process import UNLIMITED, GatewayProcess, serve, wait_until
 
 pytest.importorskip("vllm", reason="end-to-end tests need vllm; `make setup` installs it")
 

@@ -11,8 +11,8 @@ import openai
 import pytest
 
 from engine.demo import Exchange, corpus
-from tests.event_grammar import check_events
-from tests.gateway_process import GatewayProcess
+from tests.support.event_grammar import check_events
+from tests.support.gateway_process import GatewayProcess
 
 HELLO = [{"role": "user", "content": "Say hello."}]
 SAID = "Hello! I am the Shannon demo model."

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from engine.demo import corpus
-from tests.gateway_process import ROOT, GatewayProcess
+from tests.support.gateway_process import ROOT, GatewayProcess
 
 CLIENTS = Path(__file__).parent / "clients"
 (ANSWER,) = {

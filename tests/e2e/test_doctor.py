@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from gateway.keys import make_key
-from tests.gateway_process import ENVIRONMENT, ROOT, GatewayProcess, serve
+from gateway.access.keys import make_key
+from tests.support.gateway_process import ENVIRONMENT, ROOT, GatewayProcess, serve
 
 MOCK: dict[str, Any] = {"engines": {"main": {"kind": "mock"}}}
 

@@ -14,8 +14,8 @@ import httpx
 import pytest
 
 from engine.demo import WEIGHTS, corpus
-from tests.gateway_process import ENVIRONMENT, ROOT, UNLIMITED, GatewayProcess, serve
-from tests.hub_stub import Fault, HubStub, run_hub
+from tests.support.gateway_process import ENVIRONMENT, ROOT, UNLIMITED, GatewayProcess, serve
+from tests.support.hub_stub import Fault, HubStub, run_hub
 
 MODEL = "shannon-ai/demo"
 SAFETENSORS = (WEIGHTS / "model.safetensors").read_bytes()

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import httpx
 
-from tests.gateway_process import serve
-from tests.otlp_receiver import run_receiver
+from tests.support.gateway_process import serve
+from tests.support.otlp_receiver import run_receiver
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 OWN_FORM = re.compile(r"(\(\S+ pid=\d+\) )?(DEBUG|INFO|WARNING|ERROR) \d\d-\d\d ")

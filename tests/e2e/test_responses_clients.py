@@ -17,7 +17,7 @@ from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_openai import ChatOpenAI
 
 from engine.demo import Exchange, corpus
-from tests.gateway_process import GatewayProcess, wait_until
+from tests.support.gateway_process import GatewayProcess, wait_until
 
 CLIENTS = Path(__file__).parent / "clients"
 CONVERSATIONS = [conversation for conversation in corpus() if len(conversation.turns) > 1 and not conversation.tools]

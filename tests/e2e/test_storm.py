@@ -10,7 +10,7 @@ import httpx
 import openai
 
 from engine.demo import corpus
-from tests.gateway_process import GatewayProcess
+from tests.support.gateway_process import GatewayProcess
 
 PLAIN = [exchange for conversation in corpus() for exchange in conversation.exchanges() if not exchange.tools]
 STORY = {"messages": [{"role": "user", "content": "Tell me a story."}], "stream": True, "ignore_eos": True}

@@ -19,7 +19,7 @@ from pydantic import BaseModel, SecretStr
 
 from engine.demo import corpus, load
 from tests.e2e.test_clients import _run, node_client  # noqa: F401  # a fixture
-from tests.gateway_process import GatewayProcess
+from tests.support.gateway_process import GatewayProcess
 
 CITY, ANSWER = "Paris", "It is sunny in Paris, 18 degrees."
 QUESTION = f"What is the weather in {CITY}?"

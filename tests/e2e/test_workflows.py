@@ -21,13 +21,13 @@ import openai
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from tests.documents import pdf
 from tests.e2e.test_clients import CLIENTS, _run
-from tests.event_grammar import check_events
-from tests.gateway_process import ROOT, UNLIMITED, GatewayProcess, serve, wait_until
+from tests.support.documents import pdf
+from tests.support.event_grammar import check_events
+from tests.support.gateway_process import ROOT, UNLIMITED, GatewayProcess, serve, wait_until
+from tests.support.upstream_server import Connection, UpstreamServer, run_upstream_beside
 from tests.unit.test_analytics_workflow import MCP_STUB
 from tests.unit.test_ga4 import METADATA, REPORT, account
-from tests.upstream_server import Connection, UpstreamServer, run_upstream_beside
 
 pytestmark = pytest.mark.slow
 

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="engine tests need vllm; `make setup` installs it")
 
-from engine.embedded import EmbeddedEngine
+from engine.local.embedded import EmbeddedEngine
 
 
 @pytest.fixture(scope="session")

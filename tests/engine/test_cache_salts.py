@@ -10,11 +10,11 @@ from typing import Any
 import httpx
 import pytest
 
-from engine.embedded import EmbeddedEngine
+from engine.local.embedded import EmbeddedEngine
 from engine.supervisor import SupervisedEngine
-from gateway.api.dependencies import Services
 from gateway.app import build_authenticator, build_store, create_app
-from gateway.config import parse_config
+from gateway.services import Services
+from gateway.settings.config import parse_config
 from tests.engine.test_ledger import _Borrowed
 
 pytestmark = [pytest.mark.anyio, pytest.mark.vllm]

@@ -17,11 +17,11 @@ import pytest
 from PIL import Image
 
 from engine.base import EngineError, GenerationRequest, InvalidRequest
-from engine.client_errors import client_errors
-from tests.engine.headless import Headless
-from tests.engine.tekken import build_checkpoint as build_mistral
-from tests.engine.vision import build_checkpoint as build_vision
-from tests.pictures import asking, data_url, image_part, picture
+from engine.local.client_errors import client_errors
+from tests.support.engine.headless import Headless
+from tests.support.engine.tekken import build_checkpoint as build_mistral
+from tests.support.engine.vision import build_checkpoint as build_vision
+from tests.support.pictures import asking, data_url, image_part, picture
 
 pytestmark = [pytest.mark.anyio, pytest.mark.vllm]
 

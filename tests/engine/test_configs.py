@@ -14,10 +14,10 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from engine.async_llm import AsyncLLMEngine
+from engine.local.async_llm import AsyncLLMEngine
 from gateway.app import build_engines
-from gateway.config import EmbeddedSettings, load_config
-from tests.conftest import ROOT
+from gateway.settings.config import EmbeddedSettings, load_config
+from tests.support.app import ROOT
 
 pytestmark = pytest.mark.vllm
 

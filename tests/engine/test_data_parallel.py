@@ -10,9 +10,9 @@ import pytest
 from prometheus_client import REGISTRY
 
 from engine.base import EngineDied, EngineUnavailable
-from engine.embedded import EmbeddedEngine
-from tests.conftest import until
+from engine.local.embedded import EmbeddedEngine
 from tests.engine.test_embedded import STORY, answer, request
+from tests.support.waiting import until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.vllm, pytest.mark.slow]
 

@@ -21,7 +21,7 @@ from engine.base import (
     Prepared,
 )
 from engine.demo import WEIGHTS, Exchange, corpus
-from engine.embedded import EmbeddedEngine
+from engine.local.embedded import EmbeddedEngine
 
 pytestmark = [pytest.mark.anyio, pytest.mark.vllm]
 

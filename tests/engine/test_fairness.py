@@ -20,16 +20,17 @@ from typing import Any
 
 import pytest
 
-from engine.admission import Policy, QueuedEngine
-from engine.embedded import EmbeddedEngine
+from engine.local.embedded import EmbeddedEngine
+from engine.queue.admission import Policy, QueuedEngine
 from engine.supervisor import SupervisedEngine
-from gateway.api.dependencies import Services
+from gateway.access.keys import make_key, split_key
 from gateway.app import build_authenticator, build_store, create_app
-from gateway.config import parse_config
-from gateway.keys import make_key, split_key
-from gateway.server import Server
-from tests.conftest import ROOT, until
-from tests.gateway_process import UNLIMITED
+from gateway.services import Services
+from gateway.serving.server import Server
+from gateway.settings.config import parse_config
+from tests.support.app import ROOT
+from tests.support.gateway_process import UNLIMITED
+from tests.support.waiting import until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.vllm, pytest.mark.slow]
 
@@ -149,7 +150,7 @@ async def arena(engine: EmbeddedEngine, store_url: str, tmp_path: Path) -> Async
         gates = {
             policy: await stack.enter_async_context(_gate(engine, policy, store_url, tmp_path)) for policy in POLICIES
         }
-        command = [sys.executable, "-m", "tests.engine.crowd"]
+        command = [sys.executable, "-m", "tests.support.engine.crowd"]
         pipe = asyncio.subprocess.PIPE
         crowd = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdin=pipe, stdout=pipe, limit=2**22)
         gc.collect()

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from engine.base import GenerationRequest, InvalidRequest, Prepared
-from engine.embedded import EmbeddedEngine
-from tests.engine.vision import build_checkpoint
-from tests.pictures import asking, data_url, picture
+from engine.local.embedded import EmbeddedEngine
+from tests.support.engine.vision import build_checkpoint
+from tests.support.pictures import asking, data_url, picture
 
 pytestmark = [pytest.mark.anyio, pytest.mark.vllm, pytest.mark.slow]
 

@@ -25,13 +25,13 @@ from vllm.inputs import TokensPrompt
 
 from engine.base import EngineDied, InvalidRequest
 from engine.demo import WEIGHTS
-from engine.embedded import EmbeddedEngine
-from engine.inspection import Job, Subject, distribution, draw, entropy, rounded
-from engine.inspector import InspectionRequest, Source, Step
-from engine.transformers_inspector import TransformersInspector
-from tests.conftest import until
+from engine.inspector.base import InspectedToken, InspectionRequest, Source
+from engine.inspector.inspection import Job, Subject, distribution, draw, entropy, rounded
+from engine.inspector.transformers_inspector import TransformersInspector
+from engine.local.embedded import EmbeddedEngine
 from tests.engine.test_embedded import PLAIN, STORY, SYSTEM, request
-from tests.gateway_process import serve
+from tests.support.gateway_process import serve
+from tests.support.waiting import until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.vllm]
 
@@ -133,7 +133,7 @@ async def collect(
     """Return (token, trace) of each step, and the reply."""
     steps, reply = [], ""
     async for item in inspector.trace(engine, request):
-        if isinstance(item, Step):
+        if isinstance(item, InspectedToken):
             steps.append((json.loads(item.token), json.loads(item.trace)))
         else:
             reply = item.text
@@ -271,7 +271,7 @@ def test_model_that_writes_the_next_turn_itself_is_stopped_before_it(
 ) -> None:
     ids: list[int] = tokenizer.encode(written, add_special_tokens=False)
     script = iter(ids)
-    monkeypatch.setattr("engine.inspection.draw", lambda *_: next(script))
+    monkeypatch.setattr("engine.inspector.inspection.draw", lambda *_: next(script))
     asked = asdict(ask(QUESTION, max_new_tokens=len(ids)))
     job = Job(**asked, max_model_len=2048, max_prompt_bytes=2000, max_attention_tokens=200)
     answers = [answer for answer in Subject(str(WEIGHTS), "cpu", False).trace(job) if answer[0]["kind"] != "busy"]
@@ -322,7 +322,7 @@ def test_process_dies_with_a_killed_gateway(tmp_path: Path) -> None:
         (child,) = [
             child
             for child in psutil.Process(gateway.process.pid).children(recursive=True)
-            if "engine.inspector_process" in child.cmdline()
+            if "engine.inspector.inspector_process" in child.cmdline()
         ]
         gateway.process.kill()
         child.wait(timeout=5)

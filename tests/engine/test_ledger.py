@@ -11,15 +11,15 @@ import httpx
 import pytest
 
 from engine.demo import corpus
-from engine.embedded import EmbeddedEngine
+from engine.local.embedded import EmbeddedEngine
 from engine.supervisor import SupervisedEngine
-from gateway.api.dependencies import Services
+from gateway.access.keys import make_key
 from gateway.app import build_authenticator, build_store, create_app
-from gateway.config import parse_config
-from gateway.keys import make_key
-from gateway.server import Server
-from tests.conftest import until
+from gateway.services import Services
+from gateway.serving.server import Server
+from gateway.settings.config import parse_config
 from tests.engine.test_embedded import counter
+from tests.support.waiting import until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.vllm]
 

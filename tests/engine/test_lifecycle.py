@@ -12,13 +12,13 @@ from typing import Any, cast
 
 import pytest
 
-import engine.async_llm
-import engine.embedded
+import engine.local.async_llm
+import engine.local.embedded
 from engine.base import EngineDied, EngineError, EngineOverloaded, EngineUnavailable, GenerationRequest
-from engine.embedded import EmbeddedEngine
+from engine.local.embedded import EmbeddedEngine
 from engine.supervisor import SupervisedEngine
-from tests.conftest import until
 from tests.engine.test_embedded import STORY, request
+from tests.support.waiting import until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.vllm]
 
@@ -126,8 +126,8 @@ class Asleep(EmbeddedEngine):
 
 
 async def test_start_that_gets_nowhere_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.async_llm, "_LOOK_EVERY_S", 0.05)
-    monkeypatch.setattr(engine.async_llm, "_MAX_QUIET_START_S", 0.5)
+    monkeypatch.setattr(engine.local.async_llm, "_LOOK_EVERY_S", 0.05)
+    monkeypatch.setattr(engine.local.async_llm, "_MAX_QUIET_START_S", 0.5)
     asleep = Asleep("demo")
     supervised = SupervisedEngine("main", lambda: asleep, lazy=True, max_engine_restarts=0)
     await supervised.start()
@@ -145,7 +145,7 @@ async def test_core_that_is_up_and_says_nothing_ends_the_start(monkeypatch: pyte
     async def never() -> None:
         await asyncio.get_running_loop().create_future()
 
-    monkeypatch.setattr(engine.async_llm, "_MAX_QUIET_START_S", 0.05)
+    monkeypatch.setattr(engine.local.async_llm, "_MAX_QUIET_START_S", 0.05)
     resources = SimpleNamespace(engine_manager=None)
     core = SimpleNamespace(resources=resources)
     monkeypatch.setattr(
@@ -157,12 +157,12 @@ async def test_core_that_is_up_and_says_nothing_ends_the_start(monkeypatch: pyte
 
 async def test_prompt_that_is_long_in_preparation_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread can't be stopped; whoever waits for it must not wait for ever."""
-    monkeypatch.setattr(engine.embedded, "_MAX_PREPARE_S", 0.05)
+    monkeypatch.setattr(engine.local.embedded, "_MAX_PREPARE_S", 0.05)
     with pytest.raises(EngineOverloaded, match="Images take too long"):
-        async with engine.embedded._in_time("Images"):
+        async with engine.local.embedded._in_time("Images"):
             await asyncio.get_running_loop().create_future()
     with pytest.raises(TimeoutError):
-        async with engine.embedded._in_time("Images"):
+        async with engine.local.embedded._in_time("Images"):
             raise TimeoutError  # of something else
 
 

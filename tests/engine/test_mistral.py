@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from engine.base import EngineError, GenerationRequest, InvalidRequest
-from tests.engine.headless import Headless
-from tests.engine.tekken import VERSIONS, build_checkpoint
+from tests.support.engine.headless import Headless
+from tests.support.engine.tekken import VERSIONS, build_checkpoint
 
 pytestmark = [pytest.mark.anyio, pytest.mark.vllm]
 
@@ -162,7 +162,7 @@ async def test_library_that_does_not_fit_is_told_at_start(
     """As mistral-common 1.13 was: a method wants an argument that vLLM does not know."""
     from mistral_common.guidance.grammar_factory import GrammarFactory
 
-    from engine.parsers import find_parsers
+    from engine.local.parsers import find_parsers
 
     def get_lark_from_jinja(self: Any, *, force_tool_names: Any, **more: Any) -> str:
         raise AssertionError("never gets here")

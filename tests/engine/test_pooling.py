@@ -14,9 +14,9 @@ from typing import Any, cast
 import pytest
 
 from engine.base import EmbeddingRequest, EngineDied, EngineUnavailable, InvalidRequest, Prepared
-from engine.pooling import PoolingEngine
-from tests.conftest import Start
+from engine.local.pooling import PoolingEngine
 from tests.engine.test_embedded import STORY, counter, request
+from tests.support.app import Start
 
 pytestmark = [pytest.mark.anyio, pytest.mark.vllm]
 

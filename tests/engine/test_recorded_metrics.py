@@ -10,9 +10,9 @@ import yaml
 from prometheus_client import REGISTRY
 
 from engine.base import GenerationRequest
-from engine.embedded import EmbeddedEngine
+from engine.local.embedded import EmbeddedEngine
 
-RECORDED = Path(__file__).parents[1] / "deploy/vllm_metrics.yaml"
+RECORDED = Path(__file__).parents[1] / "support/deploy/vllm_metrics.yaml"
 
 pytestmark = [pytest.mark.vllm, pytest.mark.anyio]
 

@@ -13,9 +13,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from engine.base import EngineDied, EngineError, EngineUnavailable, InvalidRequest
 from engine.demo import load
-from engine.embedded import EmbeddedEngine
-from engine.pooling import PoolingEngine
-from engine.vllm_metrics import claim_name, drop_metrics
+from engine.local.embedded import EmbeddedEngine
+from engine.local.pooling import PoolingEngine
+from engine.local.vllm_metrics import claim_name, drop_metrics
 from tests.engine.test_embedded import STORY, answer, request
 from tests.engine.test_pooling import embed
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from engine import parsers
 from engine.base import Delta, EngineError, InvalidRequest, Usage
 from engine.demo import Exchange, ToolCall, corpus, load
-from engine.embedded import EmbeddedEngine
-from engine.rendering import ChoiceReader
+from engine.local import parsers
+from engine.local.embedded import EmbeddedEngine
+from engine.local.rendering import ChoiceReader
 from tests.engine.test_embedded import counter, request
 
 pytestmark = [pytest.mark.anyio, pytest.mark.vllm]

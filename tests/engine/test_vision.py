@@ -10,10 +10,10 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.conftest import chunks
-from tests.engine.vision import TOKENS_PER_TILE, build_checkpoint
-from tests.gateway_process import UNLIMITED, GatewayProcess, serve
-from tests.pictures import asking, data_url, image_part, picture
+from tests.support.engine.vision import TOKENS_PER_TILE, build_checkpoint
+from tests.support.frames import chunks
+from tests.support.gateway_process import UNLIMITED, GatewayProcess, serve
+from tests.support.pictures import asking, data_url, image_part, picture
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

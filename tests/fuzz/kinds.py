@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.conftest import build_app
 from tests.fuzz.bodies import for_models, routes_of, sample
 from tests.fuzz.checks import MAX_BODY_BYTES, faults_of
 from tests.fuzz.server import AGENT_MODELS, Target, gateway
+from tests.support.app import build_app
 
 Kind = Callable[[random.Random, float], Iterator[str]]
 """Yields a line for each finding, until `time.monotonic()` is past the second argument. All chance comes from the

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from tests.gateway_process import ROOT, UNLIMITED, GatewayProcess, serve
+from tests.support.gateway_process import ROOT, UNLIMITED, GatewayProcess, serve
 
 TIMEOUT_S = 60.0
 MODELS: dict[str, Any] = yaml.safe_load((ROOT / "configs/models.yaml").read_text())["models"]

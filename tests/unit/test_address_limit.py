@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.address_limit import AddressLimit
+from gateway.access.address_limit import AddressLimit
 from gateway.errors import RateLimitExceeded
-from tests.conftest import FakeClock
+from tests.support.waiting import FakeClock
 
 
 def test_burst_passes_and_then_the_rate() -> None:

@@ -15,7 +15,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.admission import QueuedEngine, spare_slots
 from engine.base import (
     Delta,
     EmbeddingRequest,
@@ -25,9 +24,11 @@ from engine.base import (
     GenerationRequest,
     Prepared,
 )
-from engine.fair_queue import FairQueue, Ticket
 from engine.mock import Fault, MockEngine
-from tests.conftest import HELLO, FakeClock, until
+from engine.queue.admission import QueuedEngine, spare_slots
+from engine.queue.fair_queue import FairQueue, Ticket
+from tests.support.app import HELLO
+from tests.support.waiting import FakeClock, until
 
 pytestmark = pytest.mark.anyio
 

@@ -16,9 +16,9 @@ import respx
 
 from engine.base import Delta, EngineDied, GenerationRequest
 from engine.mock import Fault, MockEngine
-from gateway.config import SerpAdsSettings
 from gateway.errors import BadRequest, Unavailable
-from gateway.events import ShannonEvent
+from gateway.exchange.events import ShannonEvent
+from gateway.settings.config import SerpAdsSettings
 from gateway.tools.base import Observation, Source, ToolError
 from gateway.tools.serp_ads import SerpAds, SerpAdsArguments
 from gateway.workflows.ads import ads
@@ -27,8 +27,8 @@ from gateway.workflows.offer_filter import PRICE_REMOVED, OfferFilter
 from gateway.workflows.offers import Profile, checked, stands_in
 from gateway.workflows.run import Budget, conduct
 from gateway.workflows.tables import cell, table
-from tests.conftest import until
-from tests.scripted import (
+from tests.support.metered import Metered, metered
+from tests.support.scripted_model import (
     CONTEXT,
     CONVERSATION,
     FakeFetch,
@@ -41,7 +41,7 @@ from tests.scripted import (
     text_of,
     tokens,
 )
-from tests.unit.conftest import Metered, metered
+from tests.support.waiting import until
 from tests.unit.test_serp_ads import ADS as SERVED
 from tests.unit.test_serp_ads import KEYS, SEARCHAPI
 

@@ -15,18 +15,18 @@ from pydantic import Field
 
 from engine.base import Delta, EngineDied, EngineError, EngineOverloaded, GenerationRequest, InvalidRequest
 from engine.mock import Fault, MockEngine
-from gateway.auth import Principal
-from gateway.catalog import ModelSpec
+from gateway.access.auth import Principal
+from gateway.access.catalog import ModelSpec
+from gateway.access.limits import Allowance, Limits, Reservation, Standing
 from gateway.errors import BadRequest, Overloaded, RateLimitExceeded, Unavailable
-from gateway.events import ShannonEvent
-from gateway.limits import Allowance, Limits, Reservation, Standing
+from gateway.exchange.events import ShannonEvent
 from gateway.tools.base import Observation, Source, ToolError
 from gateway.workflows.agents import Agent, Decision, Prompt, fenced, quoted
 from gateway.workflows.prompting import harmless
 from gateway.workflows.run import Budget, OutOfBudget, Run
-from tests.conftest import FakeClock, until
-from tests.scripted import FakeTool, ScriptedModel, make_run, outside_fences, text_of, tokens
-from tests.unit.conftest import Metered, metered
+from tests.support.metered import Metered, metered
+from tests.support.scripted_model import FakeTool, ScriptedModel, make_run, outside_fences, text_of, tokens
+from tests.support.waiting import FakeClock, until
 
 pytestmark = pytest.mark.anyio
 

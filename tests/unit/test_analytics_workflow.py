@@ -19,8 +19,8 @@ import respx
 
 from engine.base import Delta, GenerationRequest
 from engine.mock import MockEngine
-from gateway.config import Ga4Settings, McpServerSettings
 from gateway.errors import BadRequest
+from gateway.settings.config import Ga4Settings, McpServerSettings
 from gateway.tools.base import Tool, Toolbox
 from gateway.tools.ga4 import Ga4Metadata, Ga4Realtime, Ga4Report
 from gateway.tools.ga4_api import Ga4Api
@@ -31,8 +31,9 @@ from gateway.workflows.analytics import analytics
 from gateway.workflows.figure_filter import REMOVED
 from gateway.workflows.report_plans import Menu, earlier, sensible
 from gateway.workflows.run import Budget
-from tests.conftest import NOW, ROOT, FakeClock
-from tests.scripted import (
+from tests.support.app import NOW, ROOT
+from tests.support.metered import Metered, metered
+from tests.support.scripted_model import (
     CONTEXT,
     CONVERSATION,
     FakeTool,
@@ -44,12 +45,12 @@ from tests.scripted import (
     text_of,
     tokens,
 )
-from tests.unit.conftest import Metered, metered
+from tests.support.waiting import FakeClock
 from tests.unit.test_ga4 import METADATA, PROPERTY, REPORT, TOKEN_URL, row
 
 pytestmark = pytest.mark.anyio
 
-MCP_STUB = [sys.executable, str(ROOT / "tests" / "mcp_stub.py")]
+MCP_STUB = [sys.executable, str(ROOT / "tests/support/mcp_stub.py")]
 BY_COUNTRY: dict[str, Any] = {
     "when": "days",
     "metrics": ["sessions", "bounceRate"],

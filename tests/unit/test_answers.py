@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from engine.base import Delta, TokenLogprob, ToolCallDelta
-from gateway.answers import Answer
+from gateway.exchange.answers import Answer
 
 
 def answer(*deltas: Delta) -> Answer:

@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.requests import HTTPConnection
 
+from gateway.access.auth import MIN_KEY_LENGTH, Authenticator
+from gateway.access.keys import Keys, KeySpec, digest, make_key, split_key
 from gateway.app import build_authenticator, build_store
-from gateway.auth import MIN_KEY_LENGTH, Authenticator
-from gateway.config import Config, ConfigError, parse_config
 from gateway.errors import InvalidApiKey
-from gateway.keys import Keys, KeySpec, digest, make_key, split_key
-from gateway.store import Store
-from tests.conftest import KEY, KEY_ID, SECRET
+from gateway.settings.config import Config, ConfigError, parse_config
+from gateway.store.client import Store
+from tests.support.app import KEY, KEY_ID, SECRET
 
 pytestmark = pytest.mark.anyio
 

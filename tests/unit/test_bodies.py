@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from starlette.requests import Request
 
-from gateway.api.bodies import Bodies, model_named_in
-from gateway.api.json_parser import LARGE_BYTES
-from gateway.config import ServerSettings
 from gateway.errors import GatewayError, Overloaded, RateLimitExceeded
-from tests.conftest import until
+from gateway.exchange.bodies import Bodies, model_named_in
+from gateway.exchange.json_parser import LARGE_BYTES
+from gateway.settings.config import ServerSettings
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 

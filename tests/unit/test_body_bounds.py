@@ -10,8 +10,8 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from gateway.errors import BadRequest, GatewayError, RequestTimeout, RequestTooLarge
-from gateway.metrics import Metrics
-from gateway.middleware import RequestMiddleware
+from gateway.serving.middleware import RequestMiddleware
+from gateway.telemetry.metrics import Metrics
 
 pytestmark = pytest.mark.anyio
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from gateway.access.cache_salts import CacheSalts
 from gateway.app import build_store
-from gateway.cache_salts import CacheSalts
-from gateway.config import ConfigError, PrefixCacheSettings, parse_config
-from tests.store_server import StoreServer
+from gateway.settings.config import ConfigError, PrefixCacheSettings, parse_config
+from tests.support.store_server import StoreServer
 
 pytestmark = pytest.mark.anyio
 

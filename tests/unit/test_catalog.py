@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from engine.mock import MockEngine
-from gateway.auth import Principal
-from gateway.catalog import Catalog
-from gateway.config import parse_config
+from gateway.access.auth import Principal
+from gateway.access.catalog import Catalog
 from gateway.errors import ModelNotAllowed, ModelNotFound
+from gateway.settings.config import parse_config
 
 ANYONE = Principal("TestKey00001")
 LIMITED = Principal("TestKey00002", models=frozenset({"small"}))

@@ -9,10 +9,11 @@ import orjson
 import pytest
 
 from engine.base import Delta, TokenLogprob, Usage
-from gateway import sse
-from gateway.events import Event, EventType, ShannonEvent
-from gateway.frames.chat import ChatFrames
-from tests.conftest import NOW, chunks
+from gateway.exchange import encoder
+from gateway.exchange.events import Event, EventType, ShannonEvent
+from gateway.exchange.frames.chat import ChatFrames
+from tests.support.app import NOW
+from tests.support.frames import chunks
 
 pytestmark = pytest.mark.anyio
 
@@ -37,12 +38,12 @@ async def replay(*events: Event) -> AsyncGenerator[Event, None]:
 
 async def stream(*events: Event, include_usage: bool = False, with_events: bool = True) -> list[dict[str, Any]]:
     frames = ChatFrames("chatcmpl-1", NOW, "shannon-chat", USAGE, include_usage=include_usage, events=with_events)
-    return chunks(b"".join([data async for data in sse.stream(replay(*events), frames)]))
+    return chunks(b"".join([data async for data in encoder.stream(replay(*events), frames)]))
 
 
 async def collect(*events: Event, with_events: bool = True) -> dict[str, Any]:
     frames = ChatFrames("chatcmpl-1", NOW, "shannon-chat", USAGE, include_usage=False, events=with_events)
-    parts = sse.collect(replay(*events), frames)
+    parts = encoder.collect(replay(*events), frames)
     body: dict[str, Any] = orjson.loads(b"".join([part async for part in parts]))
     return body
 
@@ -203,7 +204,7 @@ async def test_source_is_closed_when_the_stream_is_left() -> None:
             closed = True
 
     frames = ChatFrames("chatcmpl-1", NOW, "shannon-chat", USAGE, include_usage=False, events=True)
-    data = sse.stream(events(), frames)
+    data = encoder.stream(events(), frames)
     await anext(data)
     await data.aclose()
 

@@ -6,12 +6,12 @@ import pytest
 
 from engine.base import Delta, EngineDied, GenerationRequest
 from engine.mock import Fault, MockEngine
+from gateway.conversations.sessions import Session
 from gateway.errors import BadRequest, Unavailable
-from gateway.events import Event, ShannonEvent
-from gateway.sessions import Session
+from gateway.exchange.events import Event, ShannonEvent
 from gateway.workflows.chat import chat
-from tests.conftest import HELLO, NOW
-from tests.unit.conftest import metered
+from tests.support.app import HELLO, NOW
+from tests.support.metered import metered
 
 pytestmark = pytest.mark.anyio
 

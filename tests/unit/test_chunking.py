@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.base import Delta, EngineDied, TokenLogprob, ToolCallDelta
-from gateway.chunking import rechunk
-from gateway.events import Event, ShannonEvent
+from gateway.exchange.chunking import rechunk
+from gateway.exchange.events import Event, ShannonEvent
 
 pytestmark = pytest.mark.anyio
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from gateway.access.keys import digest, split_key
 from gateway.cli import main
-from gateway.keys import digest, split_key
-from tests.store_server import StoreServer
+from tests.support.store_server import StoreServer
 
 DEPLOYMENT = """
 engines: {main: {kind: mock}}

@@ -12,19 +12,19 @@ import pytest
 
 from engine.base import Delta
 from engine.mock import MockEngine
-from gateway.auth import Principal
-from gateway.catalog import ModelSpec
-from gateway.config import LimiterSettings, ModelSettings, SessionSettings, StoreSettings
+from gateway.access.auth import Principal
+from gateway.access.catalog import ModelSpec
+from gateway.access.keys import Keys, KeySpec
+from gateway.access.ledger import Entry, Ledger
+from gateway.access.limits import Allowance, Limits, allowance_of
+from gateway.conversations.sessions import Sessions
 from gateway.errors import NotFound, StoreUnavailable
-from gateway.events import Event
-from gateway.keys import Keys, KeySpec
-from gateway.limits import Allowance, Limits, allowance_of
-from gateway.metrics import Metrics
-from gateway.sessions import Sessions
-from gateway.store import Store
-from gateway.usage import Entry, Ledger
-from tests.conftest import until
-from tests.store_server import free_cluster_port, opened_cluster, run_cluster
+from gateway.exchange.events import Event
+from gateway.settings.config import LimiterSettings, ModelSettings, SessionSettings, StoreSettings
+from gateway.store.client import Store
+from gateway.telemetry.metrics import Metrics
+from tests.support.store_server import free_cluster_port, opened_cluster, run_cluster
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from engine.base import Delta, TokenLogprob, ToolCallDelta, Usage
-from gateway.answers import Answer
-from gateway.events import ShannonEvent
-from gateway.frames.completions import CompletionFrames
+from gateway.exchange.answers import Answer
+from gateway.exchange.events import ShannonEvent
+from gateway.exchange.frames.completions import CompletionFrames
 
 HEAD = b'data: {"id":"cmpl-1","object":"text_completion","created":1700000000,"model":"shannon-chat","choices":['
 USAGE = Usage(prompt_tokens=3, completion_tokens=2)

@@ -16,9 +16,10 @@ from engine.base import EngineDied, EngineError, GenerationRequest
 from engine.mock import Fault, MockEngine
 from gateway.errors import Unavailable
 from gateway.tools.base import Observation, Source
-from gateway.workflows.complex import MOST_STEPS, Plan, Step, ordered, supervise
+from gateway.workflows.complex import MOST_STEPS, Plan, PlanStep, ordered, supervise
 from gateway.workflows.run import Budget
-from tests.scripted import (
+from tests.support.metered import Metered, metered
+from tests.support.scripted_model import (
     CONTEXT,
     CONVERSATION,
     Address,
@@ -35,7 +36,6 @@ from tests.scripted import (
     steps,
     text_of,
 )
-from tests.unit.conftest import Metered, metered
 
 pytestmark = pytest.mark.anyio
 
@@ -70,7 +70,7 @@ def using(tool: str, arguments: str) -> Any:
 
 
 def plan(*steps_: tuple[int, list[int]]) -> Plan:
-    return Plan(steps=[Step(id=n, role="analyst", task=f"Task {n}.", depends_on=before) for n, before in steps_])
+    return Plan(steps=[PlanStep(id=n, role="analyst", task=f"Task {n}.", depends_on=before) for n, before in steps_])
 
 
 def test_dependencies_that_lead_nowhere_are_dropped() -> None:

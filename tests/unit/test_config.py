@@ -12,8 +12,8 @@ import pytest
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from gateway.config import Config, ConfigError, load_config, parse_config
-from tests.conftest import ROOT
+from gateway.settings.config import Config, ConfigError, load_config, parse_config
+from tests.support.app import ROOT
 
 # models.yaml is not a deployment: it holds the catalog that the deployments include.
 DEPLOYMENTS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.name != "models.yaml")

@@ -10,10 +10,10 @@ from collections import Counter
 
 import pytest
 
-from gateway.connection_limit import ConnectionLimit, most_connections
 from gateway.errors import Overloaded, RateLimitExceeded
-from gateway.metrics import Metrics
-from tests.conftest import FakeClock
+from gateway.serving.connection_limit import ConnectionLimit, most_connections
+from gateway.telemetry.metrics import Metrics
+from tests.support.waiting import FakeClock
 
 
 class Client:

@@ -13,8 +13,8 @@ from multiprocessing.process import BaseProcess
 import pytest
 
 from engine.base import EngineDied
-from engine.core_processes import CoreProcesses, cpu_time_s
-from tests.conftest import until
+from engine.local.core_processes import CoreProcesses, cpu_time_s
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 

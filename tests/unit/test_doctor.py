@@ -17,8 +17,8 @@ from gateway.doctor.deployment import check_drain, check_exposure, check_keys, c
 from gateway.doctor.examination import check_all, conceal, secrets
 from gateway.doctor.finding import Finding
 from gateway.doctor.place import check_data_dir, check_open_files, check_port, check_shared_memory, filesystem
-from tests.conftest import KEY
-from tests.doctor_case import GIB, case, embedded
+from tests.support.app import KEY
+from tests.support.doctor_case import GIB, case, embedded
 
 # The place.
 

@@ -10,7 +10,7 @@ from engine.demo import WEIGHTS
 from gateway.doctor.checkpoint import Checkpoint
 from gateway.doctor.engine_settings import check_engine_settings
 from gateway.doctor.finding import Finding
-from tests.doctor_case import CPU, case, embedded
+from tests.support.doctor_case import CPU, case, embedded
 
 HERE = Checkpoint("demo", WEIGHTS)
 pytestmark = pytest.mark.anyio

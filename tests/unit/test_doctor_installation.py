@@ -13,7 +13,7 @@ import pytest
 from gateway.doctor.case import Machine, inspect_machine
 from gateway.doctor.gpus import Driver, Gpu, find_driver
 from gateway.doctor.installation import check_driver, check_packages, check_python, check_vllm, unmet
-from tests.doctor_case import CPU, CUDA, GIB, H100
+from tests.support.doctor_case import CPU, CUDA, GIB, H100
 
 
 def test_python_too_old_fails() -> None:

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 
 from engine.demo import WEIGHTS
-from engine.hub import Hub
-from gateway.config import EmbeddedSettings
+from engine.weights.hub import Hub
 from gateway.doctor.case import Case
 from gateway.doctor.checkpoint import Checkpoint, check_cache_space, check_weights, find_checkpoint
 from gateway.doctor.finding import Finding
 from gateway.doctor.gpus import Driver, Gpu
 from gateway.doctor.memory import check_gpu_memory, check_ram, check_shares, need
-from tests.doctor_case import CUDA, GIB, H100, case
-from tests.hub_stub import HubStub, run_hub
+from gateway.settings.config import EmbeddedSettings
+from tests.support.doctor_case import CUDA, GIB, H100, case
+from tests.support.hub_stub import HubStub, run_hub
 
 MODEL = "shannon-ai/demo"
 LLAMA_70B = {

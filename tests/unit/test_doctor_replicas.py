@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from gateway.config import RemoteSettings
 from gateway.doctor.finding import Finding
 from gateway.doctor.replicas import check_replicas
-from tests.doctor_case import case
-from tests.upstream_server import Connection, run_upstream
+from gateway.settings.config import RemoteSettings
+from tests.support.doctor_case import case
+from tests.support.upstream_server import Connection, run_upstream
 
 pytestmark = pytest.mark.anyio
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from gateway.config import StoreSettings
 from gateway.doctor.finding import Finding
 from gateway.doctor.store_health import check_store, place
-from gateway.metrics import Metrics
-from gateway.store import Store
-from tests.doctor_case import case
-from tests.store_server import StoreServer, opened_cluster, run_store
+from gateway.settings.config import StoreSettings
+from gateway.store.client import Store
+from gateway.telemetry.metrics import Metrics
+from tests.support.doctor_case import case
+from tests.support.store_server import StoreServer, opened_cluster, run_store
 
 pytestmark = pytest.mark.anyio
 

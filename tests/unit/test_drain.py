@@ -7,9 +7,9 @@ import contextlib
 
 import pytest
 
-from gateway.drain import Drain
 from gateway.errors import GatewayError, Unavailable
-from tests.conftest import until
+from gateway.exchange.drain import Drain
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from gateway.config import Config, ConfigError, load_config, parse_config
-from gateway.environment import VARIABLES, hub_environment, hub_token, override
+from gateway.settings.config import Config, ConfigError, load_config, parse_config
+from gateway.settings.environment import VARIABLES, hub_environment, hub_token, override
 
 DEPLOYMENT = """\
 engines:

@@ -26,7 +26,7 @@ from gateway.errors import (
     from_engine,
     from_validation,
 )
-from tests.conftest import ROOT
+from tests.support.app import ROOT
 
 
 @pytest.mark.parametrize(

@@ -13,14 +13,14 @@ import hypothesis
 import pytest
 from hypothesis import strategies
 
-from gateway.config import StoreSettings
+from gateway.durable.event_log import EventLogs, LogClosed, LogGone, LogOrphaned, Opened, split_frames
+from gateway.durable.log_writer import LogWriter, Reader, log_keys
 from gateway.errors import InternalError, StoreUnavailable
-from gateway.event_log import EventLogs, LogClosed, LogGone, LogOrphaned, Opened, split_frames
-from gateway.log_writer import LogWriter, Reader, log_keys
-from gateway.metrics import Metrics
-from gateway.store import Store
-from tests.conftest import until
-from tests.store_server import StoreServer, opened_cluster, run_store
+from gateway.settings.config import StoreSettings
+from gateway.store.client import Store
+from gateway.telemetry.metrics import Metrics
+from tests.support.store_server import StoreServer, opened_cluster, run_store
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 

@@ -12,12 +12,12 @@ from typing import Any
 import httpx
 import pytest
 
-from engine.http1 import Http1Transport
-from gateway import resolver
-from gateway.event_loop import EventLoop
-from gateway.resolver import Resolver
-from tests.certificates import certify
-from tests.dns_server import AAAA, A, NameServer, Zone, run_name_server
+from engine.remote.http1 import Http1Transport
+from gateway.outbound import resolver
+from gateway.outbound.event_loop import EventLoop
+from gateway.outbound.resolver import Resolver
+from tests.support.certificates import certify
+from tests.support.dns_server import AAAA, A, NameServer, Zone, run_name_server
 
 NEVER = frozenset({A, AAAA})
 Play = Callable[[Callable[[NameServer], Awaitable[None]]], None]

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 
 from gateway.fair_slots import FairSlots, FairThreads, working_for
-from tests.conftest import until
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 

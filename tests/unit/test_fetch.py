@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from gateway.config import FetchSettings
 from gateway.fair_slots import working_for
-from gateway.fetch import Fetcher, FetchError, FetchFailed, TooLarge, UrlRefused, is_public, parse_url
-from gateway.resolver import Resolver
-from tests.certificates import certify
-from tests.conftest import until
-from tests.dns_server import AAAA, A, Zone, open_sockets, run_name_server
-from tests.website import Website, page, redirect, run_website
+from gateway.outbound.fetch import Fetcher, FetchError, FetchFailed, TooLarge, UrlRefused, is_public, parse_url
+from gateway.outbound.resolver import Resolver
+from gateway.settings.config import FetchSettings
+from tests.support.certificates import certify
+from tests.support.dns_server import AAAA, A, Zone, open_sockets, run_name_server
+from tests.support.waiting import until
+from tests.support.website import Website, page, redirect, run_website
 
 pytestmark = pytest.mark.anyio
 

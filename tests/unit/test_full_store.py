@@ -18,19 +18,20 @@ import redis
 
 import gateway
 from engine.mock import MockEngine
-from gateway.auth import Authenticator, Principal
-from gateway.catalog import ModelSpec
-from gateway.config import LimiterSettings, LimitSettings, ModelSettings, StoreSettings
+from gateway.access.auth import Authenticator, Principal
+from gateway.access.catalog import ModelSpec
+from gateway.access.keys import VERSION_KEY, Keys, KeySpec
+from gateway.access.ledger import Entry, Ledger
+from gateway.access.limits import Limits
 from gateway.errors import InvalidApiKey, StoreUnavailable, Unavailable, WritesRefused
-from gateway.keys import VERSION_KEY, Keys, KeySpec
-from gateway.limits import Limits
-from gateway.metrics import Metrics
-from gateway.script import Script
-from gateway.store import Store
-from gateway.usage import Entry, Ledger
-from tests.conftest import HELLO, KEY_ID, Gateway, Start, until
+from gateway.settings.config import LimiterSettings, LimitSettings, ModelSettings, StoreSettings
+from gateway.store.client import Store
+from gateway.store.script import Script
+from gateway.telemetry.metrics import Metrics
 from tests.contract.test_jobs import JobClient, submit
-from tests.store_server import StoreServer, opened, run_store
+from tests.support.app import HELLO, KEY_ID, Gateway, Start
+from tests.support.store_server import StoreServer, opened, run_store
+from tests.support.waiting import until
 from tests.unit.test_keys import sending
 
 pytestmark = pytest.mark.anyio
@@ -264,7 +265,12 @@ async def test_store_without_a_disk_serves_what_is_stored(own: StoreServer, star
 
 def scripts() -> dict[str, Script]:
     """Return all scripts of the gateway."""
-    modules = [importlib.import_module(f"gateway.{info.name}") for info in pkgutil.iter_modules(gateway.__path__)]
+    rooms = ("access", "conversations", "durable", "store")
+    modules = [
+        importlib.import_module(info.name)
+        for room in rooms
+        for info in pkgutil.iter_modules([f"{gateway.__path__[0]}/{room}"], f"gateway.{room}.")
+    ]
     return {
         f"{module.__name__}.{name}": value
         for module in modules
@@ -339,7 +345,7 @@ async def test_server_that_can_not_write_to_its_disk_answers_reads(
 
 async def test_store_that_is_too_old_is_refused(own: StoreServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Older servers know no scripts that may write when they are full."""
-    monkeypatch.setattr("gateway.store._OLDEST_REDIS", 99)
+    monkeypatch.setattr("gateway.store.client._OLDEST_REDIS", 99)
     with pytest.raises(Exception, match=r"the store is Redis .*; Redis 99 or Valkey is needed"):
         async with opened(own.url):
             pass

@@ -19,12 +19,13 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from google.auth import jwt
 
-from gateway.config import ConfigError, Ga4Settings
+from gateway.settings.config import ConfigError, Ga4Settings
 from gateway.tools.base import Observation, Toolbox
 from gateway.tools.ga4 import Ga4Metadata, Ga4Realtime, Ga4Report, ga4_tools
 from gateway.tools.ga4_api import SCOPE, Ga4Api
 from gateway.tools.google_account import ServiceAccount
-from tests.conftest import NOW, FakeClock
+from tests.support.app import NOW
+from tests.support.waiting import FakeClock
 
 pytestmark = pytest.mark.anyio
 

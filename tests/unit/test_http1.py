@@ -15,8 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from engine.http1 import Http1Transport, make_context
-from tests.conftest import until
+from engine.remote.http1 import Http1Transport, make_context
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import httpx
 import pytest
 
-from engine.http1 import Http1Transport
-from tests.conftest import until
+from engine.remote.http1 import Http1Transport
+from tests.support.waiting import until
 from tests.unit.test_http1 import CHUNKED, OK, client, raw, served
 
 pytestmark = pytest.mark.anyio
@@ -267,7 +267,7 @@ async def test_request_is_sent_twice_at_most_however_many_connections_are_stale(
 
 
 async def test_request_that_a_server_has_worked_on_is_not_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.http1._STALE_S", -1.0)  # any time is long
+    monkeypatch.setattr("engine.remote.http1._STALE_S", -1.0)  # any time is long
     async with served(raw(OK), raw(close=True), raw(OK)) as server, client() as http:
         await http.get(server.url)
         with pytest.raises(httpx.RemoteProtocolError):

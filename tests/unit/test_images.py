@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from gateway.config import FetchSettings, ImageSettings
 from gateway.errors import BadRequest
-from gateway.fetch import Fetched, Fetcher, FetchFailed, TooLarge, UrlRefused
 from gateway.images import Images
-from tests.pictures import asking, data_url, image_part, picture
+from gateway.outbound.fetch import Fetched, Fetcher, FetchFailed, TooLarge, UrlRefused
+from gateway.settings.config import FetchSettings, ImageSettings
+from tests.support.pictures import asking, data_url, image_part, picture
 
 pytestmark = pytest.mark.anyio
 

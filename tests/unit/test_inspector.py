@@ -19,9 +19,9 @@ import pytest
 
 from engine.base import EngineDied, EngineError, EngineOverloaded, EngineUnavailable, InvalidRequest
 from engine.demo import WEIGHTS
-from engine.inspector import InspectionRequest, Reply, Shape, Source, Step, read_shape
-from engine.transformers_inspector import TransformersInspector
-from tests.conftest import until
+from engine.inspector.base import InspectedToken, InspectionRequest, Reply, Shape, Source, read_shape
+from engine.inspector.transformers_inspector import TransformersInspector
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 
@@ -105,7 +105,7 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
         yield Bench(tmp_path, stack)
 
 
-async def collect(inspector: TransformersInspector, request: InspectionRequest) -> list[Step | Reply]:
+async def collect(inspector: TransformersInspector, request: InspectionRequest) -> list[InspectedToken | Reply]:
     return [item async for item in inspector.trace("main", request)]
 
 
@@ -122,8 +122,8 @@ async def test_steps_come_in_order_and_the_reply_last(bench: Bench) -> None:
     *steps, reply = await collect(bench.inspector(), ask("hello"))
 
     assert reply == Reply("hello")
-    assert all(isinstance(step, Step) for step in steps)
-    assert [json.loads(step.token)["step"] for step in steps if isinstance(step, Step)] == [0, 1, 2]
+    assert all(isinstance(step, InspectedToken) for step in steps)
+    assert [json.loads(step.token)["step"] for step in steps if isinstance(step, InspectedToken)] == [0, 1, 2]
 
 
 async def test_matrix_comes_as_it_is_sent(bench: Bench) -> None:

@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 
-from gateway.auth import Principal
-from gateway.config import JobSettings, StoreSettings
-from gateway.drain import Drain
+from gateway.access.auth import Principal
+from gateway.durable.event_log import LEASE_S, EventLogs
+from gateway.durable.job_queue import ClientQueue, Job, JobEvent
+from gateway.durable.log_writer import LogWriter, Reader, log_keys
 from gateway.errors import StoreUnavailable
-from gateway.event_log import LEASE_S, EventLogs
-from gateway.job_queue import ClientQueue, Job, JobEvent
-from gateway.log_writer import LogWriter, Reader, log_keys
-from gateway.metrics import Metrics
-from gateway.store import Store
-from tests.conftest import FakeClock, until
-from tests.store_server import StoreServer
+from gateway.exchange.drain import Drain
+from gateway.settings.config import JobSettings, StoreSettings
+from gateway.store.client import Store
+from gateway.telemetry.metrics import Metrics
+from tests.support.store_server import StoreServer
+from tests.support.waiting import FakeClock, until
 
 pytestmark = pytest.mark.anyio
 
@@ -173,7 +173,7 @@ async def test_lease_that_nobody_took_is_renewed_and_the_job_goes_on(pair: tuple
 async def test_nothing_starts_while_the_store_is_away(
     pair: tuple[Gateway, Gateway], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.log_writer._RETRY_S", 0.01)
+    monkeypatch.setattr("gateway.durable.log_writer._RETRY_S", 0.01)
     former, _ = pair
     await former.open()
     away, asked = True, 0

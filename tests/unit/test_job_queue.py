@@ -8,17 +8,17 @@ from collections.abc import AsyncGenerator, AsyncIterator
 import orjson
 import pytest
 
-from gateway.auth import Principal
-from gateway.config import JobSettings, StoreSettings
-from gateway.drain import Drain
+from gateway.access.auth import Principal
+from gateway.durable.event_log import EventLogs, Opened, split_frames
+from gateway.durable.job_queue import ClientQueue, Job, JobEvent, error_fields
+from gateway.durable.log_writer import Reader
 from gateway.errors import RateLimitExceeded, Unavailable
-from gateway.event_log import EventLogs, Opened, split_frames
-from gateway.job_queue import ClientQueue, Job, JobEvent, error_fields
-from gateway.log_writer import Reader
-from gateway.metrics import Metrics
-from gateway.store import Store
-from tests.conftest import until
-from tests.store_server import StoreServer
+from gateway.exchange.drain import Drain
+from gateway.settings.config import JobSettings, StoreSettings
+from gateway.store.client import Store
+from gateway.telemetry.metrics import Metrics
+from tests.support.store_server import StoreServer
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 

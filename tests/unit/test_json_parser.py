@@ -11,9 +11,9 @@ import orjson
 import pytest
 from hypothesis import strategies as st
 
-from gateway.api import json_parser, json_text
-from gateway.api.json_text import check_nesting, check_size, is_shallow
 from gateway.errors import BadRequest
+from gateway.exchange import json_parser, json_text
+from gateway.exchange.json_text import check_nesting, check_size, is_shallow
 
 _TEXTS = st.text(alphabet='ab,:"\\[]{} é😀\n', max_size=12)
 _VALUES = st.recursive(

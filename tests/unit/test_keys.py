@@ -12,12 +12,12 @@ import pytest
 from pydantic import ValidationError
 from starlette.requests import HTTPConnection
 
-from gateway.auth import Authenticator
-from gateway.config import StoreSettings
+from gateway.access.auth import Authenticator
+from gateway.access.keys import _CHANGE, _RAISE, VERSION_KEY, KeyLimits, KeyRecord, Keys, KeySpec, digest, split_key
 from gateway.errors import Conflict, InvalidApiKey, NotFound, RateLimitExceeded, StoreUnavailable, Unavailable
-from gateway.keys import _CHANGE, _RAISE, VERSION_KEY, KeyLimits, KeyRecord, Keys, KeySpec, digest, split_key
-from gateway.metrics import Metrics
-from gateway.store import Script, Store
+from gateway.settings.config import StoreSettings
+from gateway.store.client import Script, Store
+from gateway.telemetry.metrics import Metrics
 
 pytestmark = pytest.mark.anyio
 

@@ -12,7 +12,8 @@ import pytest
 from engine.base import EmbeddingRequest, EngineError, EngineUnavailable, GenerationRequest, Prepared
 from engine.mock import MockEngine
 from engine.supervisor import SupervisedEngine
-from tests.conftest import HELLO, FakeClock, until
+from tests.support.app import HELLO
+from tests.support.waiting import FakeClock, until
 
 pytestmark = pytest.mark.anyio
 

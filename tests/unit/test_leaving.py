@@ -19,23 +19,30 @@ import redis
 
 from engine.base import GenerationRequest, Prepared
 from engine.mock import MockEngine
-from gateway.auth import Principal
-from gateway.catalog import ModelSpec
-from gateway.config import FetchSettings, ImageSettings, LimiterSettings, LimitSettings, ModelSettings, StoreSettings
+from gateway.access.auth import Principal
+from gateway.access.catalog import ModelSpec
+from gateway.access.ledger import Ledger
+from gateway.access.limits import Limits, today
+from gateway.conversations.sessions import Session
 from gateway.errors import GatewayError
-from gateway.events import Event
-from gateway.fetch import Fetched, Fetcher
+from gateway.exchange.events import Event
 from gateway.images import Images, with_images
-from gateway.limits import Limits, today
 from gateway.meter import Meter
-from gateway.metrics import Metrics
-from gateway.sessions import Session
-from gateway.store import Store
-from gateway.usage import Ledger
+from gateway.outbound.fetch import Fetched, Fetcher
+from gateway.settings.config import (
+    FetchSettings,
+    ImageSettings,
+    LimiterSettings,
+    LimitSettings,
+    ModelSettings,
+    StoreSettings,
+)
+from gateway.store.client import Store
+from gateway.telemetry.metrics import Metrics
 from gateway.workflows.chat import chat
-from tests.conftest import until
-from tests.pictures import asking, picture
-from tests.store_server import run_store
+from tests.support.pictures import asking, picture
+from tests.support.store_server import run_store
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 

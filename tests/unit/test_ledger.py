@@ -16,14 +16,14 @@ import orjson
 import pytest
 import redis
 
-from gateway.config import StoreSettings
+from gateway.access.ledger import _REPLAYED_AT_ONCE, Entry, Ledger
+from gateway.access.limits import Allowance
 from gateway.errors import StoreUnavailable
-from gateway.limits import Allowance
-from gateway.metrics import Metrics
-from gateway.store import Store
-from gateway.usage import _REPLAYED_AT_ONCE, Entry, Ledger
-from tests.conftest import until
-from tests.store_server import StoreServer, run_store
+from gateway.settings.config import StoreSettings
+from gateway.store.client import Store
+from gateway.telemetry.metrics import Metrics
+from tests.support.store_server import StoreServer, run_store
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 

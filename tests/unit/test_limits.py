@@ -19,16 +19,16 @@ from hypothesis import strategies as st
 
 from engine.base import GenerationRequest
 from engine.mock import MockEngine
-from gateway.auth import Principal
-from gateway.catalog import ModelSpec
-from gateway.config import LimiterSettings, LimitSettings, ModelSettings, StoreSettings
+from gateway.access.auth import Principal
+from gateway.access.catalog import ModelSpec
+from gateway.access.ledger import Entry, Ledger
+from gateway.access.limits import LEASE_S, Limits, Reservation, Standing, allowance_of, today
 from gateway.errors import BadRequest, RateLimitExceeded, Unavailable
-from gateway.limits import LEASE_S, Limits, Reservation, Standing, allowance_of, today
 from gateway.meter import Meter
-from gateway.metrics import Metrics
-from gateway.store import Store
-from gateway.usage import Entry, Ledger
-from tests.store_server import StoreServer
+from gateway.settings.config import LimiterSettings, LimitSettings, ModelSettings, StoreSettings
+from gateway.store.client import Store
+from gateway.telemetry.metrics import Metrics
+from tests.support.store_server import StoreServer
 
 pytestmark = pytest.mark.anyio
 

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 import gateway.tools
 import gateway.workflows
-from gateway.request_head import HeadReader, Refusal
+from gateway.serving.request_head import HeadReader, Refusal
 from gateway.tools.documents import read_document
 from gateway.tools.json_arguments import arguments_model
 from gateway.tools.passages import passages

@@ -12,13 +12,14 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway import listeners
 from gateway.cli import main
-from gateway.config import ConfigError, parse_config
 from gateway.doctor.place import check_port
-from gateway.server import Server
-from tests.conftest import build_app, until
-from tests.doctor_case import case
+from gateway.serving import listeners
+from gateway.serving.server import Server
+from gateway.settings.config import ConfigError, parse_config
+from tests.support.app import build_app
+from tests.support.doctor_case import case
+from tests.support.waiting import until
 
 ABSENT = "192.0.2.7"
 

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gateway.config import LocalSearchSettings
+from gateway.settings.config import LocalSearchSettings
 from gateway.tools.base import Observation, Source, Toolbox
 from gateway.tools.document_folder import scan, split_url, url_of
 from gateway.tools.document_index import DocumentIndex, Entry, IndexFailed
@@ -24,8 +24,8 @@ from gateway.tools.local_search import READ_CHARS, LocalRead, LocalSearch
 from gateway.tools.passages import PASSAGE_CHARS, Passage, passages
 from gateway.tools.reader import Reader
 from gateway.tools.search_terms import MAX_TERMS, match_expression
-from tests.conftest import until
-from tests.documents import pdf
+from tests.support.documents import pdf
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from gateway.logs import VLLM_CONFIG, JsonFormatter, TextFormatter, configure, vllm_environment
+from gateway.telemetry.logs import VLLM_CONFIG, JsonFormatter, TextFormatter, configure, vllm_environment
 
 AT = 1_700_000_000.25
 FIELDS = {"request_id": "r1", "status": 200, "duration_ms": 12.5, "streamed": False}
@@ -127,27 +127,27 @@ def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
 
 def test_every_logger_writes_in_the_form_that_was_chosen(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
     start("json", "info")
-    for name in ("gateway.server", "shannon.access", "uvicorn.error", "anything.else"):
+    for name in ("gateway.serving.server", "shannon.access", "uvicorn.error", "anything.else"):
         logging.getLogger(name).info("hello from %s", name)
 
     assert [line["message"] for line in lines(capsys)] == [
-        f"hello from {name}" for name in ("gateway.server", "shannon.access", "uvicorn.error", "anything.else")
+        f"hello from {name}" for name in ("gateway.serving.server", "shannon.access", "uvicorn.error", "anything.else")
     ]
 
 
 def test_text_is_for_people(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
     start("text", "info")
-    logging.getLogger("gateway.server").warning("hello", extra={"fields": {"engine": "main"}})
+    logging.getLogger("gateway.serving.server").warning("hello", extra={"fields": {"engine": "main"}})
 
-    assert capsys.readouterr().err.endswith("Z WARNING gateway.server: hello engine=main\n")
+    assert capsys.readouterr().err.endswith("Z WARNING gateway.serving.server: hello engine=main\n")
 
 
 def test_level_is_that_of_our_own_loggers(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
     start("json", "debug")
-    for name in ("gateway.meter", "engine.wire", "httpcore.http11", "redis"):
+    for name in ("gateway.meter", "engine.remote.wire", "httpcore.http11", "redis"):
         logging.getLogger(name).debug("debug of %s", name)
 
-    assert [line["logger"] for line in lines(capsys)] == ["gateway.meter", "engine.wire"]
+    assert [line["logger"] for line in lines(capsys)] == ["gateway.meter", "engine.remote.wire"]
 
 
 @pytest.mark.parametrize("level", ["debug", "info", "warning"])
@@ -161,7 +161,7 @@ def test_urls_of_searches_are_never_logged(start: Start, capsys: pytest.CaptureF
 
 def test_error_leaves_the_rest_out(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
     start("json", "error")
-    for name in ("gateway.server", "shannon.access", "uvicorn.error", "httpx"):
+    for name in ("gateway.serving.server", "shannon.access", "uvicorn.error", "httpx"):
         logging.getLogger(name).warning("not told")
         logging.getLogger(name).error("told")
 

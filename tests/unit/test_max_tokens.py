@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.base import GenerationRequest, InvalidRequest, resolve_max_tokens
-from tests.conftest import HELLO
+from tests.support.app import HELLO
 
 
 def request(max_tokens: int | None = None, default: int | None = None) -> GenerationRequest:

@@ -21,21 +21,22 @@ from mcp.server.mcpserver import MCPServer
 from pydantic import ValidationError
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway.config import ConfigError, McpServerSettings, parse_config
-from gateway.fetch import Fetcher
+from gateway.outbound.fetch import Fetcher
+from gateway.settings.config import ConfigError, McpServerSettings, parse_config
 from gateway.tools import leash
 from gateway.tools.assembly import build_toolbox
 from gateway.tools.base import Observation, Toolbox, ToolError
 from gateway.tools.json_arguments import arguments_model
 from gateway.tools.mcp_servers import McpServer
 from gateway.tools.server_toolbox import ServerToolbox, stocked
-from tests.conftest import ROOT, FakeClock, until
-from tests.mcp_stub import ROWS
+from tests.support.app import ROOT
+from tests.support.mcp_stub import ROWS
+from tests.support.waiting import FakeClock, until
 
 pytestmark = pytest.mark.anyio
 
 VARIABLES = {"PTENGINE_TOKEN": "theirs", "PT_KEY": "k-1", "WRONG_KEY": "k-2", "SHANNON_BOOTSTRAP_KEY": "ours"}
-STUB = [sys.executable, str(ROOT / "tests" / "mcp_stub.py")]
+STUB = [sys.executable, str(ROOT / "tests/support/mcp_stub.py")]
 
 
 @pytest.fixture
@@ -149,7 +150,7 @@ async def test_server_process_dies_with_the_gateway(tmp_path: Path) -> None:
     told = tmp_path / "pid"
     program = (
         "import asyncio, sys\n"
-        "from gateway.config import McpServerSettings\n"
+        "from gateway.settings.config import McpServerSettings\n"
         "from gateway.tools.mcp_servers import McpServer\n"
         f"command = [sys.executable, {str(tmp_path / 'deaf.py')!r}, {str(told)!r}]\n"
         "server = McpServer('deaf', McpServerSettings(command=command), {})\n"
@@ -258,7 +259,7 @@ async def test_list_without_an_end_is_given_up(servers: Callable[..., McpServer]
     script = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from tests import mcp_stub
+from tests.support import mcp_stub
 usual = mcp_stub.answer
 def answer(request):
     said = usual(request)
@@ -285,7 +286,7 @@ async def test_garbage_of_a_server_is_one_line_in_the_log(
     script = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from tests import mcp_stub
+from tests.support import mcp_stub
 for number in range(500):
     print("debug: secret", number)
 mcp_stub.main()
@@ -302,7 +303,7 @@ async def test_answer_that_is_too_long_is_an_observation(servers: Callable[..., 
     script = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from tests import mcp_stub
+from tests.support import mcp_stub
 usual = mcp_stub.answer
 def answer(request):
     said = usual(request)

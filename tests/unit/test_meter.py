@@ -12,8 +12,9 @@ import pytest
 from engine.base import Delta, EngineDied, EngineOverloaded, GenerationRequest, Usage
 from engine.mock import Fault, MockEngine
 from gateway.errors import BadRequest, Overloaded, Unavailable
-from tests.conftest import HELLO, until
-from tests.unit.conftest import Metered, metered
+from tests.support.app import HELLO
+from tests.support.metered import Metered, metered
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 

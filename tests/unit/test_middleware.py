@@ -14,9 +14,9 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from gateway.logs import TextFormatter
-from gateway.metrics import Metrics
-from gateway.middleware import RequestMiddleware
+from gateway.serving.middleware import RequestMiddleware
+from gateway.telemetry.logs import TextFormatter
+from gateway.telemetry.metrics import Metrics
 
 pytestmark = pytest.mark.anyio
 

@@ -22,7 +22,8 @@ from engine.base import (
     Usage,
 )
 from engine.mock import Fault, MockEngine, _words
-from tests.conftest import HELLO, until
+from tests.support.app import HELLO
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.config import Config, ConfigError, McpServerSettings, parse_config
+from gateway.settings.config import Config, ConfigError, McpServerSettings, parse_config
 from gateway.tools.mcp_servers import McpServer
 from gateway.tools.server_toolbox import ServerToolbox
-from tests.scripted import FakeTool
+from tests.support.scripted_model import FakeTool
 
 
 def parsed(tools: list[str] | None = None, images: list[str] | None = None) -> Config:

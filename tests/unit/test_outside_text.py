@@ -17,8 +17,8 @@ from gateway.workflows.agents import Agent
 from gateway.workflows.prompting import Outside, Prompt, fenced, harmless, quoted, without_control_tokens
 from gateway.workflows.registry import WORKFLOWS
 from gateway.workflows.run import Run
-from tests.scripted import Address, FakeTool, Query, make_run, outcome_of, outside_fences, tokens
-from tests.unit.conftest import metered
+from tests.support.metered import metered
+from tests.support.scripted_model import Address, FakeTool, Query, make_run, outcome_of, outside_fences, tokens
 
 pytestmark = pytest.mark.anyio
 
@@ -385,7 +385,7 @@ async def test_a_supervised_step_can_not_carry_a_document_out() -> None:
         {"action": "answer", "tool": "", "arguments": ""},
     ]
     from gateway.workflows.complex import supervise
-    from tests.scripted import ScriptedModel, steps
+    from tests.support.scripted_model import ScriptedModel, steps
 
     model = ScriptedModel(complex_plan=steps([]), complex_tools=lambda request: turns.pop(0))
     over = await metered(MockEngine(reply=model, max_model_len=16_384))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from engine.demo import WEIGHTS
-from engine.parsers import find_reasoning_parser, find_tool_parser
+from engine.local.parsers import find_reasoning_parser, find_tool_parser
 
 THINKS = {"<think>", "</think>", "hello"}
 STRIPS = """{%- if '</think>' in content %}{%- set content = content.split('</think>')[-1] %}{%- endif %}"""

@@ -9,9 +9,9 @@ import h11
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.request_body import body_of
-from gateway.request_head import HeadReader, Refusal
-from tests.hostile_framings import Framing, generate
+from gateway.serving.request_body import body_of
+from gateway.serving.request_head import HeadReader, Refusal
+from tests.support.hostile_framings import Framing, generate
 
 Requests = list[tuple[str, bytes, bytes]]
 """Method, target and content of each."""

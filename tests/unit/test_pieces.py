@@ -12,13 +12,13 @@ import orjson
 import pytest
 from hypothesis import strategies as st
 
-from gateway import pieces
-from gateway.config import StoreSettings
-from gateway.metrics import Metrics
-from gateway.pieces import PIECE_BYTES, places, split
-from gateway.store import Store
-from gateway.turns import pieces_of, turns_of
-from tests.store_server import StoreServer
+from gateway.conversations.turns import pieces_of, turns_of
+from gateway.settings.config import StoreSettings
+from gateway.store import pieces
+from gateway.store.client import Store
+from gateway.store.pieces import PIECE_BYTES, places, split
+from gateway.telemetry.metrics import Metrics
+from tests.support.store_server import StoreServer
 
 pytestmark = pytest.mark.anyio
 

@@ -10,8 +10,8 @@ from collections import Counter
 import pytest
 
 from engine.base import EngineOverloaded, EngineUnavailable, InvalidRequest, no_embeddings
-from engine.pool import RULES, AttemptFailed, Attempts, Breaker, Choice, Outcome, Pool, Replica, blame
-from tests.conftest import FakeClock
+from engine.remote.pool import RULES, AttemptFailed, Attempts, Breaker, Choice, Outcome, Pool, Replica, blame
+from tests.support.waiting import FakeClock
 
 pytestmark = pytest.mark.anyio
 

@@ -12,8 +12,8 @@ import pytest
 from gateway.fair_slots import working_for
 from gateway.tools.documents import Document, Kind, Unreadable
 from gateway.tools.reader import Reader, kind_of
-from tests.conftest import until
-from tests.documents import pdf
+from tests.support.documents import pdf
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 

@@ -7,9 +7,9 @@ import logging
 import pytest
 
 from gateway.errors import BadRequest
-from gateway.metrics import Metrics
-from gateway.refused_heads import LINES_PER_MINUTE, RefusedHeads
-from tests.conftest import FakeClock
+from gateway.serving.refused_heads import LINES_PER_MINUTE, RefusedHeads
+from gateway.telemetry.metrics import Metrics
+from tests.support.waiting import FakeClock
 
 ERROR = BadRequest("The request has no Host header.", code="invalid_http")
 

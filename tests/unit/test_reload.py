@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import yaml
 
-from gateway.api.dependencies import Services
-from gateway.auth import Principal
-from gateway.config import Config
-from gateway.keys import make_key, split_key
-from gateway.reload import Reload, differences
-from tests.conftest import build_app
+from gateway.access.auth import Principal
+from gateway.access.keys import make_key, split_key
+from gateway.services import Services
+from gateway.serving.reload import Reload, differences
+from gateway.settings.config import Config
+from tests.support.app import build_app
 
 pytestmark = pytest.mark.anyio
 
@@ -59,7 +59,7 @@ class Bench:
 
 @pytest.fixture
 def bench(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Bench:
-    caplog.set_level(logging.INFO, "gateway.reload")
+    caplog.set_level(logging.INFO, "gateway.serving.reload")
     file = tmp_path / "ci.key"
     file.write_text(make_key("FileKey00001"))
     tree = {
@@ -174,7 +174,7 @@ async def test_failure_that_nobody_thought_of_changes_nothing(bench: Bench, monk
     def fail(*_: Any) -> Config:
         raise RecursionError
 
-    monkeypatch.setattr("gateway.reload.load_config", fail)
+    monkeypatch.setattr("gateway.serving.reload.load_config", fail)
     before = bench.services
     (line,) = await bench.read()
 

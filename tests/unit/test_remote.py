@@ -30,14 +30,14 @@ from engine.base import (
     ToolCallDelta,
     Usage,
 )
-from engine.http1 import Http1Transport
 from engine.mock import MockEngine
-from engine.remote import RemoteEngine
-from engine.reply import read_vectors
+from engine.remote.engine import RemoteEngine
+from engine.remote.http1 import Http1Transport
+from engine.remote.reply import read_vectors
 from engine.supervisor import SupervisedEngine
-from gateway.config import ConfigError, RemoteSettings, parse_config
-from tests.conftest import HELLO, Start, until
-from tests.upstream_server import (
+from gateway.settings.config import ConfigError, RemoteSettings, parse_config
+from tests.support.app import HELLO, Start
+from tests.support.upstream_server import (
     CHAT,
     COMPLETIONS,
     HELLO_STREAM,
@@ -50,6 +50,7 @@ from tests.upstream_server import (
     run_upstream,
     summary,
 )
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 
@@ -1226,7 +1227,7 @@ async def test_long_embeddings_are_read_beside_the_event_loop(monkeypatch: pytes
         readers.append(threading.current_thread())
         return read_vectors(*args)
 
-    monkeypatch.setattr("engine.remote.read_vectors", read)
+    monkeypatch.setattr("engine.remote.engine.read_vectors", read)
     rows = [{"index": number, "embedding": packed(*[0.5] * 1024)} for number in range(64)]
     routes = {"/v1/embeddings": refusing(200, {"data": rows})}
     async with run_upstream(hello, routes=routes) as server, remote(server) as engine:

@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 
 from engine.base import Delta, EngineDied, EngineUnavailable, GenerationRequest, Prepared, Usage
-from engine.event_stream import Frames
-from engine.pool import AttemptFailed
-from engine.remote import RemoteEngine
-from engine.reply import Reply
-from tests.conftest import HELLO, chunks
+from engine.remote.engine import RemoteEngine
+from engine.remote.event_stream import Frames
+from engine.remote.pool import AttemptFailed
+from engine.remote.reply import Reply
+from tests.support.app import HELLO
+from tests.support.frames import chunks
+from tests.support.upstream_server import Connection, chunk, run_upstream, summary
 from tests.unit.test_remote import generate, remote, request
-from tests.upstream_server import Connection, chunk, run_upstream, summary
 
 pytestmark = pytest.mark.anyio
 
@@ -402,7 +403,7 @@ def _read(raw: bytes, sizes: list[int]) -> tuple[str, Usage, list[str]]:
 
 
 def test_frame_without_end_is_refused_in_linear_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.event_stream._MAX_FRAME_BYTES", 2**20)
+    monkeypatch.setattr("engine.remote.event_stream._MAX_FRAME_BYTES", 2**20)
     for piece in (b"x" * 1000, b"data: {\n", b"data: {}}\n", b'{"a":\n', b'[{"a": "b"},\n{}\n'):
         frames = Frames()
         with pytest.raises(AttemptFailed, match=r"without end|not JSON"):

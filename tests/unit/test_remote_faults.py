@@ -16,17 +16,16 @@ from typing import Any
 import pytest
 
 from engine.base import EmbeddingRequest, EngineError, EngineOverloaded, EngineUnavailable, InvalidRequest
-from engine.event_stream import Frames
-from engine.pool import RULES, AttemptFailed, Outcome
-from engine.remote import RemoteEngine
-from engine.wire import refuse, retry_after_s
+from engine.remote.engine import RemoteEngine
+from engine.remote.event_stream import Frames
+from engine.remote.pool import RULES, AttemptFailed, Outcome
+from engine.remote.wire import refuse, retry_after_s
 from gateway.app import build_engines
-from gateway.config import parse_config
-from gateway.resolver import Resolver
-from tests.conftest import Start, until
-from tests.dns_server import AAAA, A, Zone, run_name_server
-from tests.unit.test_remote import DEAD, generate, hello, refusing, remote, request, saying
-from tests.upstream_server import (
+from gateway.outbound.resolver import Resolver
+from gateway.settings.config import parse_config
+from tests.support.app import Start
+from tests.support.dns_server import AAAA, A, Zone, run_name_server
+from tests.support.upstream_server import (
     SECRET_WORDS,
     Connection,
     UpstreamServer,
@@ -35,6 +34,8 @@ from tests.upstream_server import (
     run_upstream,
     summary,
 )
+from tests.support.waiting import until
+from tests.unit.test_remote import DEAD, generate, hello, refusing, remote, request, saying
 
 pytestmark = pytest.mark.anyio
 
@@ -138,7 +139,7 @@ QUICK: dict[str, Any] = {"first_token_timeout_s": 0.05, "idle_timeout_s": 0.05, 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wait for the bodies of refusals only as long as for everything else."""
-    monkeypatch.setattr("engine.upstream._REFUSAL_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("engine.remote.upstream._REFUSAL_TIMEOUT_S", 0.05)
 
 
 def poisoned(answer: Answer) -> Answer:
@@ -300,7 +301,7 @@ async def test_probe_that_fails_by_itself_does_not_end_the_watch(monkeypatch: py
                 raise RuntimeError("a defect")
 
         monkeypatch.setattr(engine._upstream, "probe", probe)
-        monkeypatch.setattr("engine.remote._AFTER_DEFECT_S", 0.01)
+        monkeypatch.setattr("engine.remote.engine._AFTER_DEFECT_S", 0.01)
         for _ in range(3):
             engine.replicas[0].breaker.doubt()
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from engine.base import EmbeddingRequest, EngineUnavailable, InvalidRequest, Usage
-from tests.conftest import until
+from tests.support.upstream_server import TOKENIZE, Connection, UpstreamServer, error, run_upstream
+from tests.support.waiting import until
 from tests.unit.test_remote import generate, hello, refusing, remote, request, stuck
 from tests.unit.test_remote_faults import sending
-from tests.upstream_server import TOKENIZE, Connection, UpstreamServer, error, run_upstream
 
 pytestmark = pytest.mark.anyio
 
@@ -55,8 +55,8 @@ WAYS: dict[str, Answer] = {
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.remote_tokenizer._TIMEOUT_S", 0.05)
-    monkeypatch.setattr("engine.upstream.MAX_ANSWER_BYTES", 2**20)
+    monkeypatch.setattr("engine.remote.tokenizer._TIMEOUT_S", 0.05)
+    monkeypatch.setattr("engine.remote.upstream.MAX_ANSWER_BYTES", 2**20)
 
 
 def asked(server: UpstreamServer) -> int:
@@ -89,7 +89,7 @@ async def test_requests_at_once_do_not_check_it_each(caplog: pytest.LogCaptureFi
 
 
 async def test_tokenizer_that_answers_again_counts_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.remote_tokenizer._PAUSE_S", 0.01)
+    monkeypatch.setattr("engine.remote.tokenizer._PAUSE_S", 0.01)
     async with run_upstream(hello, routes={TOKENIZE: stuck}) as server, remote(server) as engine:
         assert (await engine.prepare(request())).usage.estimated
         assert (await engine.prepare(request())).usage.estimated

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.request_body import MAX_CHUNK_LINE_BYTES, MAX_CHUNKS, MAX_TRAILER_BYTES, body_of
-from gateway.request_head import Head, Refusal
+from gateway.serving.request_body import MAX_CHUNK_LINE_BYTES, MAX_CHUNKS, MAX_TRAILER_BYTES, body_of
+from gateway.serving.request_head import Head, Refusal
 
 CHUNKED = Head("POST", b"/", 1, 1, [], {b"transfer-encoding": b"chunked"})
 NEXT = b"GET /next HTTP/1.1\r\n"

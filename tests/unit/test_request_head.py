@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.request_head import MAX_FIELDS, MAX_HEAD_BYTES, Head, HeadReader, Refusal
+from gateway.serving.request_head import MAX_FIELDS, MAX_HEAD_BYTES, Head, HeadReader, Refusal
 
 
 def read(raw: bytes) -> Head:

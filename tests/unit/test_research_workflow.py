@@ -13,10 +13,11 @@ from gateway.errors import Unavailable
 from gateway.tools.base import Observation, Source, ToolError
 from gateway.workflows.excerpts import excerpt
 from gateway.workflows.research import STRATEGIES, Coverage, Refined, plan_schema, research
-from gateway.workflows.researcher import Step
+from gateway.workflows.researcher import ResearchMove
 from gateway.workflows.run import Budget
 from gateway.workflows.verification import Checked, Claims, Verdict, limitations
-from tests.scripted import (
+from tests.support.metered import Metered, metered
+from tests.support.scripted_model import (
     CONTEXT,
     CONVERSATION,
     Address,
@@ -32,7 +33,6 @@ from tests.scripted import (
     sub_questions,
     text_of,
 )
-from tests.unit.conftest import Metered, metered
 
 pytestmark = pytest.mark.anyio
 
@@ -447,7 +447,7 @@ async def test_local_documents_are_searched_and_read_beside_the_web() -> None:
 
 
 def test_schemas_are_small_and_bounded() -> None:
-    for schema in (plan_schema(5, 8), Refined, Coverage, Step, Claims, Verdict):
+    for schema in (plan_schema(5, 8), Refined, Coverage, ResearchMove, Claims, Verdict):
         text = str(schema.model_json_schema())
         assert text.count("'type': 'string'") == text.count("maxLength") + text.count("enum") - text.count("'const'")
         assert len(text) < 2500

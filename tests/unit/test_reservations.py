@@ -21,20 +21,20 @@ from hypothesis import strategies as st
 
 from engine.base import GenerationRequest
 from engine.mock import MockEngine
-from gateway.allowance import Allowance, day_number, day_of, limit_keys
-from gateway.auth import Principal
-from gateway.catalog import ModelSpec
-from gateway.config import LimiterSettings, LimitSettings, ModelSettings, StoreSettings
+from gateway.access.allowance import Allowance, day_number, day_of, limit_keys
+from gateway.access.auth import Principal
+from gateway.access.catalog import ModelSpec
+from gateway.access.ledger import Entry, Ledger
+from gateway.access.limits import Limits, Reservation
+from gateway.access.local_limits import LocalWindow
 from gateway.errors import RateLimitExceeded, Unavailable
-from gateway.limits import Limits, Reservation
-from gateway.local_limits import LocalWindow
 from gateway.meter import Meter
-from gateway.metrics import Metrics
-from gateway.script import Script
-from gateway.store import Store
-from gateway.usage import Entry, Ledger
-from tests.conftest import until
-from tests.store_server import StoreServer, run_store
+from gateway.settings.config import LimiterSettings, LimitSettings, ModelSettings, StoreSettings
+from gateway.store.client import Store
+from gateway.store.script import Script
+from gateway.telemetry.metrics import Metrics
+from tests.support.store_server import StoreServer, run_store
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 
@@ -432,7 +432,7 @@ async def test_entry_behind_one_that_failed_waits_for_it(bench: Bench) -> None:
 
 
 async def test_long_generation_keeps_its_lease(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.limits.LEASE_S", 0.4)
+    monkeypatch.setattr("gateway.access.limits.LEASE_S", 0.4)
     caller = Principal(KEY_ID, tokens_per_day=BUDGET, max_concurrent_requests=1)
     model = spec(concurrent_requests=1)
     reservation = await bench.reserve(model, "long", caller=caller)

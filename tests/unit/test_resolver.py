@@ -10,10 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from gateway import resolver
-from gateway.resolver import Resolver
-from tests.conftest import until
-from tests.dns_server import AAAA, NXDOMAIN, REFUSED, SERVFAIL, A, NameServer, Zone, open_sockets, run_name_server
+from gateway.outbound import resolver
+from gateway.outbound.resolver import Resolver
+from tests.support.dns_server import (
+    AAAA,
+    NXDOMAIN,
+    REFUSED,
+    SERVFAIL,
+    A,
+    NameServer,
+    Zone,
+    open_sockets,
+    run_name_server,
+)
+from tests.support.waiting import until
 
 NEVER = frozenset({A, AAAA})
 

@@ -14,11 +14,11 @@ import pytest
 from starlette.types import Message
 
 from engine.base import EngineDied
-from gateway.drain import Drain
 from gateway.errors import Unavailable
-from gateway.metrics import Metrics
-from gateway.response import KEEPALIVE, GenerationResponse
-from tests.conftest import until
+from gateway.exchange.drain import Drain
+from gateway.exchange.response import KEEPALIVE, GenerationResponse
+from gateway.telemetry.metrics import Metrics
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 

@@ -11,11 +11,11 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from engine.base import Delta, TokenLogprob, ToolCallDelta, Usage
-from gateway import sse
 from gateway.errors import BadRequest, Cancelled, RateLimitExceeded, Unavailable
-from gateway.events import Event, EventType, ShannonEvent
-from gateway.frames.responses import ResponseFrames
-from tests.conftest import NOW
+from gateway.exchange import encoder
+from gateway.exchange.events import Event, EventType, ShannonEvent
+from gateway.exchange.frames.responses import ResponseFrames
+from tests.support.app import NOW
 
 pytestmark = pytest.mark.anyio
 
@@ -68,12 +68,12 @@ async def replay(*events: Event) -> AsyncGenerator[Event, None]:
 
 
 async def stream(*events: Event, frames: ResponseFrames | None = None) -> list[dict[str, Any]]:
-    chunks = sse.stream(replay(*events), frames or make_frames())
+    chunks = encoder.stream(replay(*events), frames or make_frames())
     return read(b"".join([chunk async for chunk in chunks]))
 
 
 async def collect(*events: Event, frames: ResponseFrames | None = None) -> dict[str, Any]:
-    chunks = sse.collect(replay(*events), frames or make_frames())
+    chunks = encoder.collect(replay(*events), frames or make_frames())
     body: dict[str, Any] = orjson.loads(b"".join([chunk async for chunk in chunks]))
     Response.model_validate(body)
     return body

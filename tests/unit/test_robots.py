@@ -8,11 +8,11 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
-from gateway.config import FetchSettings
-from gateway.fetch import Fetcher, FetchFailed
+from gateway.outbound.fetch import Fetcher, FetchFailed
+from gateway.settings.config import FetchSettings
 from gateway.tools.robots import MAX_BYTES, Robots, RobotsRefused, allows, parse
-from tests.conftest import FakeClock
-from tests.website import Website, page, redirect, run_website
+from tests.support.waiting import FakeClock
+from tests.support.website import Website, page, redirect, run_website
 
 pytestmark = pytest.mark.anyio
 

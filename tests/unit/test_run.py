@@ -12,15 +12,15 @@ import pytest
 
 from engine.base import EngineDied, EngineOverloaded, GenerationRequest
 from engine.mock import Fault, MockEngine
+from gateway.conversations.sessions import Session
 from gateway.errors import BadRequest, Unavailable
-from gateway.events import ShannonEvent
-from gateway.sessions import Session
+from gateway.exchange.events import ShannonEvent
 from gateway.workflows.agents import Agent, Prompt
 from gateway.workflows.run import AGENTS_SHARE, Budget, OutOfBudget, Run, check_for_agents, conduct
 from gateway.workflows.stations import STATIONS, stations
-from tests.conftest import FakeClock, until
-from tests.scripted import FakeTool, ScriptedModel, make_run, outcome_of
-from tests.unit.conftest import Metered, metered
+from tests.support.metered import Metered, metered
+from tests.support.scripted_model import FakeTool, ScriptedModel, make_run, outcome_of
+from tests.support.waiting import FakeClock, until
 
 pytestmark = pytest.mark.anyio
 

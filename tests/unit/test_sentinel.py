@@ -20,15 +20,15 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from gateway.config import StoreSettings
 from gateway.doctor.store_health import check_store
 from gateway.errors import StoreError, StoreUnavailable
-from gateway.metrics import Metrics
-from gateway.store import Store
-from tests.conftest import until
-from tests.debian import program
-from tests.doctor_case import case
-from tests.store_server import opened
+from gateway.settings.config import StoreSettings
+from gateway.store.client import Store
+from gateway.telemetry.metrics import Metrics
+from tests.support.debian import program
+from tests.support.doctor_case import case
+from tests.support.store_server import opened
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 

@@ -10,7 +10,7 @@ import httpx
 import pytest
 import respx
 
-from gateway.config import ConfigError, SerpAdsSettings
+from gateway.settings.config import ConfigError, SerpAdsSettings
 from gateway.tools.base import Toolbox
 from gateway.tools.serp_ads import SerpAds
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from engine.base import GenerationRequest, InvalidRequest
 from engine.mock import MockEngine
 from engine.supervisor import SupervisedEngine
-from gateway.sessions import Session, derive_id, prepare_with_history
+from gateway.conversations.sessions import Session, derive_id, prepare_with_history
 
 pytestmark = pytest.mark.anyio
 

@@ -17,9 +17,9 @@ import httpx
 import pytest
 
 from gateway.cli import main
-from gateway.standard_streams import LossyStream
-from tests.conftest import ROOT
-from tests.gateway_process import wait_until
+from gateway.telemetry.standard_streams import LossyStream
+from tests.support.app import ROOT
+from tests.support.gateway_process import wait_until
 
 TREE = "engines: {main: {kind: mock}}\nmodels: {shannon-chat: {description: x}}\n"
 PIPE_BYTES = 16_384

@@ -19,14 +19,14 @@ from typing import Any
 
 import pytest
 
-from gateway import valkey
-from gateway.config import ConfigError
-from gateway.data_dir import usable_data_dir
 from gateway.errors import StoreError
-from gateway.valkey import EmbeddedValkey
-from tests.command_line import NOBODY, CommandLine, Outcome, command_line
-from tests.doctor_case import case as doctor_case
-from tests.store_server import StoreServer
+from gateway.settings.config import ConfigError
+from gateway.settings.data_dir import usable_data_dir
+from gateway.store import valkey
+from gateway.store.valkey import EmbeddedValkey
+from tests.support.command_line import NOBODY, CommandLine, Outcome, command_line
+from tests.support.doctor_case import case as doctor_case
+from tests.support.store_server import StoreServer
 
 MINIMAL = "engines: {main: {kind: mock}}\nmodels: {shannon-chat: {description: x}}\nserver: {port: 0}\n"
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")

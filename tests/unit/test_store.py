@@ -15,12 +15,12 @@ import pytest
 import redis.asyncio as aredis
 from redis.exceptions import ClusterDownError, MasterDownError, ReadOnlyError, ResponseError
 
-from gateway.config import StoreSettings
 from gateway.errors import StoreError, StoreUnavailable
-from gateway.metrics import Metrics
-from gateway.store import Store
-from tests.conftest import until
-from tests.store_server import StoreServer, opened, run_store
+from gateway.settings.config import StoreSettings
+from gateway.store.client import Store
+from gateway.telemetry.metrics import Metrics
+from tests.support.store_server import StoreServer, opened, run_store
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 
@@ -86,7 +86,7 @@ async def test_command_asked_for_on_the_heels_of_an_answer_is_sent(
     store_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its caller runs before anything that the event loop was told to do when the last pipeline is done."""
-    monkeypatch.setattr("gateway.store._MAX_FLUSHERS", 1)
+    monkeypatch.setattr("gateway.store.client._MAX_FLUSHERS", 1)
     async with opened(store_url) as store:
         assert await store.run("INCR", "x") == 1
         assert await asyncio.wait_for(store.run("INCR", "x"), 5) == 2
@@ -95,7 +95,7 @@ async def test_command_asked_for_on_the_heels_of_an_answer_is_sent(
 async def test_unforeseen_failure_fails_those_who_are_queued_too(
     store_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.store._MAX_FLUSHERS", 1)
+    monkeypatch.setattr("gateway.store.client._MAX_FLUSHERS", 1)
     async with opened(store_url) as store:
         pipeline = store._client.pipeline
         monkeypatch.setattr(store._client, "pipeline", lambda transaction: 1 / 0)

@@ -15,14 +15,14 @@ import pytest
 import redis
 
 from engine.mock import MockEngine
-from gateway.auth import Principal
-from gateway.catalog import ModelSpec
-from gateway.config import LimiterSettings, LimitSettings, ModelSettings
+from gateway.access.auth import Principal
+from gateway.access.catalog import ModelSpec
+from gateway.access.ledger import Entry, Ledger
+from gateway.access.limits import Limits
 from gateway.errors import Unavailable
-from gateway.limits import Limits
-from gateway.usage import Entry, Ledger
-from tests.conftest import until
-from tests.store_server import StoreServer, opened, run_store
+from gateway.settings.config import LimiterSettings, LimitSettings, ModelSettings
+from tests.support.store_server import StoreServer, opened, run_store
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 
 from engine.mock import MockEngine
-from gateway.auth import Principal
-from gateway.catalog import ModelSpec
-from gateway.config import LimiterSettings, LimitSettings, ModelSettings
+from gateway.access.auth import Principal
+from gateway.access.catalog import ModelSpec
+from gateway.access.limits import Limits
 from gateway.errors import StoreUnavailable
-from gateway.limits import Limits
-from gateway.store import Script
-from tests.conftest import until
-from tests.store_server import StoreServer, opened, run_store
+from gateway.settings.config import LimiterSettings, LimitSettings, ModelSettings
+from gateway.store.client import Script
+from tests.support.store_server import StoreServer, opened, run_store
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from gateway.auth import Principal
-from gateway.config import SessionSettings, StoreSettings
+from gateway.access.auth import Principal
+from gateway.conversations.stored_responses import StoredResponse, StoredResponses
 from gateway.errors import BadRequest, NotFound
-from gateway.metrics import Metrics
-from gateway.store import Store
-from gateway.stored_responses import StoredResponse, StoredResponses
-from tests.store_server import opened_cluster, run_store
+from gateway.settings.config import SessionSettings, StoreSettings
+from gateway.store.client import Store
+from gateway.telemetry.metrics import Metrics
+from tests.support.store_server import opened_cluster, run_store
 
 pytestmark = pytest.mark.anyio
 

@@ -12,7 +12,8 @@ import pytest
 from engine.base import Delta, EngineDied, EngineError, EngineUnavailable, GenerationRequest
 from engine.mock import Fault, MockEngine
 from engine.supervisor import SupervisedEngine
-from tests.conftest import HELLO, FakeClock, until
+from tests.support.app import HELLO
+from tests.support.waiting import FakeClock, until
 
 pytestmark = pytest.mark.anyio
 

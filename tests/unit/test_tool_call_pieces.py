@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from engine.base import ToolCallDelta
-from engine.tool_call_pieces import CallPieces
-from tests.tool_call_dialects import CALLS, DIALECTS, NAMES, calls_of
+from engine.remote.tool_call_pieces import CallPieces
+from tests.support.tool_call_dialects import CALLS, DIALECTS, NAMES, calls_of
 
 
 def put_together(frames: list[dict[str, Any]], names: list[str]) -> tuple[list[ToolCallDelta], list[tuple[str, Any]]]:

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, Field
 
-from gateway.config import ConfigError, parse_config
-from gateway.fetch import Fetcher
+from gateway.outbound.fetch import Fetcher
+from gateway.settings.config import ConfigError, parse_config
 from gateway.tools.assembly import build_toolbox
 from gateway.tools.base import ATTEMPTS, MAX_OBSERVATION_CHARS, Observation, Source, Toolbox, ToolError
-from tests.conftest import FakeClock, Start
+from tests.support.app import Start
+from tests.support.waiting import FakeClock
 
 pytestmark = pytest.mark.anyio
 

@@ -16,15 +16,15 @@ from opentelemetry.trace import SpanKind
 
 from engine.base import EngineDied, GenerationRequest
 from engine.mock import Fault, MockEngine
-from gateway import tracing
-from gateway.config import ConfigError
-from gateway.tracing import Tracing, build_tracing, traces_endpoint, vllm_environment
+from gateway.settings.config import ConfigError
+from gateway.telemetry import tracing
+from gateway.telemetry.tracing import Tracing, build_tracing, traces_endpoint, vllm_environment
 from gateway.workflows.research import research
 from gateway.workflows.run import Workflow, conduct
-from tests.conftest import HELLO
-from tests.scripted import FakeFetch, FakeSearch, ScriptedModel, make_run, outcome_of, sub_questions
-from tests.spans import Spans, conventional_names
-from tests.unit.conftest import metered
+from tests.support.app import HELLO
+from tests.support.metered import metered
+from tests.support.scripted_model import FakeFetch, FakeSearch, ScriptedModel, make_run, outcome_of, sub_questions
+from tests.support.spans import Spans, conventional_names
 
 pytestmark = pytest.mark.anyio
 
@@ -89,7 +89,7 @@ def test_nothing_of_opentelemetry_is_imported_while_it_is_off() -> None:
     script = """
 import sys
 from engine.base import Prepared
-from gateway.tracing import build_tracing
+from gateway.telemetry.tracing import build_tracing
 tracing = build_tracing({})
 with tracing.request("GET", "http", "/", {}) as span, tracing.agent("a", "b"), tracing.tool("t", 1):
     with tracing.generation(Prepared(request_id="r", prompt_tokens=1, max_tokens=1), "m") as generation:

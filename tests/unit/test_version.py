@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from gateway import __version__
-from tests.conftest import ROOT
+from tests.support.app import ROOT
 
 CHART = ROOT / "helm" / "shannon" / "Chart.yaml"
 DOCKERFILE = ROOT / "Dockerfile"

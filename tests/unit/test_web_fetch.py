@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from gateway.config import FetchSettings, WebFetchSettings
-from gateway.fetch import Fetcher
+from gateway.outbound.fetch import Fetcher
+from gateway.settings.config import FetchSettings, WebFetchSettings
 from gateway.tools.base import Observation, Source, Toolbox
 from gateway.tools.reader import Reader
 from gateway.tools.robots import Robots
 from gateway.tools.web_fetch import WebFetch
-from tests.conftest import until
-from tests.documents import pdf
-from tests.website import Website, page, redirect, run_website
+from tests.support.documents import pdf
+from tests.support.waiting import until
+from tests.support.website import Website, page, redirect, run_website
 
 pytestmark = pytest.mark.anyio
 

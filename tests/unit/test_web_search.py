@@ -11,11 +11,11 @@ import httpx
 import pytest
 import respx
 
-from gateway.config import ConfigError, WebSearchSettings, parse_config
+from gateway.settings.config import ConfigError, WebSearchSettings, parse_config
 from gateway.tools.base import Source, Toolbox, ToolError
 from gateway.tools.search_providers import iso_date
 from gateway.tools.web_search import WebSearch, WebSearchArguments
-from tests.conftest import FakeClock
+from tests.support.waiting import FakeClock
 
 pytestmark = pytest.mark.anyio
 

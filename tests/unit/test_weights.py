@@ -14,8 +14,7 @@ from rich.console import Console
 
 pytest.importorskip("huggingface_hub", reason="downloads need huggingface_hub; `make setup` installs it")
 
-from engine.hub import Hub
-from engine.weights import (
+from engine.weights.cache import (
     File,
     Gated,
     NoSpace,
@@ -28,11 +27,12 @@ from engine.weights import (
     is_hub_id,
     show_bytes,
 )
+from engine.weights.hub import Hub
 from gateway.cli import main
-from gateway.config import ConfigError, parse_config
 from gateway.download import Bars, Lines, choose_models
-from tests.conftest import FakeClock, until
-from tests.hub_stub import Fault, HubStub, checksum, run_hub
+from gateway.settings.config import ConfigError, parse_config
+from tests.support.hub_stub import Fault, HubStub, checksum, run_hub
+from tests.support.waiting import FakeClock, until
 
 pytestmark = pytest.mark.anyio
 
@@ -365,7 +365,7 @@ async def test_volume_that_fills_up_on_the_way_is_named(
     async def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("engine.hub.fetch", full)
+    monkeypatch.setattr("engine.weights.hub.fetch", full)
     with pytest.raises(NoSpace, match=f"org/model: {cache} is full; make room"):
         await fetch(stub, cache)
 

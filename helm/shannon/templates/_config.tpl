@@ -64,7 +64,7 @@ are refused in `config` by _validate.tpl, so that manifests and configuration ca
 {{- $config := include "shannon.config" . | fromYaml -}}
 {{- $_ := unset $config.limits "replicas" -}}
 {{- if eq .Values.configRollout "needed" -}}
-{{- $config = omit $config "models" "default_model" "keys" "limits" "prefix_cache" -}}{{/* gateway/reload.py */}}
+{{- $config = omit $config "models" "default_model" "keys" "limits" "prefix_cache" -}}{{/* gateway/serving/reload.py */}}
 {{- end -}}
 {{- toYaml $config | sha256sum -}}
 {{- end -}}

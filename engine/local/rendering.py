@@ -1,0 +1,516 @@
+"""Requests into vLLM's prompts, and its outputs into deltas: the parts of vLLM that move between releases.
+
+`OnlineRenderer`, `ChatCompletionRequest`, `CompletionRequest` and the parsers of tool calls and reasoning are touched
+here and nowhere else. No parser is written here: vLLM's are run, one per choice, and only where a request needs one.
+Fails with InvalidRequest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from pydantic import ValidationError
+
+from engine.base import (
+    Delta,
+    EngineDied,
+    FinishReason,
+    GenerationRequest,
+    InvalidRequest,
+    TokenLogprob,
+    ToolCallDelta,
+    Usage,
+)
+from engine.local.client_errors import client_errors
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+    from vllm.outputs import CompletionOutput
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+log = logging.getLogger(__name__)
+
+_FINISH_REASONS: dict[str | None, FinishReason | None] = {
+    None: None,
+    "stop": "stop",
+    "length": "length",
+    "repetition": "stop",  # vLLM's own; OpenAI's clients know no such reason
+}
+# Not vLLM's, or checked by us in our own words first.
+_OWN_FIELDS = frozenset(
+    {"default_max_tokens", "max_total_tokens", "max_tokens_param", "max_tokens", "flow", "affinity", "prompt"}
+)
+_CHAT_ONLY_FIELDS = frozenset(
+    {"messages", "tools", "tool_choice", "parallel_tool_calls", "reasoning_effort", "logprobs", "top_logprobs"}
+)
+COUNTED_CONTEXTS = 4
+"""How many times its context a prompt may take and still be tokenized: one thread does it for everybody."""
+_LONG_CHARS = 131_072
+_CALL_CHARS = 200
+"""What a tool call costs beside its arguments, as if it were text."""
+_MAX_WHITE_SPACE = 20
+"""Characters in one place: a new line, and an indentation that nobody exceeds."""
+_SOURCE = re.compile(r"\[[\d:]+\] \S+:\d+: ")
+"""Where in its own source a compiler of grammars gave up."""
+_ESCAPE = re.compile(
+    r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?P<half>\\u[dD][89a-fA-F][0-9a-fA-F]{2})|\\."
+)
+"""An escape in a JSON string, whole or half a surrogate pair."""
+
+
+def keep_images(llm: AsyncLLM, cache_gb: float | None) -> None:
+    """Give the renderer a cache of processed images of its own; None takes vLLM's default size.
+
+    vLLM's cache is in two halves, here and in the core, and the core is sent each image once. That assumes that every
+    image rendered reaches the core, in that order. Here a request may be refused, left, reordered or only counted
+    after it was rendered, and then the core misses the image for everybody who sends it. So the engine is built
+    without that cache, and images are kept here whole, as vLLM does for several front ends.
+    """
+    from vllm.config.multimodal import MultiModalConfig
+    from vllm.multimodal.cache.factories import processor_only_cache_from_config
+
+    config = llm.model_config.multimodal_config
+    if config is None:
+        return
+    config.mm_processor_cache_gb = MultiModalConfig.mm_processor_cache_gb if cache_gb is None else cache_gb
+    llm.renderer._mm_processor_only_cache = processor_only_cache_from_config(llm.vllm_config)
+
+
+@dataclass(slots=True)
+class Rendered:
+    """A prompt, and what else the engine and the parsers must know of the request."""
+
+    engine_input: Any
+    prompt_tokens: int
+    request: Any
+    chat: bool
+    """Whether it went through the chat template; a bare prompt did not."""
+    reasoning: dict[str, Any]
+    """`reasoning_ended` and `reasoning_parser_kwargs` of AsyncLLM.add_request."""
+    constraint: str | None
+    """What binds the text to a grammar, by the client's name for it."""
+    thoughtless_parser: Callable[[], Any] | None = None
+    """Makes a parser that takes all text for said; set where the prompt has closed the model's thinking already."""
+
+
+class Renderer:
+    """vLLM's renderer and parsers for one engine."""
+
+    def __init__(self, llm: AsyncLLM, tool_parser: str | None, reasoning_parser: str | None) -> None:
+        """Raises TypeError when vLLM does not know a parser, or the tokenizer lacks what it needs."""
+        from vllm.renderers.online_renderer import OnlineRenderer
+
+        self._config = llm.model_config
+        self._long_requests = ThreadPoolExecutor(1, thread_name_prefix="render")
+        self._renderer = OnlineRenderer(
+            llm.model_config,
+            llm.renderer,
+            request_logger=None,
+            chat_template=None,
+            chat_template_content_format="auto",
+            enable_auto_tools=bool(tool_parser),
+            # Told that it may not call, a model should not be shown what it could have called.
+            exclude_tools_when_tool_choice_none=True,
+            tool_parser=tool_parser or None,
+            reasoning_parser=reasoning_parser or None,
+        )
+        self._renderer.warmup()
+        self._parser_cls = self._renderer.parser
+        self._reasons = bool(reasoning_parser)
+        self._default_sampling_params = llm.model_config.get_diff_sampling_param()
+
+    async def render(self, request: GenerationRequest) -> Rendered:
+        """Apply the chat template, or take the bare prompt as it is, and count. Raises InvalidRequest."""
+        return await self._render(request, contexts=1)
+
+    async def tokenize(self, request: GenerationRequest) -> list[int]:
+        """Return the prompt's token ids, though they be more than the context holds. Raises InvalidRequest."""
+        with counted(request.prompt_param, self._config):
+            rendered = await self._render(request, contexts=COUNTED_CONTEXTS)
+        return list(rendered.engine_input["prompt_token_ids"])
+
+    async def _render(self, request: GenerationRequest, *, contexts: int) -> Rendered:
+        self._refuse_what_can_not_fit(request, contexts)
+        if not is_long(request):
+            return await self._render_here(request, contexts)
+        # vLLM checks and converts every message on the event loop: 100 ms per MiB of tool calls. Its renderer keeps
+        # nothing that belongs to a loop.
+        render = partial(asyncio.run, self._render_here(request, contexts))
+        return await asyncio.get_running_loop().run_in_executor(self._long_requests, render)
+
+    def _refuse_what_can_not_fit(self, request: GenerationRequest, contexts: int) -> None:
+        """Raise InvalidRequest on many more messages and calls than there may be tokens: vLLM checks each call, and
+        holds the GIL meanwhile, before it counts."""
+        most = contexts * self._config.max_model_len
+        if 2 * most < len(request.messages) + sum(len(m.get("tool_calls") or ()) for m in request.messages):
+            raise InvalidRequest(
+                f"This model's maximum context length is {self._config.max_model_len} tokens, but the messages have "
+                "many more than that. Shorten the messages.",
+                request.prompt_param,
+                "context_length_exceeded",
+            )
+
+    async def _render_here(self, request: GenerationRequest, contexts: int) -> Rendered:
+        with client_errors(request.prompt_param):
+            if request.prompt is None:
+                return await self._render_chat(request, contexts)
+            return await self._render_prompt(request, contexts)
+
+    async def _render_chat(self, request: GenerationRequest, contexts: int) -> Rendered:
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+        from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+        from vllm.renderers.inputs.preprocess import extract_prompt_len
+
+        if request.tools and not self._takes_tools:
+            raise InvalidRequest("This model can't call tools. Leave 'tools' out.", "tools")
+        fields = _fields(request, frozenset()) | {"messages": _with_whole_characters(request.messages)}
+        chat = _vllm_request(ChatCompletionRequest, contexts, **fields)
+        # Into the cache of this process alone, see keep_images.
+        rendered = await self._renderer.render_chat(chat, skip_mm_cache=True)
+        if isinstance(rendered, ErrorResponse):
+            raise InvalidRequest(rendered.error.message, rendered.error.param or "messages")
+        (engine_input,) = rendered[1]
+        parser = self._make_parser(chat) if self._reasons else None
+        prompt_token_ids: Any = engine_input.get("prompt_token_ids") or []
+        kwargs = self._renderer.effective_chat_template_kwargs(chat)
+        reasoning = {
+            "reasoning_ended": chat.resolve_reasoning_ended(parser, prompt_token_ids),
+            "reasoning_parser_kwargs": {"chat_template_kwargs": kwargs} if parser is not None else None,
+        }
+        prompt_tokens = extract_prompt_len(self._config, engine_input)
+        # The grammar of Mistral's parser covers the thought too: it says "ended" though the prompt closed nothing.
+        closed = parser is not None and reasoning["reasoning_ended"] and not chat._grammar_from_parser
+        thoughtless = partial(self._make_parser, chat, reasons=False) if closed else None
+        return Rendered(engine_input, prompt_tokens, chat, True, reasoning, _constraint(request), thoughtless)
+
+    async def _render_prompt(self, request: GenerationRequest, contexts: int) -> Rendered:
+        from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+        from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+        from vllm.renderers.inputs.preprocess import extract_prompt_len
+
+        logprobs = request.top_logprobs if request.logprobs else None
+        fields = _fields(request, _CHAT_ONLY_FIELDS)
+        completion = _vllm_request(CompletionRequest, contexts, prompt=request.prompt, logprobs=logprobs, **fields)
+        if isinstance(request.prompt, list):
+            self._renderer.renderer.validate_token_ids(request.prompt, parameter="prompt")
+        rendered = await self._renderer.render_completion(completion)
+        if isinstance(rendered, ErrorResponse):
+            raise InvalidRequest(rendered.error.message, rendered.error.param or "prompt")
+        (engine_input,) = rendered
+        prompt_tokens = extract_prompt_len(self._config, engine_input)
+        return Rendered(engine_input, prompt_tokens, completion, False, {}, _constraint(request))
+
+    def sampling_params(self, rendered: Rendered, max_tokens: int) -> SamplingParams:
+        """Return vLLM's sampling parameters: only after rendering, where its parsers may change the request."""
+        _bound_white_space(rendered.request)
+        try:
+            with client_errors():
+                params: SamplingParams = rendered.request.to_sampling_params(max_tokens, self._default_sampling_params)
+        except InvalidRequest as error:
+            if str(error).startswith("n must be 1"):
+                raise InvalidRequest("n must be 1 with temperature 0: all choices would be the same.", "n") from error
+            raise
+        return params
+
+    async def detokenize(self, token_ids: list[int]) -> str:
+        """Return the text of token ids. Raises InvalidRequest on ids that the vocabulary does not have."""
+        return await detokenize(self._renderer.renderer, token_ids)
+
+    @property
+    def _takes_tools(self) -> bool:
+        return self._renderer.use_harmony or (
+            self._parser_cls is not None and self._parser_cls.tool_parser_cls is not None
+        )
+
+    def choice_parsers(self, rendered: Rendered, n: int) -> list[Any] | None:
+        """Return a parser per choice, or None where the text stands for itself."""
+        if self._parser_cls is None or not rendered.chat:
+            return None
+        request = rendered.request
+        if not (self._reasons or self._renderer.use_harmony or (request.tools and request.tool_choice != "none")):
+            return None
+        return [self._make_parser(request) for _ in range(n)]
+
+    def _make_parser(self, chat: Any, *, reasons: bool = True) -> Any:
+        parser_cls: Any = self._parser_cls
+        if not reasons:
+            parser_cls = type("Thoughtless", (parser_cls,), {"reasoning_parser_cls": None})
+        return parser_cls(
+            self._renderer.renderer.get_tokenizer(),
+            chat.tools,
+            chat_template_kwargs=self._renderer.effective_chat_template_kwargs(chat),
+            model_config=self._config,
+        )
+
+
+class Unreadable(Exception):
+    """A parser failed on what the model wrote. The engine itself is well, and still writes."""
+
+
+class ChoiceReader:
+    """Turns the outputs of one choice into deltas, through its parser if it has one."""
+
+    def __init__(self, rendered: Rendered, top_logprobs: int | None, parser: Any, usage: Usage) -> None:
+        self._chat = rendered.request
+        self._constraint = rendered.constraint
+        self._thoughtless_parser = rendered.thoughtless_parser
+        self._top_logprobs = top_logprobs
+        self._parser = parser
+        self._usage = usage
+        self._token_ids: list[int] = []
+        self._called = False
+        self._thought = False
+
+    def read(self, choice: CompletionOutput, prompt_token_ids: list[int] | None, *, stream: bool) -> Delta:
+        """Return what `choice` brought. A delta may be empty: parsers hold back what may become a call."""
+        logprobs = _logprobs(choice, self._top_logprobs) if self._top_logprobs is not None else None
+        try:
+            finish_reason = _FINISH_REASONS[choice.finish_reason]
+        except KeyError:  # "abort" and "error": the core gave up on the request by itself
+            if self._constraint is not None and choice.finish_reason == "error":
+                what = f"Invalid value for '{self._constraint}': it is too complex to be compiled to a grammar."
+                raise InvalidRequest(what, self._constraint) from None
+            raise EngineDied("The engine failed during generation.") from None
+        if self._parser is None:
+            return Delta(choice.text, choice.index, finish_reason, logprobs, stop_reason=_stop_string(choice))
+        delta = Delta("", choice.index, finish_reason, logprobs, stop_reason=_stop_string(choice))
+        self._token_ids += choice.token_ids
+        try:
+            if stream:
+                self._parse_delta(delta, choice, prompt_token_ids)
+            else:
+                self._parse_whole(delta, choice, prompt_token_ids)
+        except Exception as error:  # what models write is anything, and so is what parsers make of it
+            log.exception("the parser failed on what the model wrote")
+            raise Unreadable from error
+        if self._chat.parallel_tool_calls is False:
+            delta.tool_calls = [call for call in delta.tool_calls if call.index == 0]
+        self._called = self._called or bool(delta.tool_calls)
+        if finish_reason is not None:
+            self._usage.reasoning_tokens += self._parser.count_reasoning_tokens(self._token_ids)
+            # OpenAI ends a forced call of one function with "stop".
+            if self._called and finish_reason == "stop" and isinstance(self._chat.tool_choice, (str, type(None))):
+                delta.finish_reason = "tool_calls"
+        return delta
+
+    def _parse_delta(self, delta: Delta, choice: CompletionOutput, prompt_token_ids: list[int] | None) -> None:
+        message = self._parser.parse_delta(
+            delta_text=choice.text,
+            delta_token_ids=list(choice.token_ids),
+            request=self._chat,
+            prompt_token_ids=prompt_token_ids,
+            finished=choice.finish_reason is not None,
+        )
+        if message is None:
+            return
+        delta.text = message.content or ""
+        delta.reasoning = message.reasoning or ""
+        if delta.reasoning and not self._thought:
+            # Where vLLM merged deltas, some of its parsers leave in what opens the thought.
+            self._thought = True
+            if (reasoning_parser := self._parser.reasoning_parser) is not None:
+                delta.reasoning = delta.reasoning.removeprefix(reasoning_parser.reasoning_start_str or "")
+        delta.tool_calls = [
+            ToolCallDelta(
+                call.index,
+                call.id,
+                call.function.name if call.function else None,
+                (call.function.arguments if call.function else None) or "",
+            )
+            for call in message.tool_calls
+        ]
+
+    def _parse_whole(self, delta: Delta, choice: CompletionOutput, prompt_token_ids: list[int] | None) -> None:
+        from vllm.renderers.chat_utils import make_tool_call_id
+
+        parser = self._parser
+        if (
+            self._thoughtless_parser is not None
+            and (parser.reasoning_parser.reasoning_end_str or "") not in choice.text
+        ):
+            # Streamed, vLLM sees this by itself; whole, some of its parsers call all of it a thought.
+            parser = self._thoughtless_parser()
+        if prompt_token_ids is not None:
+            parser.set_prompt_token_ids(prompt_token_ids)
+        reasoning, content, calls = parser.parse(
+            choice.text, self._chat, enable_auto_tools=True, model_output_token_ids=choice.token_ids
+        )
+        delta.text = content or ""
+        delta.reasoning = reasoning or ""
+        delta.tool_calls = [
+            ToolCallDelta(index, call.id or make_tool_call_id(), call.name, call.arguments)
+            for index, call in enumerate(calls or ())
+        ]
+
+
+@contextlib.contextmanager
+def counted(param: str, config: ModelConfig) -> Iterator[None]:
+    """Say in our words that a prompt is too long even to be counted."""
+    try:
+        yield
+    except InvalidRequest as error:
+        if error.code != "context_length_exceeded":
+            raise
+        most = COUNTED_CONTEXTS * config.max_model_len
+        raise InvalidRequest(f"At most {most} tokens are counted. Shorten the {param}.", param, error.code) from error
+
+
+async def detokenize(renderer: Any, token_ids: list[int]) -> str:
+    """Return the text of token ids, from a thread: a million take half a second. Raises InvalidRequest."""
+    from vllm.inputs import TokensPrompt
+    from vllm.renderers import TokenizeParams
+
+    with client_errors():
+        renderer.validate_token_ids(token_ids, parameter="tokens")
+        params = TokenizeParams(max_total_tokens=None, needs_detokenization=True)
+        prompt = await renderer.tokenize_prompt_async(TokensPrompt(prompt_token_ids=token_ids), params)
+    return str(prompt["prompt"])
+
+
+@contextlib.contextmanager
+def naming_constraint(param: str | None) -> Iterator[None]:
+    """Name `param` in what vLLM says about a grammar that can't be compiled, and keep its own source out of it."""
+    try:
+        with client_errors():
+            yield
+    except InvalidRequest as error:
+        if error.param is not None or param is None:
+            raise
+        reason = _SOURCE.sub("", str(error)).strip().rstrip(".")
+        raise InvalidRequest(f"Invalid value for '{param}': {reason}.", param, error.code) from error
+
+
+def is_long(request: GenerationRequest) -> bool:
+    """Tell whether rendering takes so long that it must not hold up the event loop, without its images."""
+    if request.prompt is not None:
+        return len(request.prompt) > _LONG_CHARS
+    left = _LONG_CHARS
+    for message in request.messages:
+        content = message.get("content") or ""
+        parts = (part.get("text") or "" for part in content) if isinstance(content, list) else (content,)
+        calls = message.get("tool_calls") or ()
+        left -= sum(map(len, parts)) + sum(_CALL_CHARS + len(call["function"].get("arguments") or "") for call in calls)
+    return left < 0
+
+
+def _constraint(request: GenerationRequest) -> str | None:
+    if request.tools and request.tool_choice not in (None, "none", "auto"):
+        return "tools"
+    if request.structured_outputs:
+        return f"structured_outputs.{next(iter(request.structured_outputs))}"
+    if request.response_format is not None and request.response_format["type"] == "json_schema":
+        return "response_format.json_schema.schema"
+    return "tools" if request.tools else None
+
+
+def _bound_white_space(request: Any) -> None:
+    """Bound the white space in the arguments of calls that are held to a schema, as our settings do for other JSON.
+
+    vLLM makes a grammar of such calls that knows nothing of `disable_any_whitespace`.
+    """
+    bound = request.structured_outputs
+    if bound is None or bound.structural_tag is None:
+        return
+
+    def walk(node: Any) -> None:
+        if isinstance(node, dict):
+            if node.get("type") == "json_schema" and node.get("style") == "json":
+                node["max_whitespace_cnt"] = _MAX_WHITE_SPACE
+                return  # what is below is the client's schema
+            for child in node.values():
+                walk(child)
+        elif isinstance(node, list):
+            for child in node:
+                walk(child)
+
+    tag = orjson.loads(bound.structural_tag)
+    walk(tag)
+    request.structured_outputs = dataclasses.replace(bound, structural_tag=orjson.dumps(tag).decode())
+
+
+def _with_whole_characters(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages whose calls have no half surrogate pairs in their arguments.
+
+    Models write such escapes, and clients send back what the model wrote. vLLM reads the JSON and its tokenizer then
+    fails on what is no character.
+    """
+    whole = []
+    for message in messages:
+        calls = message.get("tool_calls")
+        if isinstance(calls, list) and any("\\ud" in _arguments(call).lower() for call in calls):
+            message = message | {"tool_calls": [_with_whole_arguments(call) for call in calls]}
+        whole.append(message)
+    return whole
+
+
+def _with_whole_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    arguments = _ESCAPE.sub(lambda match: "\\ufffd" if match["half"] else match[0], _arguments(call))
+    return call | {"function": call["function"] | {"arguments": arguments}}
+
+
+def _arguments(call: dict[str, Any]) -> str:
+    arguments = call.get("function", {}).get("arguments")
+    return arguments if isinstance(arguments, str) else ""
+
+
+def _vllm_request(request_class: Any, contexts: int, **fields: Any) -> Any:
+    """Return vLLM's form of a request. Raises InvalidRequest for a field that vLLM's own schema refuses."""
+    try:
+        return _of_contexts(request_class, contexts)(**fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        param = str(first["loc"][0]) if first["loc"] else None
+        what = str(first["msg"]).removeprefix("Value error, ").rstrip(".")
+        raise InvalidRequest(f"Invalid value for '{param}': {what}." if param else f"{what}.", param) from error
+
+
+@cache
+def _of_contexts(request_class: Any, contexts: int) -> Any:
+    """Return vLLM's class of a request, but with a prompt that may be as long as so many contexts."""
+    if contexts == 1:
+        return request_class
+
+    class Longer(request_class):  # type: ignore[misc]
+        def build_tok_params(self, model_config: Any) -> Any:
+            params = super().build_tok_params(model_config)
+            return dataclasses.replace(params, max_total_tokens=contexts * model_config.max_model_len)
+
+    return Longer
+
+
+def _fields(request: GenerationRequest, without: frozenset[str]) -> dict[str, Any]:
+    """Return the fields of vLLM's request; what was not given is left out, so its defaults hold."""
+    fields = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
+    unwanted = _OWN_FIELDS | without
+    return {name: value for name, value in fields.items() if value is not None and name not in unwanted}
+
+
+def _stop_string(choice: CompletionOutput) -> str | None:
+    return choice.stop_reason if isinstance(choice.stop_reason, str) else None  # else a token's id
+
+
+def _logprobs(choice: CompletionOutput, top: int) -> list[TokenLogprob]:
+    """Convert vLLM's per-step {token id: Logprob} maps, in which the sampled token stands beside the best ones."""
+    converted = []
+    for token_id, step in zip(choice.token_ids, choice.logprobs or (), strict=False):
+        assert step is not None  # None stands only for a prompt's first token
+        ranked = sorted(step.values(), key=lambda entry: entry.rank or 0)[:top]
+        converted.append(_token_logprob(step[token_id], tuple(_token_logprob(entry) for entry in ranked)))
+    return converted
+
+
+def _token_logprob(entry: Any, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
+    text = entry.decoded_token or ""
+    # JSON has no -inf; OpenAI's documentation gives -9999.0 for "very unlikely".
+    return TokenLogprob(text, max(entry.logprob, -9999.0), list(text.encode()), top)

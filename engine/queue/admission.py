@@ -1,0 +1,179 @@
+"""The queue in front of an engine: what does not fit into its batch waits here, where it can be fair.
+
+`QueuedEngine` is an `Engine` around another. It lets as many sequences through as the engine runs at once; the rest
+wait in a `FairQueue`, by flow and class of priority. Past it, the engine's own queue stays empty. A request that is
+cancelled while it waits costs nothing; one for which there is room passes without a turn of the event loop.
+
+It lives and dies with one engine: closing it fails those that wait with EngineUnavailable. Refuses with
+EngineOverloaded, at once where there is no place or no hope, else after `max_wait_s`. A request that waited is asked
+for its `recheck` before it runs; what that raises is passed on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Callable
+from typing import Literal
+
+from engine.base import Delta, EmbeddingRequest, Engine, EngineUnavailable, GenerationRequest, Prepared
+from engine.queue.fair_queue import FairQueue, Ticket
+
+Policy = Literal["fair", "fifo"]
+
+
+def spare_slots(slots: int) -> int:
+    """Return how many of an engine's slots one flow leaves free for others: an eighth, at least one where it can."""
+    return min(slots - 1, max(1, slots // 8))
+
+
+class QueuedEngine:
+    """See the module."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        policy: Policy = "fair",
+        max_queued_requests: int = 1024,
+        max_wait_s: float = 300.0,
+        in_flight_per_flow: int | None = None,
+        max_in_flight: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`max_in_flight` None means as many sequences as the engine runs at once, or no bound where nobody knows.
+
+        `in_flight_per_flow` None leaves `spare_slots` to others while others are about, so that a newcomer need not
+        wait until one of a flood's long generations ends; a flow that is alone may have the whole batch. `fifo` is for
+        comparison: one line for all, no classes and no caps.
+        """
+        self._engine = engine
+        self._fair = policy == "fair"
+        self._max_queued_requests = max_queued_requests
+        self._max_wait_s = max_wait_s
+        self._in_flight_per_flow = in_flight_per_flow
+        self._max_in_flight = max_in_flight
+        self._clock = clock
+        self._queue: FairQueue | None = None
+
+    @property
+    def max_model_len(self) -> int:
+        return self._engine.max_model_len
+
+    @property
+    def max_num_seqs(self) -> int | None:
+        return self._engine.max_num_seqs
+
+    @property
+    def takes_images(self) -> bool:
+        return self._engine.takes_images
+
+    @property
+    def unfinished_requests(self) -> int:
+        return self._engine.unfinished_requests + self.queued_requests
+
+    @property
+    def engine(self) -> Engine:
+        """The engine behind the queue."""
+        return self._engine
+
+    @property
+    def queued_requests(self) -> int:
+        """Requests that wait for admission."""
+        return self._queue.waiting if self._queue is not None else 0
+
+    @property
+    def longest_wait_s(self) -> float:
+        """How long the request that has waited longest has waited so far."""
+        since = self._queue.waiting_since() if self._queue is not None else None
+        return 0.0 if since is None else self._clock() - since
+
+    async def start(self) -> None:
+        await self._engine.start()
+        slots = self._max_in_flight or self._engine.max_num_seqs
+        spare = spare_slots(slots) if self._in_flight_per_flow is None and slots is not None else 0
+        self._queue = FairQueue(
+            slots=slots,
+            flow_slots=self._in_flight_per_flow,
+            spare_slots=spare,
+            max_waiting=self._max_queued_requests,
+            max_wait_s=self._max_wait_s,
+            clock=self._clock,
+            fair=self._fair,
+        )
+
+    async def prepare(self, request: GenerationRequest) -> Prepared:
+        prepared = await self._engine.prepare(request)
+        prepared.flow, prepared.priority = request.flow, request.priority
+        return prepared
+
+    async def prepare_embedding(self, request: EmbeddingRequest) -> Prepared:
+        prepared = await self._engine.prepare_embedding(request)
+        prepared.flow, prepared.priority = request.flow, request.priority
+        prepared.n = len(request.inputs)
+        return prepared
+
+    async def generate(self, prepared: Prepared) -> AsyncGenerator[Delta, None]:
+        queue = self._open()
+        ticket = queue.enter(prepared)
+        try:
+            if ticket.admitted_at is None:
+                await self._wait(queue, ticket)
+            async with contextlib.aclosing(self._engine.generate(prepared)) as deltas:
+                async for delta in deltas:
+                    yield delta
+        finally:
+            queue.leave(ticket)
+
+    async def embed(self, prepared: Prepared) -> list[list[float]]:
+        queue = self._open()
+        ticket = queue.enter(prepared)
+        try:
+            if ticket.admitted_at is None:
+                await self._wait(queue, ticket)
+            return await self._engine.embed(prepared)
+        finally:
+            queue.leave(ticket)
+
+    def _open(self) -> FairQueue:
+        if self._queue is None:
+            raise EngineUnavailable("The engine is not running.")
+        return self._queue
+
+    async def _wait(self, queue: FairQueue, ticket: Ticket) -> None:
+        ticket.turn = asyncio.get_running_loop().create_future()
+        prepared = ticket.prepared
+        prepared.waiting = ticket
+        try:
+            async with asyncio.timeout(self._max_wait_s):
+                await ticket.turn
+        except TimeoutError:
+            if ticket.admitted_at is None:  # it may have been its turn in the very same moment
+                raise queue.overdue(ticket) from None
+        finally:
+            prepared.waiting = None
+            prepared.queue_s += self._clock() - ticket.entered_at
+        if ticket.admitted_at is None:  # woken by close
+            raise EngineUnavailable("The engine is not running.")
+        if prepared.recheck is not None:
+            await prepared.recheck()
+
+    async def tokenize(self, request: GenerationRequest) -> list[int]:
+        return await self._engine.tokenize(request)
+
+    async def detokenize(self, token_ids: list[int]) -> str:
+        return await self._engine.detokenize(token_ids)
+
+    async def check_health(self) -> None:
+        await self._engine.check_health()
+
+    def cpu_time_s(self) -> float | None:
+        return self._engine.cpu_time_s()
+
+    async def close(self) -> None:
+        queue, self._queue = self._queue, None
+        for ticket in queue.waiters() if queue is not None else ():
+            if ticket.turn is not None and not ticket.turn.done():
+                ticket.turn.set_result(None)
+        await self._engine.close()

@@ -1,0 +1,170 @@
+"""One file over HTTP into a cache, going on from where a former attempt, or a former process, stopped.
+
+The bytes grow in a partial file that is locked while somebody writes it, and become the blob once their checksum is
+right. Leaves out where they come from: `engine.weights.cache` knows the hub. Fails with Damaged, and with what httpx2,
+huggingface_hub and the file system raise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import hashlib
+import os
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+if TYPE_CHECKING:
+    from httpx2 import AsyncClient
+
+MAX_TRIES = 8
+"""Connections in a row that bring nothing."""
+MAX_WAIT_S = 30.0
+STALL_S = 30.0
+"""Silence after which a connection is given up."""
+_LOCK_POLL_S = 1.0
+
+OnBytes = Callable[[int], None]
+"""Told of bytes that are there now; a negative number takes some back."""
+
+
+class Damaged(Exception):
+    """What arrived has another checksum, twice."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """A file to bring. `checksum` is a SHA-256, or git's SHA-1 of a blob, in hexadecimal."""
+
+    name: str
+    url: str
+    headers: dict[str, str]
+    partial: Path
+    blob: Path
+    size_bytes: int
+    checksum: str
+    retry_s: float = 1.0
+    """The wait after the first failure; doubled after each further one."""
+
+
+def size_of(path: Path) -> int | None:
+    """Return a file's size in bytes, or None where there is none."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+async def fetch(client: AsyncClient, transfer: Transfer, on_bytes: OnBytes) -> None:
+    """Complete the partial file, check it, and make it the blob. Cancelled or killed, it leaves what it has."""
+    transfer.partial.parent.mkdir(parents=True, exist_ok=True)
+    async with _locked(transfer) as out:
+        if out is None:  # another process has brought it meanwhile
+            on_bytes(transfer.size_bytes)
+            return
+        on_bytes(out.seek(0, os.SEEK_END))
+        for _ in range(2):
+            await _complete(client, transfer, out, on_bytes)
+            if await asyncio.to_thread(_is_right, transfer):
+                await asyncio.to_thread(os.fsync, out.fileno())  # no blob may be shorter after a power cut
+                transfer.partial.replace(transfer.blob)
+                return
+            out.truncate(0)
+            on_bytes(-transfer.size_bytes)
+    raise Damaged(transfer.name)
+
+
+@contextlib.asynccontextmanager
+async def _locked(transfer: Transfer) -> AsyncIterator[BinaryIO | None]:
+    """Open the partial file for this process alone, or yield None when the blob is there."""
+    while True:
+        with transfer.partial.open("a+b") as out:
+            mine = True
+            try:
+                fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                mine = False
+            except OSError:
+                pass  # no locks on this file system: two writers would only spoil the checksum
+            if mine and size_of(transfer.blob) == transfer.size_bytes:
+                transfer.partial.unlink(missing_ok=True)
+                yield None
+                return
+            # Whoever held the lock may have made the file the blob: then its name is free for another.
+            if mine and _is_named(out, transfer.partial):
+                yield out
+                return
+        await asyncio.sleep(_LOCK_POLL_S)
+
+
+def _is_named(file: BinaryIO, path: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    return False
+
+
+async def _complete(client: AsyncClient, transfer: Transfer, out: BinaryIO, on_bytes: OnBytes) -> None:
+    """Append to `out` until it has the file's size, over as many connections as it takes."""
+    import httpx2
+    from huggingface_hub.errors import HfHubHTTPError
+
+    tries = 0
+    while (have := out.seek(0, os.SEEK_END)) != transfer.size_bytes:
+        wait_s = min(MAX_WAIT_S, transfer.retry_s * 2**tries)
+        tries += 1
+        try:
+            await _append(client, transfer, out, on_bytes)
+        except HfHubHTTPError as error:
+            passing = error.response.status_code in (408, 429) or error.response.status_code >= 500
+            if not passing or tries == MAX_TRIES:
+                raise
+            with contextlib.suppress(KeyError, ValueError):
+                wait_s = min(MAX_WAIT_S, float(error.response.headers["Retry-After"]))
+        except httpx2.TransportError:
+            if tries == MAX_TRIES:
+                raise
+        now = out.seek(0, os.SEEK_END)
+        if now > have:
+            tries = 0
+        elif tries == MAX_TRIES:
+            raise httpx2.ReadError("nothing comes any more")
+        if now != transfer.size_bytes:
+            await asyncio.sleep(wait_s)
+
+
+async def _append(client: AsyncClient, transfer: Transfer, out: BinaryIO, on_bytes: OnBytes) -> None:
+    """Append what one connection brings."""
+    import httpx2
+    from huggingface_hub import hf_raise_for_status
+
+    have = out.seek(0, os.SEEK_END)
+    if have > transfer.size_bytes:
+        have = _restart(out, have, on_bytes)
+    # Of a compressed body nobody could tell where to go on.
+    headers = transfer.headers | {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    timeout = httpx2.Timeout(STALL_S)
+    async with client.stream("GET", transfer.url, headers=headers, timeout=timeout) as response:
+        hf_raise_for_status(response)
+        if have and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            have = _restart(out, have, on_bytes)  # it sends all of it
+        async for piece in response.aiter_raw():
+            out.write(piece)
+            out.flush()  # whoever kills this process finds what it has told of
+            on_bytes(len(piece))
+
+
+def _restart(out: BinaryIO, have: int, on_bytes: OnBytes) -> int:
+    out.truncate(0)
+    on_bytes(-have)
+    return 0
+
+
+def _is_right(transfer: Transfer) -> bool:
+    digest = hashlib.sha256() if len(transfer.checksum) == 64 else hashlib.sha1(b"blob %d\0" % transfer.size_bytes)
+    with transfer.partial.open("rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest() == transfer.checksum

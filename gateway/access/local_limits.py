@@ -1,0 +1,196 @@
+"""Limits as one process can enforce them alone, while the store is away.
+
+It begins with what it saw of the store last: its own reservations, by the second, and what others had taken, which
+counts until the store said that it would be gone. Of the room that is left each of `replicas` processes may take an
+equal share, and one request at least. Reservations that the store does not know yet are kept apart as `pending`: they
+are reported to it with every question until it has charged them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from gateway.access.allowance import DAY_S, WINDOW_S, Allowance, Standing, day_number
+
+REQUESTS, TOKENS = 0, 1
+
+
+class LocalWindow:
+    """The sliding window of one key and model, as this process knows it. Times are on the store's clock."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, list[int]] = {}
+        """Second -> [requests, tokens] of this process that the store has."""
+        self._pending: dict[int, list[int]] = {}
+        """The same, of which the store does not know."""
+        self._others = [0, 0]
+        self._others_until = [0, 0]
+
+    def add(self, second: int, requests: int, tokens: int, *, pending: bool) -> None:
+        """Note what was taken, or with negative figures what was given back."""
+        buckets = self._pending if pending else self._known
+        bucket = buckets.setdefault(second, [0, 0])
+        bucket[REQUESTS] = max(0, bucket[REQUESTS] + requests)
+        bucket[TOKENS] = max(0, bucket[TOKENS] + tokens)
+
+    def charged(self, second: int, requests: int, tokens: int) -> None:
+        """Note that the store now has what was pending."""
+        waiting = self._pending.get(second)
+        if waiting is not None:
+            requests, tokens = min(requests, waiting[REQUESTS]), min(tokens, waiting[TOKENS])
+            self.add(second, -requests, -tokens, pending=True)
+            self.add(second, requests, tokens, pending=False)
+
+    def note(self, standing: Standing, now: float) -> None:
+        """Take what the store said, its own figures and what was reported to it as pending together."""
+        self._forget(now)
+        allowance = standing.allowance
+        used = (
+            allowance.requests_per_minute - standing.remaining_requests,
+            allowance.tokens_per_minute - standing.remaining_tokens,
+        )
+        latest = int(now) + 2 * WINDOW_S
+        self._others_until = [min(standing.reset_requests, latest), min(standing.reset_tokens, latest)]
+        for column in (REQUESTS, TOKENS):
+            own = self._sum(self._known, column, now) + self._sum(self._pending, column, now)
+            self._others[column] = max(0, used[column] - own)
+
+    def pending(self, now: float) -> tuple[int, int]:
+        """Return the requests and tokens in the window that the store does not know."""
+        if not self._pending:
+            return 0, 0
+        self._forget(now)
+        return self._sum(self._pending, REQUESTS, now), self._sum(self._pending, TOKENS, now)
+
+    def wait_s(self, column: int, wanted: int, limit: int, replicas: int, now: float) -> float:
+        """Return how long to wait until `wanted` more fit, 0 if they fit now."""
+        if wanted == 0 or self._fits(column, wanted, limit, replicas, now):
+            return 0.0
+        ends = {second + WINDOW_S for second in (*self._known, *self._pending)} | {self._others_until[column]}
+        for end in sorted(ends):
+            if end > now and self._fits(column, wanted, limit, replicas, end):
+                return end - now
+        return float(WINDOW_S)
+
+    def remaining(self, column: int, wanted: int, limit: int, replicas: int, now: float) -> int:
+        """Return how much this process may still take, if its share has room for `wanted`."""
+        return self._share(column, wanted, limit, replicas, now) - self._sum(self._pending, column, now)
+
+    def idle(self, now: float) -> bool:
+        """Tell whether nothing in it counts any more."""
+        self._forget(now)
+        return not self._known and not self._pending and max(self._others_until) <= now
+
+    def _fits(self, column: int, wanted: int, limit: int, replicas: int, now: float) -> bool:
+        return self.remaining(column, wanted, limit, replicas, now) >= wanted
+
+    def _share(self, column: int, wanted: int, limit: int, replicas: int, now: float) -> int:
+        others = self._others[column] if self._others_until[column] > now else 0
+        return share_of(limit - others - self._sum(self._known, column, now), wanted, replicas)
+
+    @staticmethod
+    def _sum(buckets: dict[int, list[int]], column: int, now: float) -> int:
+        return sum(bucket[column] for second, bucket in buckets.items() if _counts(second, now))
+
+    def _forget(self, now: float) -> None:
+        for buckets in (self._known, self._pending):
+            for second in [second for second in buckets if not _counts(second, now)]:
+                del buckets[second]
+
+
+def _counts(second: int, now: float) -> bool:
+    """Tell whether a second is in the window. One far ahead is of a clock that was set back, see lua/window.lua."""
+    return now - WINDOW_S < second <= now + WINDOW_S
+
+
+def share_of(room: int, wanted: int, replicas: int) -> int:
+    """Return a process's share of the room that is left: at least one request, where there is room for it."""
+    return max(min(wanted, room), room // replicas)
+
+
+@dataclass(slots=True)
+class LocalDay:
+    """Tokens of one key on one day, as this process knows them."""
+
+    number: int = 0
+    known: int = 0
+    pending: int = 0
+
+    def at(self, now: float) -> LocalDay:
+        """Return it as it is at a time: a new day begins empty."""
+        if (number := day_number(now)) != self.number:
+            self.number, self.known, self.pending = number, 0, 0
+        return self
+
+
+@dataclass(slots=True)
+class Refused:
+    """What is exceeded, and in how long there may be room."""
+
+    kind: str
+    wait_s: float
+
+
+@dataclass(slots=True)
+class LocalLimits:
+    """All windows and days that this process knows, and the requests that it has running."""
+
+    windows: dict[tuple[str, str], LocalWindow] = field(default_factory=lambda: defaultdict(LocalWindow))
+    days: dict[str, LocalDay] = field(default_factory=lambda: defaultdict(LocalDay))
+
+    def window(self, key_id: str, model_id: str) -> LocalWindow:
+        return self.windows[key_id, model_id]
+
+    def day(self, key_id: str, now: float) -> LocalDay:
+        return self.days[key_id].at(now)
+
+    def refusal(
+        self,
+        key_id: str,
+        model_id: str,
+        allowance: Allowance,
+        requests: int,
+        tokens: int,
+        running: tuple[int, int],
+        replicas: int,
+        now: float,
+    ) -> Refused | None:
+        """Return what refuses a generation, if something does.
+
+        `running` is how many requests this process has running of the model and of the key.
+        """
+        window = self.window(key_id, model_id)
+        waits = [
+            Refused("requests", window.wait_s(REQUESTS, requests, allowance.requests_per_minute, replicas, now)),
+            Refused("tokens", window.wait_s(TOKENS, tokens, allowance.tokens_per_minute, replicas, now)),
+        ]
+        limits = (allowance.concurrent_requests, allowance.concurrent_requests_of_key)
+        for limit, count in zip(limits, running, strict=True):
+            if limit and requests and count >= max(1, limit // replicas):
+                waits.append(Refused("concurrent", 1.0))
+        if allowance.tokens_per_day:
+            day = self.day(key_id, now)
+            if day.pending + tokens > share_of(allowance.tokens_per_day - day.known, tokens, replicas):
+                waits.append(Refused("daily_tokens", DAY_S - now % DAY_S))
+        worst = max(waits, key=lambda refused: refused.wait_s)
+        return worst if worst.wait_s > 0 else None
+
+    def standing(
+        self, key_id: str, model_id: str, allowance: Allowance, tokens: int, replicas: int, now: float
+    ) -> Standing:
+        """Return where a caller stands, after `tokens` were taken."""
+        window = self.window(key_id, model_id)
+        reset = int(now) + 1 + WINDOW_S
+        remaining = (
+            window.remaining(REQUESTS, 1, allowance.requests_per_minute, replicas, now),
+            window.remaining(TOKENS, tokens, allowance.tokens_per_minute, replicas, now),
+        )
+        return Standing(allowance, *remaining, reset, reset, local=True)
+
+    def forget_idle(self, now: float) -> None:
+        """Drop what does not count any more."""
+        for of in [of for of, window in self.windows.items() if window.idle(now)]:
+            del self.windows[of]
+        for key_id in [key_id for key_id, day in self.days.items() if day.number != day_number(now)]:
+            del self.days[key_id]
