@@ -17,14 +17,15 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequen
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from engine.sampling import Sampling
+
 FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationRequest:
+class GenerationRequest(Sampling):
     """One generation: messages (or a bare prompt) plus sampling parameters, under vLLM's names.
 
-    `None` means "not given": the engine falls back to the checkpoint's generation config, then to OpenAI's default.
     `request_id`, `cache_salt`, `flow` and `priority` are made by the server; clients never choose them.
     """
 
@@ -57,22 +58,8 @@ class GenerationRequest:
     """Used when `max_tokens` is None, and cut to what the context leaves."""
     max_total_tokens: int | None = None
     """Most that prompt and all completions together may take; None leaves it to the context."""
-    n: int = 1
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    seed: int | None = None
-    stop: list[str] = field(default_factory=list)
-    stop_token_ids: list[int] = field(default_factory=list)
-    ignore_eos: bool = False
-    min_tokens: int = 0
     logprobs: bool = False
     top_logprobs: int = 0
-    logit_bias: dict[str, float] | None = None
     response_format: dict[str, Any] | None = None
 
     @property

@@ -32,6 +32,7 @@ from engine.base import (
     Usage,
 )
 from engine.local.client_errors import client_errors
+from engine.sampling import PARAMETERS
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -47,13 +48,9 @@ _FINISH_REASONS: dict[str | None, FinishReason | None] = {
     "length": "length",
     "repetition": "stop",  # vLLM's own; OpenAI's clients know no such reason
 }
-# Not vLLM's, or checked by us in our own words first.
-_OWN_FIELDS = frozenset(
-    {"default_max_tokens", "max_total_tokens", "max_tokens_param", "max_tokens", "flow", "affinity", "prompt"}
-)
-_CHAT_ONLY_FIELDS = frozenset(
-    {"messages", "tools", "tool_choice", "parallel_tool_calls", "reasoning_effort", "logprobs", "top_logprobs"}
-)
+_FIELDS = (*PARAMETERS, "request_id", "cache_salt", "priority", "stream", "structured_outputs", "response_format")
+"""Fields that a GenerationRequest and both of vLLM's requests have in common."""
+_CHAT_FIELDS = ("tools", "tool_choice", "parallel_tool_calls", "reasoning_effort", "logprobs", "top_logprobs")
 COUNTED_CONTEXTS = 4
 """How many times its context a prompt may take and still be tokenized: one thread does it for everybody."""
 _LONG_CHARS = 131_072
@@ -174,8 +171,9 @@ class Renderer:
 
         if request.tools and not self._takes_tools:
             raise InvalidRequest("This model can't call tools. Leave 'tools' out.", "tools")
-        fields = _fields(request, frozenset()) | {"messages": _with_whole_characters(request.messages)}
-        chat = _vllm_request(ChatCompletionRequest, contexts, **fields)
+        fields = _given(request, (*_FIELDS, *_CHAT_FIELDS))
+        messages = _with_whole_characters(request.messages)
+        chat = _vllm_request(ChatCompletionRequest, contexts, messages=messages, **fields)
         # Into the cache of this process alone, see keep_images.
         rendered = await self._renderer.render_chat(chat, skip_mm_cache=True)
         if isinstance(rendered, ErrorResponse):
@@ -200,7 +198,7 @@ class Renderer:
         from vllm.renderers.inputs.preprocess import extract_prompt_len
 
         logprobs = request.top_logprobs if request.logprobs else None
-        fields = _fields(request, _CHAT_ONLY_FIELDS)
+        fields = _given(request, _FIELDS)
         completion = _vllm_request(CompletionRequest, contexts, prompt=request.prompt, logprobs=logprobs, **fields)
         if isinstance(request.prompt, list):
             self._renderer.renderer.validate_token_ids(request.prompt, parameter="prompt")
@@ -489,11 +487,9 @@ def _of_contexts(request_class: Any, contexts: int) -> Any:
     return Longer
 
 
-def _fields(request: GenerationRequest, without: frozenset[str]) -> dict[str, Any]:
-    """Return the fields of vLLM's request; what was not given is left out, so its defaults hold."""
-    fields = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
-    unwanted = _OWN_FIELDS | without
-    return {name: value for name, value in fields.items() if value is not None and name not in unwanted}
+def _given(request: GenerationRequest, names: tuple[str, ...]) -> dict[str, Any]:
+    """Return the named fields that are not None; vLLM's defaults apply to the others."""
+    return {name: value for name in names if (value := getattr(request, name)) is not None}
 
 
 def _stop_string(choice: CompletionOutput) -> str | None:

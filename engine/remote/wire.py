@@ -104,21 +104,8 @@ def generation_body(request: GenerationRequest, model: str, max_tokens: int | No
     given: dict[str, Any] = {
         MAX_TOKENS: max_tokens,
         "reasoning_effort": request.reasoning_effort,
-        "temperature": request.temperature,
-        "top_p": request.top_p,
-        "top_k": request.top_k,
-        "min_p": request.min_p,
-        "presence_penalty": request.presence_penalty,
-        "frequency_penalty": request.frequency_penalty,
-        "repetition_penalty": request.repetition_penalty,
-        "seed": request.seed,
-        "logit_bias": request.logit_bias,
-        **_bounds(request),
-        "stop": request.stop or None,
-        "stop_token_ids": request.stop_token_ids or None,
-        "ignore_eos": request.ignore_eos or None,
-        "min_tokens": request.min_tokens or None,
-        "n": request.n if request.n > 1 else None,
+        **_constraints(request),
+        **request.given(),
     }
     if request.tools:  # the other two are refused without
         given["tools"] = request.tools
@@ -132,12 +119,12 @@ def generation_body(request: GenerationRequest, model: str, max_tokens: int | No
     return body | {name: value for name, value in given.items() if value is not None}
 
 
-def _bounds(request: GenerationRequest) -> dict[str, Any]:
-    """Return what holds the answer to a form: a JSON schema in OpenAI's words, which others know as well as vLLM."""
-    bound = request.structured_outputs
-    if bound is not None and bound.keys() == {"json"} and isinstance(bound["json"], dict):
-        return {RESPONSE_FORMAT: {"type": "json_schema", "json_schema": {"name": "answer", "schema": bound["json"]}}}
-    return {"structured_outputs": bound, RESPONSE_FORMAT: request.response_format}
+def _constraints(request: GenerationRequest) -> dict[str, Any]:
+    """Return the constraints on the text. A JSON schema is sent in OpenAI's form, which not only vLLM accepts."""
+    outputs = request.structured_outputs
+    if outputs is not None and outputs.keys() == {"json"} and isinstance(outputs["json"], dict):
+        return {RESPONSE_FORMAT: {"type": "json_schema", "json_schema": {"name": "answer", "schema": outputs["json"]}}}
+    return {"structured_outputs": outputs, RESPONSE_FORMAT: request.response_format}
 
 
 def tokenize_body(request: GenerationRequest, model: str) -> dict[str, Any]:

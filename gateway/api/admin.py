@@ -10,7 +10,7 @@ from gateway.access.auth import Principal
 from gateway.access.keys import KeySpec
 from gateway.api.call import Call
 from gateway.api.dependencies import authenticate_admin, services
-from gateway.api.sampling import parse_body
+from gateway.api.schema import parse_body
 from gateway.errors import BadRequest
 from gateway.services import Services
 

@@ -1,6 +1,6 @@
-"""The body of POST /v1/chat/completions: OpenAI's fields, plus vLLM's that are safe in a client's hands.
+"""The body of POST /v1/chat/completions: OpenAI's fields, and those of vLLM's that clients may safely set.
 
-Fails with BadRequest, which names the parameter.
+Raises BadRequest, which names the parameter.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from pydantic import ConfigDict, Field, model_validator
 
 from engine.base import GenerationRequest
 from gateway.api.content import Content, check_images
-from gateway.api.function_calling import NamedToolChoice, Schema, ToolCalls, ToolChoice, Tools, check_tool_choice
-from gateway.api.sampling import SamplingFields, parse_body
+from gateway.api.function_calling import NamedToolChoice, ToolCalls, ToolChoice, Tools, check_tool_choice
+from gateway.api.generation_schema import CompletionFields
+from gateway.api.sampling import accepts_sampling
+from gateway.api.schema import Schema, parse_body
 from gateway.api.shannon_options import ShannonOptions
 from gateway.errors import BadRequest
 from gateway.settings.config import DefaultSettings
@@ -22,7 +24,7 @@ _TEXT: dict[str, Any] = {"items": {"properties": {"type": {"const": "text"}}}}
 
 
 def _of_role(*roles: str, required: tuple[str, ...] = ("content",), **fields: Any) -> dict[str, Any]:
-    """Return what a message of such a role must be, in JSON schema."""
+    """Return the JSON schema of messages of these roles."""
     properties = {
         "role": {"enum": roles},
         "content": _TEXT | {"not": _NULL},
@@ -33,7 +35,7 @@ def _of_role(*roles: str, required: tuple[str, ...] = ("content",), **fields: An
 
 
 class ChatMessage(Schema):
-    # What `check_role` asks for, in the words of the OpenAPI document.
+    # The rules of `check_role`, for the OpenAPI document.
     model_config = ConfigDict(
         json_schema_extra={
             "oneOf": [
@@ -49,15 +51,15 @@ class ChatMessage(Schema):
     )
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
-    """Text, or a list of parts. Only an assistant's message with tool calls may go without."""
+    """Text, or a list of parts. Optional only in an assistant message with tool calls."""
     name: Annotated[str, Field(max_length=256)] | None = None
     tool_calls: ToolCalls | None = None
-    """What an assistant called."""
+    """Calls that the assistant made."""
     tool_call_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
-    """The call that a tool's message answers."""
+    """Id of the call whose result a tool message has."""
 
     def for_engine(self) -> dict[str, Any]:
-        """Return the message as chat templates know it; `developer` is OpenAI's newer word for `system`."""
+        """Return the message as chat templates expect it; `developer` is OpenAI's newer name for `system`."""
         role = "system" if self.role == "developer" else self.role
         message: dict[str, Any] = {"role": role, "content": self.content or ""}
         if self.name:
@@ -72,7 +74,8 @@ class ChatMessage(Schema):
 Messages = Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=4096)]
 
 
-class ChatCompletionRequest(SamplingFields):
+@accepts_sampling("chat")
+class ChatCompletionRequest(CompletionFields):
     shannon_options: ShannonOptions | None = None
     """For models with agents."""
     messages: Messages
@@ -83,12 +86,12 @@ class ChatCompletionRequest(SamplingFields):
     tool_choice: ToolChoice | None = None
     """`auto` when left out: the model decides."""
     parallel_tool_calls: bool | None = None
-    """False allows one call per answer at most."""
+    """False limits an answer to one call."""
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
-    """How much a reasoning model should think, where its chat template knows."""
+    """How much a reasoning model should think, if its chat template supports it."""
     resumable: bool | None = None
-    """Keep the stream for a while, so that it can be taken up again after it was cut; the completion is then made to
-    its end even while nobody is there. The server's setting for the key when left out."""
+    """Keep the stream for a while so that a client can resume it after a disconnect; the completion is then generated
+    to its end without a client. The default is the server's setting for the key."""
 
     @model_validator(mode="after")
     def _fields_must_agree(self) -> ChatCompletionRequest:
@@ -106,22 +109,22 @@ class ChatCompletionRequest(SamplingFields):
         return self
 
     def _tool_messages_must_answer_calls(self) -> None:
-        """Refuse results of calls that were never made. A request without assistant turns may rely on its session."""
+        """Refuse results of unknown calls. Without assistant messages, the calls may be in the session's history."""
         made: set[str] = set()
-        assistant_spoke = False
+        has_assistant = False
         for number, message in enumerate(self.messages):
             if message.role == "assistant":
-                assistant_spoke = True
+                has_assistant = True
                 made.update(call["id"] for call in message.tool_calls or ())
-            elif message.role == "tool" and assistant_spoke and message.tool_call_id not in made:
+            elif message.role == "tool" and has_assistant and message.tool_call_id not in made:
                 raise BadRequest(
-                    "A message of role 'tool' must answer one of the tool_calls of an assistant's message before it; "
-                    f"none has the id {message.tool_call_id!r}.",
+                    "A 'tool' message must have the result of a tool call in an earlier 'assistant' message; "
+                    f"no call has the id {message.tool_call_id!r}.",
                     f"messages[{number}].tool_call_id",
                 )
 
     def for_engine(self, request_id: str, defaults: DefaultSettings) -> GenerationRequest:
-        """Return the generation that this body asks for, with the model's defaults filled in."""
+        """Return the requested generation, with the model's defaults filled in."""
         return GenerationRequest(
             request_id=request_id,
             messages=[message.for_engine() for message in self.messages],
@@ -131,7 +134,7 @@ class ChatCompletionRequest(SamplingFields):
             tool_choice=self._tool_choice_for_engine(),
             parallel_tool_calls=self.parallel_tool_calls if self.tools else None,
             reasoning_effort=self.reasoning_effort,
-            **self.sampling(defaults),
+            **self.generation(defaults),
         )
 
     def _tool_choice_for_engine(self) -> str | dict[str, Any] | None:
@@ -141,20 +144,20 @@ class ChatCompletionRequest(SamplingFields):
 
 
 def check_role(message: ChatMessage, where: str) -> None:
-    """Raise BadRequest where a message has what its role may not have, or lacks what it must."""
+    """Raise BadRequest if a message has a field that its role does not allow, or lacks one that it requires."""
     if message.tool_calls and message.role != "assistant":
-        raise BadRequest(f"Only a message of role 'assistant' may have '{where}.tool_calls'.", f"{where}.tool_calls")
+        raise BadRequest(f"'{where}.tool_calls' is only allowed in 'assistant' messages.", f"{where}.tool_calls")
     if message.role == "tool" and message.tool_call_id is None:
-        raise BadRequest(f"A message of role 'tool' needs '{where}.tool_call_id'.", f"{where}.tool_call_id")
+        raise BadRequest(f"A 'tool' message requires '{where}.tool_call_id'.", f"{where}.tool_call_id")
     if message.tool_call_id is not None and message.role != "tool":
-        raise BadRequest(f"Only a message of role 'tool' may have '{where}.tool_call_id'.", f"{where}.tool_call_id")
+        raise BadRequest(f"'{where}.tool_call_id' is only allowed in 'tool' messages.", f"{where}.tool_call_id")
     check_images(message.content, message.role, f"{where}.content")
     if message.content is None and not message.tool_calls:
         raise BadRequest(f"Missing required parameter: '{where}.content'.", f"{where}.content")
 
 
 def parse_chat_request(body: bytes, stream_query: str | None) -> ChatCompletionRequest:
-    """Parse and check a request body. `stream_query` is the query's `stream`, which means the same as the body's."""
+    """Parse and validate a body. `stream_query` is the query parameter `stream`, which is the same as the field."""
     if stream_query is not None and stream_query.lower() not in ("true", "false", "1", "0"):
         raise BadRequest(f"'stream' in the query must be true or false, not {stream_query[:32]!r}.", "stream")
     streamed = stream_query is not None and stream_query.lower() in ("true", "1")

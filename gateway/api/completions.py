@@ -1,4 +1,4 @@
-"""POST /v1/completions: OpenAI's legacy protocol, bare text without a chat template."""
+"""POST /v1/completions: OpenAI's legacy protocol, a plain prompt without a chat template."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from starlette.responses import Response
 
 from engine.base import GenerationRequest
 from gateway.api.call import Call, call
-from gateway.api.sampling import SamplingFields, parse_body
+from gateway.api.generation_schema import CompletionFields, refuse_not_offered
+from gateway.api.sampling import accepts_sampling
+from gateway.api.schema import parse_body
 from gateway.errors import BadRequest
 from gateway.exchange.frames.completions import CompletionFrames
 from gateway.settings.config import DefaultSettings
@@ -27,18 +29,18 @@ _NOT_OFFERED = {"suffix": "insertion", "prompt_embeds": "prompt embeddings"}
 
 Text = Annotated[str, Field(min_length=1)]
 MAX_IDS = 1_048_576
-"""Token ids of a request: `server.max_body_bytes` is made for as many."""
+"""Token ids per request; the default of `server.max_body_bytes` allows for as many."""
 _PIECE_IDS = 65_536
 
 
 def _check_in_pieces(token_ids: Any, check: Callable[[Any], Any]) -> Any:
-    """Let other threads run between two pieces of a long list: pydantic holds the GIL for all of it, 60 ms."""
+    """Validate a long list in pieces so that other threads can run: pydantic holds the GIL for 60 ms for all of it."""
     if isinstance(token_ids, list) and _PIECE_IDS < len(token_ids) <= MAX_IDS:
         try:
             for start in range(0, len(token_ids), _PIECE_IDS):
                 check(token_ids[start : start + _PIECE_IDS])
         except ValidationError:
-            return check(token_ids)  # which tells the right place
+            return check(token_ids)  # for the index in the whole list
         return token_ids
     return check(token_ids)
 
@@ -51,7 +53,7 @@ TokenIds = Annotated[
 
 
 def _shape(value: Any) -> str | None:
-    """Tell text, token ids and several of them apart, so that an error is about what the client meant."""
+    """Return which kind of prompt the client means, so that errors are about that kind alone."""
     if isinstance(value, str):
         return "text"
     if not isinstance(value, list):
@@ -66,12 +68,13 @@ Prompt = Annotated[Annotated[Text, Tag("text")] | Annotated[TokenIds, Tag("token
 
 
 def check_ids(prompts: list[str | list[int]], param: str) -> None:
-    """Raise BadRequest on more token ids than a request may have, over all its prompts."""
+    """Raise BadRequest if the prompts have more than MAX_IDS token ids together."""
     if sum(len(prompt) for prompt in prompts if isinstance(prompt, list)) > MAX_IDS:
-        raise BadRequest(f"Invalid value for {param!r}: it may hold at most {MAX_IDS} token ids.", param)
+        raise BadRequest(f"Invalid value for {param!r}: it must have at most {MAX_IDS} token ids.", param)
 
 
-class CompletionRequest(SamplingFields):
+@accepts_sampling("completions")
+class CompletionRequest(CompletionFields):
     prompt: Annotated[
         Annotated[Text, Tag("text")]
         | Annotated[TokenIds, Tag("tokens")]
@@ -80,28 +83,33 @@ class CompletionRequest(SamplingFields):
     ]
     """Text or token ids, or a list of either: one completion each."""
     echo: bool | None = None
-    """Put the prompt in front of the text."""
+    """Return the prompt before the generated text."""
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    """How many of the best alternatives to return per token."""
+    """Number of most likely alternatives to return per token."""
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_what_is_not_offered(cls, data: Any) -> Any:
-        for name, what in _NOT_OFFERED.items():
-            if isinstance(data, dict) and data.get(name):
-                raise BadRequest(f"This server does not offer {what}. Leave '{name}' out.", name)
+    def _refuse_not_offered(cls, data: Any) -> Any:
+        refuse_not_offered(data, _NOT_OFFERED)
         return data
 
     @model_validator(mode="after")
-    def _must_be_bearable(self) -> CompletionRequest:
-        if len(self.prompts) * (self.n or 1) > MAX_CHOICES:
-            raise BadRequest(f"A request may have at most {MAX_CHOICES} choices over all its prompts.", "n")
+    def _check_size(self) -> CompletionRequest:
+        if len(self.prompts) * self.choices > MAX_CHOICES:
+            raise BadRequest(f"A request can have at most {MAX_CHOICES} choices over all its prompts.", "n")
         check_ids(self.prompts, "prompt")
         if self.echo and self.logprobs is not None:
-            raise BadRequest("'echo' with 'logprobs' would need those of the prompt, which are not offered.", "echo")
+            raise BadRequest(
+                "'echo' can't be combined with 'logprobs': log probabilities of the prompt are not offered.", "echo"
+            )
         if self.echo and any(not isinstance(prompt, str) for prompt in self.prompts):
-            raise BadRequest("'echo' needs the prompt as text.", "echo")
+            raise BadRequest("'echo' requires the prompt as text.", "echo")
         return self
+
+    @property
+    def choices(self) -> int:
+        """Choices per prompt."""
+        return int(self.sampling().get("n", 1))
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -113,9 +121,9 @@ class CompletionRequest(SamplingFields):
 
     def for_engine(self, request_id: str, defaults: DefaultSettings) -> list[GenerationRequest]:
         """Return one generation per prompt."""
-        sampling = self.sampling(defaults)
-        if self.max_tokens is None and self.max_completion_tokens is None:
-            sampling["default_max_tokens"] = 16  # OpenAI's default for this endpoint
+        fields = self.generation(defaults)
+        if self.limit is None:
+            fields["default_max_tokens"] = 16  # OpenAI's default for this endpoint
         prompts = self.prompts
         ids = [request_id] if len(prompts) == 1 else [f"{request_id}-{number}" for number in range(len(prompts))]
         return [
@@ -124,7 +132,7 @@ class CompletionRequest(SamplingFields):
                 prompt=prompt,
                 logprobs=self.logprobs is not None,
                 top_logprobs=self.logprobs or 0,
-                **sampling,
+                **fields,
             )
             for one_id, prompt in zip(ids, prompts, strict=True)
         ]
@@ -147,7 +155,7 @@ async def create_completion(call: Annotated[Call, Depends(call)]) -> Response:
     completion_id = f"cmpl-{secrets.token_hex(16)}"
     meter = call.meter(completion_id, model)
     events = complete(body.for_engine(completion_id, model.settings.defaults), meter)
-    n = body.n or 1 if body.echo else 0
+    n = body.choices if body.echo else 0
     echo = {number * n + j: str(prompt) for number, prompt in enumerate(body.prompts) for j in range(n)}
     frames = CompletionFrames(
         completion_id,

@@ -1,6 +1,6 @@
-"""What a message may hold beside plain text: parts of text and images, in OpenAI's form.
+"""Content of chat messages: text, or a list of text and image parts in OpenAI's form.
 
-Only their form is checked here; `gateway.images` looks into the images.
+Only the form is checked here; `gateway.images` validates the images themselves.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from gateway.api.function_calling import Plain, Schema
+from gateway.api.schema import Plain, Schema
 from gateway.errors import BadRequest
 
 
@@ -18,11 +18,11 @@ class ImageUrl(Schema):
     url: Annotated[str, Field(min_length=1)]
     """A data URL in base64 (`data:image/png;base64,...`), or an http(s) URL."""
     detail: Literal["auto", "low", "high"] | None = None
-    """Accepted for compatibility; the model decides how closely it looks."""
+    """Accepted for compatibility; the model decides on the resolution."""
 
 
 class ContentPart(Schema):
-    # What the validator below asks for, in the words of the OpenAPI document.
+    # The rule of `_check_presence`, for the OpenAPI document.
     model_config = ConfigDict(
         json_schema_extra={
             "oneOf": [
@@ -34,23 +34,23 @@ class ContentPart(Schema):
     type: Literal["text", "image_url"]
     text: str | None = Field(None, validate_default=True)
     image_url: ImageUrl | None = Field(None, validate_default=True)
-    """PNG, JPEG, WebP or GIF, of which the first picture is taken. Only in messages of role `user`."""
+    """PNG, JPEG, WebP or GIF (first frame). Only in messages of role `user`."""
 
     @field_validator("text", "image_url")
     @classmethod
-    def _must_be_there_by_type(cls, value: Any, info: ValidationInfo) -> Any:
+    def _check_presence(cls, value: Any, info: ValidationInfo) -> Any:
         if value is None and info.data.get("type") == info.field_name:
             raise PydanticCustomError("missing", "Field required")
         return value
 
 
 def _for_engine(parts: list[dict[str, Any]]) -> str | list[dict[str, Any]]:
-    """Return text joined to one string, which every chat template takes, and parts only where they hold an image."""
+    """Return a list of parts if one is an image, else the text as one string, which every chat template accepts."""
     if any(part["type"] == "image_url" for part in parts):
         kept: str | list[dict[str, Any]] = [_part_for_engine(part) for part in parts]
     else:
         kept = "".join(part["text"] for part in parts)
-    parts.clear()  # what was parsed and what is kept never exist both as a whole
+    parts.clear()  # the parsed parts and the converted ones must not both stay in memory
     return kept
 
 
@@ -63,12 +63,16 @@ def _part_for_engine(part: dict[str, Any]) -> dict[str, Any]:
 
 
 Content = str | Annotated[list[dict[str, Any]], Plain(ContentPart, _for_engine, min_length=1, max_length=1024)]
-"""Text, or a list of parts. Of a list only one with an image is kept as a list; the text of others is joined."""
+"""Text, or a list of parts. A list without images is kept as one string."""
 
 
 def check_images(content: Content | None, role: str, where: str) -> None:
-    """Raise BadRequest on an image outside a user's message. `where` is the content's path."""
+    """Raise BadRequest for an image outside a user message. `where` is the path of the content in the body."""
     for number, part in enumerate(content if isinstance(content, list) else ()):
         if part["type"] == "image_url" and role != "user":
-            place = f"{where}[{number}]"
-            raise BadRequest(f"Only a message of role 'user' may hold an image, as '{place}' does.", place)
+            raise misplaced_image(f"{where}[{number}]", f"'{role}' message")
+
+
+def misplaced_image(place: str, container: str) -> BadRequest:
+    """Return the error for an image at `place`, in a container that must not have images."""
+    return BadRequest(f"Images are only allowed in 'user' messages; '{place}' is in a {container}.", place)

@@ -18,8 +18,7 @@ from starlette.responses import Response
 from engine.base import EmbeddingRequest
 from gateway.api.call import Call, call
 from gateway.api.completions import BY_SHAPE, Prompt, Text, TokenIds, check_ids
-from gateway.api.function_calling import Schema
-from gateway.api.sampling import parse_body
+from gateway.api.schema import Schema, parse_body
 from gateway.meter import Meter
 
 router = APIRouter()

@@ -27,12 +27,12 @@ from starlette.responses import Response
 
 from engine.base import EngineError
 from engine.inspector.base import InspectedToken, InspectionRequest, Inspector, Reply
+from engine.sampling import Int64
 from gateway.access.auth import Principal
 from gateway.access.catalog import ModelSpec
 from gateway.api.call import Call, call
 from gateway.api.dependencies import authenticate, services
-from gateway.api.function_calling import Schema
-from gateway.api.sampling import Int64, parse_body
+from gateway.api.schema import Schema, parse_body
 from gateway.errors import (
     BadRequest,
     GatewayError,

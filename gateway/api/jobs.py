@@ -27,9 +27,10 @@ from engine.base import Delta, GenerationRequest
 from gateway.access.auth import Principal
 from gateway.api.call import Call, Caller, call
 from gateway.api.dependencies import authenticate, services, while_authenticated
-from gateway.api.function_calling import Schema
+from gateway.api.generation_schema import MaxTokens
 from gateway.api.resume import number_of
-from gateway.api.sampling import parse_body
+from gateway.api.sampling import SamplingSchema, accepts_sampling
+from gateway.api.schema import parse_body
 from gateway.durable.job_queue import Job, JobEvent, error_fields, event_frame
 from gateway.errors import BadRequest, GatewayError, RequestTooLarge
 from gateway.exchange.chunking import rechunk
@@ -45,7 +46,8 @@ _CLIENT_ID = re.compile(r"[A-Za-z0-9._:@-]{1,128}")
 _BODY = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/JobRequest"}}}}
 
 
-class JobRequest(Schema):
+@accepts_sampling("jobs")
+class JobRequest(SamplingSchema):
     client_id: str
     """The client on whose stream the answer is to come."""
     prompt: Annotated[str, Field(min_length=1)]
@@ -54,8 +56,7 @@ class JobRequest(Schema):
     """What the prompt is about; stands before it."""
     model: Annotated[str, Field(max_length=256)] | None = None
     """Model id; the server's default when left out."""
-    max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    max_tokens: MaxTokens | None = None
 
     def for_engine(self, request_id: str, defaults: DefaultSettings) -> GenerationRequest:
         """Return the generation that this job asks for. The context goes into the user's own message: some chat
@@ -67,8 +68,7 @@ class JobRequest(Schema):
             stream=True,
             max_tokens=self.max_tokens,
             default_max_tokens=defaults.max_tokens,
-            temperature=self.temperature if self.temperature is not None else defaults.temperature,
-            top_p=defaults.top_p,
+            **self.sampling(defaults),
         )
 
 

@@ -19,7 +19,7 @@ from engine.base import GenerationRequest
 from gateway.api.call import Call, call
 from gateway.api.error_params import reword
 from gateway.api.messages_schema import CountTokensRequest, MessagesRequest
-from gateway.api.sampling import parse_body
+from gateway.api.schema import parse_body
 from gateway.errors import GatewayError, StoreUnavailable, from_store
 from gateway.exchange.error_response import ErrorResponse
 from gateway.exchange.frames.messages import MessageFrames, error_body, render_error
@@ -63,7 +63,7 @@ async def create_message(call: Annotated[Call, Depends(call)]) -> Response:
     body, request, places = await call.read(lambda data: _parse(MessagesRequest, data, message_id))
     model = await call.admit(body.model)
     meter = call.meter(message_id, model)
-    generation = dataclasses.replace(request, **body.sampling(model.settings.defaults))
+    generation = dataclasses.replace(request, **body.generation(model.settings.defaults))
     events, session = await call.converse(generation, meter, body.shannon_options)
     frames = MessageFrames(message_id, model.id, meter.spent, events=call.wants_events)
     return call.answer(

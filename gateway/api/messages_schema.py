@@ -17,19 +17,18 @@ from gateway.api.function_calling import (
     MAX_TOOLS,
     FunctionDefinition,
     FunctionName,
-    JsonObject,
-    JsonSchemaObject,
     NamedFunction,
     NamedToolChoice,
-    Plain,
-    Schema,
     Tool,
     ToolChoice,
     check_together,
     check_tool_choice,
 )
-from gateway.api.sampling import StopString
+from gateway.api.generation_schema import MaxTokens, refuse_not_offered
+from gateway.api.sampling import SamplingSchema, accepts_sampling
+from gateway.api.schema import JsonObject, Plain, Schema
 from gateway.api.shannon_options import ShannonOptions
+from gateway.api.structured_outputs import JsonSchemaObject
 from gateway.errors import BadRequest
 from gateway.settings.config import DefaultSettings
 
@@ -294,16 +293,12 @@ class CountTokensRequest(Schema):
         return system + made
 
 
-class MessagesRequest(CountTokensRequest):
-    max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)]
-    """An upper bound, cut to what the context leaves: this protocol lets nobody leave it out."""
+@accepts_sampling("messages")
+class MessagesRequest(CountTokensRequest, SamplingSchema):
+    max_tokens: MaxTokens
+    """An upper bound, reduced to what the context leaves: this protocol requires it of every request."""
     stream: bool | None = None
     """Send server-sent events."""
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
-    """-1 and 0 mean all tokens."""
-    stop_sequences: Annotated[list[StopString], Field(max_length=16)] | None = None
     metadata: JsonObject | None = None
     """Accepted for compatibility; the API key identifies the caller."""
     shannon_options: ShannonOptions | None = None
@@ -311,22 +306,13 @@ class MessagesRequest(CountTokensRequest):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_what_is_not_offered(cls, data: Any) -> Any:
-        for name, what in _NOT_OFFERED.items():
-            if isinstance(data, dict) and data.get(name):
-                raise BadRequest(f"This server does not offer {what}. Leave '{name}' out.", name)
+    def _refuse_not_offered(cls, data: Any) -> Any:
+        refuse_not_offered(data, _NOT_OFFERED)
         return data
 
-    def sampling(self, defaults: DefaultSettings) -> dict[str, Any]:
-        """Return the sampling parameters as fields of a GenerationRequest, with the model's defaults filled in."""
-        fields: dict[str, Any] = {
-            "stream": bool(self.stream),
-            "default_max_tokens": self.max_tokens,
-            "temperature": self.temperature if self.temperature is not None else defaults.temperature,
-            "top_p": self.top_p if self.top_p is not None else defaults.top_p,
-            "top_k": self.top_k,
-            "stop": self.stop_sequences or [],
-        }
+    def generation(self, defaults: DefaultSettings) -> dict[str, Any]:
+        """Return everything but the prompt as fields of a GenerationRequest, with the model's defaults filled in."""
+        fields = self.sampling(defaults) | {"stream": bool(self.stream), "default_max_tokens": self.max_tokens}
         if self.output_config is not None and self.output_config.format is not None:
             schema = {"name": "output", "schema": self.output_config.format.schema_}
             fields["response_format"] = {"type": "json_schema", "json_schema": schema}

@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal
 import orjson
 from pydantic import Field, model_validator
 
-from gateway.api.function_calling import Arguments, FunctionName, Plain, Schema
-from gateway.errors import BadRequest
+from gateway.api.content import misplaced_image
+from gateway.api.function_calling import Arguments, FunctionName
+from gateway.api.schema import Plain, Schema
 
 Message = dict[str, Any]
 
@@ -117,11 +118,12 @@ def items_of(given: Input) -> list[InputItem]:
 
 
 def check_images(items: list[InputItem]) -> None:
-    """Raise BadRequest on an image outside a user's message."""
+    """Raise BadRequest for an image outside a user message."""
     for number, item in enumerate(items):
         if item.images and item.role != "user":
-            place = f"input[{number}].{'content' if item.type == 'message' else 'output'}"
-            raise BadRequest(f"Only a message of role 'user' may hold an image, and '{place}' is none.", place)
+            if item.type == "message":
+                raise misplaced_image(f"input[{number}].content", f"'{item.role}' message")
+            raise misplaced_image(f"input[{number}].output", f"'{item.type}' item")
 
 
 def messages_of(items: list[InputItem]) -> list[Message]:

@@ -22,7 +22,7 @@ from gateway.api.dependencies import authenticate, services
 from gateway.api.error_params import reword
 from gateway.api.response_items import InputItem, Message, image_places, messages_of
 from gateway.api.responses_schema import ResponseRequest
-from gateway.api.sampling import parse_body
+from gateway.api.schema import parse_body
 from gateway.conversations.live_responses import LiveResponse
 from gateway.conversations.sessions import Session, derive_id, text_of
 from gateway.conversations.stored_responses import Conversation, Path

@@ -8,26 +8,27 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from engine.base import GenerationRequest
+from engine.sampling import max_entries
 from gateway.api.function_calling import (
     MAX_TOOLS,
     FunctionDefinition,
     FunctionName,
-    JsonSchemaObject,
     NamedFunction,
     NamedToolChoice,
-    Schema,
     Tool,
     ToolChoice,
     check_together,
     check_tool_choice,
-    max_entries,
 )
+from gateway.api.generation_schema import GenerationFields, MaxTokens, refuse_not_offered
 from gateway.api.response_items import Input, InputItem, Message, check_images, items_of
-from gateway.api.sampling import SamplingFields
+from gateway.api.sampling import accepts_sampling
+from gateway.api.schema import Schema
 from gateway.api.shannon_options import ShannonOptions
+from gateway.api.structured_outputs import JsonSchemaObject
 from gateway.errors import BadRequest
 from gateway.settings.config import DefaultSettings
 
@@ -40,19 +41,12 @@ _MOVED = {
     "verbosity": "text.verbosity",
 }
 _NOT_OFFERED = {
-    "n": "several choices here",
     "conversation": "stored conversations; send 'previous_response_id' or the header X-Session-ID",
     "prompt": "prompt templates",
     "context_management": "compaction; send 'truncation': \"auto\"",
     "moderation": "moderation",
 }
-_NOT_HERE = {"n", "max_tokens", "max_completion_tokens", "response_format"}
-"""Inherited from the chat protocol, and refused."""
 _LOGPROBS = "message.output_text.logprobs"
-
-
-def _without_refused_fields(schema: dict[str, Any]) -> None:
-    schema["properties"] = {name: field for name, field in schema["properties"].items() if name not in _NOT_HERE}
 
 
 class FunctionTool(FunctionDefinition):
@@ -107,13 +101,12 @@ class Reasoning(Schema):
     """Accepted for compatibility; what the model thought is given whole."""
 
 
-class ResponseRequest(SamplingFields):
-    model_config = ConfigDict(json_schema_extra=_without_refused_fields)
-
+@accepts_sampling("responses")
+class ResponseRequest(GenerationFields):
     input: Input
     instructions: Annotated[str, Field(max_length=1_048_576)] | None = None
     """The system prompt of this response alone: those of earlier ones are not carried over."""
-    max_output_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    max_output_tokens: MaxTokens | None = None
     tools: Annotated[list[FunctionTool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
     """`auto` when left out: the model decides."""
@@ -146,7 +139,7 @@ class ResponseRequest(SamplingFields):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_what_is_not_offered(cls, data: Any) -> Any:
+    def _refuse_not_offered(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
         for name, moved in _MOVED.items():
@@ -154,14 +147,15 @@ class ResponseRequest(SamplingFields):
                 raise BadRequest(
                     f"Unsupported parameter: '{name}'. In the Responses API, this parameter is '{moved}'.", name
                 )
-        for name, what in _NOT_OFFERED.items():
-            if data.get(name) and not (name == "n" and data[name] == 1):
-                raise BadRequest(f"This server does not offer {what}. Leave '{name}' out.", name)
+        n = data.get("n")
+        if n is not None and (type(n) is not int or n != 1):
+            raise BadRequest("A response has one choice. Leave 'n' out.", "n")
+        refuse_not_offered(data, _NOT_OFFERED)
         return data
 
     @field_validator("tools")
     @classmethod
-    def _tools_must_be_bearable(cls, tools: list[FunctionTool] | None) -> list[FunctionTool] | None:
+    def _check_tools(cls, tools: list[FunctionTool] | None) -> list[FunctionTool] | None:
         check_together((tool.name, tool.tool().for_engine()) for tool in tools or ())
         return tools
 
@@ -190,11 +184,11 @@ class ResponseRequest(SamplingFields):
 
     def for_engine(self, request_id: str, messages: list[Message], defaults: DefaultSettings) -> GenerationRequest:
         """Return the generation that this body asks for behind `messages`, with the model's defaults filled in."""
-        sampling = self.sampling(defaults) | {"max_tokens_param": "max_output_tokens"}
+        fields = self.generation(defaults) | {"max_tokens_param": "max_output_tokens"}
         if self.text is not None and self.text.format is not None:
-            sampling["response_format"] = self.text.format.for_engine()
-        # A stream nobody reads tells how far a response in the background is.
-        sampling["stream"] = bool(self.stream or self.background)
+            fields["response_format"] = self.text.format.for_engine()
+        # The stream of a response in the background shows its progress.
+        fields["stream"] = bool(self.stream or self.background)
         return GenerationRequest(
             request_id=request_id,
             messages=messages,
@@ -204,11 +198,12 @@ class ResponseRequest(SamplingFields):
             tool_choice=self._tool_choice_for_engine(),
             parallel_tool_calls=self.parallel_tool_calls if self.tools else None,
             reasoning_effort=self.reasoning.effort if self.reasoning else None,
-            **sampling,
+            **fields,
         )
 
     def echo(self, defaults: DefaultSettings) -> dict[str, Any]:
-        """Return the fields of the response object that tell what was asked for."""
+        """Return the fields of the response object that repeat the request."""
+        sampling = self.sampling(defaults)
         text_format = self.text.format if self.text and self.text.format else TextFormat(type="text")
         choice = self.tool_choice or "auto"
         return {
@@ -221,12 +216,12 @@ class ResponseRequest(SamplingFields):
             "previous_response_id": self.previous_response_id,
             "reasoning": {"effort": self.reasoning.effort if self.reasoning else None, "summary": None},
             "service_tier": "default",
-            "temperature": self.temperature if self.temperature is not None else defaults.temperature,
+            "temperature": sampling.get("temperature"),
             "text": {"format": text_format.model_dump(by_alias=True, exclude_none=True)},
             "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
             "tools": [{"strict": None, "parameters": None} | tool.model_dump() for tool in self.tools or ()],
             "top_logprobs": self.top_logprobs or 0,
-            "top_p": self.top_p if self.top_p is not None else defaults.top_p,
+            "top_p": sampling.get("top_p"),
             "truncation": self.truncation or "disabled",
             "user": self.user,
         }

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from gateway.access.catalog import ModelSpec
-from gateway.api.function_calling import Schema, check_depth, json_bytes
+from gateway.api.schema import Schema, check_depth, json_bytes
 from gateway.errors import BadRequest
 from gateway.tools.base import Toolbox
 

@@ -18,8 +18,8 @@ from engine.base import GenerationRequest
 from gateway.api.call import Call, call
 from gateway.api.chat_schema import Messages, check_role
 from gateway.api.completions import Text, TokenIds
-from gateway.api.function_calling import Schema, Tools
-from gateway.api.sampling import parse_body
+from gateway.api.function_calling import Tools
+from gateway.api.schema import Schema, parse_body
 from gateway.errors import BadRequest
 from gateway.images import inlined
 

@@ -18,7 +18,7 @@ from gateway.access.prompt_size import WORK_BYTES
 from gateway.api.chat_schema import ChatCompletionRequest
 from gateway.api.messages_schema import MessagesRequest
 from gateway.api.response_items import InputItem, messages_of
-from gateway.api.sampling import parse_body
+from gateway.api.schema import parse_body
 from gateway.errors import BadRequest, from_validation
 from gateway.exchange.json_parser import LARGE_BYTES
 from tests.support.app import HELLO, Gateway, Start
@@ -172,7 +172,7 @@ async def test_first_of_very_many_faults_is_told(
         counts.append(error.error_count())
         return from_validation(error, data)
 
-    monkeypatch.setattr("gateway.api.sampling.from_validation", counted)
+    monkeypatch.setattr("gateway.api.schema.from_validation", counted)
     gateway = await start(config={"inspector": {"enabled": True}})
     response = await gateway.client.post(path, json=body)
 
@@ -302,7 +302,7 @@ async def test_key_over_its_limit_gets_no_more_work_done(start: Start, monkeypat
         parsed.append(len(body))
         return orjson.loads(body)
 
-    monkeypatch.setattr("gateway.api.sampling.load", counted)
+    monkeypatch.setattr("gateway.api.schema.load", counted)
     models = {"shannon-chat": {"description": "Chat", "limits": {"requests_per_minute": 2}}}
     gateway = await start(config={"models": models})
     statuses = [(await gateway.chat(messages=[{"role": "user", "content": LONG}])).status_code for _ in range(5)]
