@@ -29,7 +29,7 @@ from gateway.access.auth import Authenticator
 from gateway.access.cache_salts import CacheSalts
 from gateway.access.catalog import Catalog
 from gateway.access.configured_keys import own_keys
-from gateway.access.keys import Keys, KeySpec
+from gateway.access.keys import Keys
 from gateway.access.ledger import Ledger
 from gateway.access.limits import Limits
 from gateway.api import (
@@ -49,9 +49,7 @@ from gateway.api import (
     tokens,
     usage,
 )
-from gateway.api.chat_schema import ChatCompletionRequest
-from gateway.api.messages_schema import CountTokensRequest, MessagesRequest
-from gateway.api.responses_schema import ResponseRequest
+from gateway.api.schema import share_schemas
 from gateway.clock import Clock
 from gateway.conversations.live_responses import LiveResponses
 from gateway.conversations.sessions import Sessions
@@ -92,23 +90,6 @@ from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.tracing import Tracing, build_tracing, traces_endpoint
 from gateway.tools.assembly import build_toolbox
 
-# Bodies that routes parse themselves, for the OpenAPI document.
-_BODIES = (
-    ChatCompletionRequest,
-    ResponseRequest,
-    MessagesRequest,
-    CountTokensRequest,
-    completions.CompletionRequest,
-    embeddings.EmbeddingBody,
-    tokens.TokenizeRequest,
-    tokens.DetokenizeRequest,
-    jobs.JobRequest,
-    inspection.InspectRequest,
-    inspection.InspectAttentionRequest,
-    inspection.ChatStreamRequest,
-    inspection.FullAttentionRequest,
-    KeySpec,
-)
 EXPOSED_HEADERS = [
     "X-Session-ID",
     "X-Request-ID",
@@ -418,14 +399,8 @@ def _openapi(app: FastAPI) -> Callable[[], dict[str, Any]]:
         if app.openapi_schema is not None:
             return app.openapi_schema
         document = generate()
-        template = "#/components/schemas/{model}"
-        components = document.setdefault("components", {})
-        schemas = components.setdefault("schemas", {})
-        for model in _BODIES:
-            schema = model.model_json_schema(ref_template=template)
-            schemas.update(schema.pop("$defs", {}))
-            schemas[model.__name__] = schema
-        components["securitySchemes"] = {
+        share_schemas(document)
+        document["components"]["securitySchemes"] = {
             "bearer": {"type": "http", "scheme": "bearer"},
             "apiKey": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
         }

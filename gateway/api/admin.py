@@ -10,7 +10,7 @@ from gateway.access.auth import Principal
 from gateway.access.keys import KeySpec
 from gateway.api.call import Call
 from gateway.api.dependencies import authenticate_admin, services
-from gateway.api.schema import parse_body
+from gateway.api.schema import JsonBody
 from gateway.errors import BadRequest
 from gateway.services import Services
 
@@ -19,13 +19,13 @@ router = APIRouter(prefix="/admin/keys")
 Admin = Annotated[Principal, Depends(authenticate_admin)]
 AppServices = Annotated[Services, Depends(services)]
 
-_BODY = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/KeySpec"}}}}
+BODY = JsonBody(KeySpec)
 
 
-@router.post("", status_code=201, openapi_extra={"requestBody": {"required": True, **_BODY}})
+@router.post("", status_code=201, openapi_extra=BODY.openapi)
 async def create_key(request: Request, principal: Admin, services: AppServices) -> dict[str, Any]:
     """Make a key."""
-    spec = await Call(principal, services, request).read(lambda data: parse_body(KeySpec, data))
+    spec = await Call(principal, services, request).read(BODY)
     for field, model_ids in (("models", spec.models or ()), ("limits", spec.limits)):
         for model_id in model_ids:
             if model_id not in services.config.models:

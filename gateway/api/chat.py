@@ -9,20 +9,20 @@ from fastapi import APIRouter, Depends
 from starlette.responses import Response
 
 from gateway.api.call import Call, call
-from gateway.api.chat_schema import parse_chat_request
+from gateway.api.chat_schema import ChatCompletionRequest, parse_chat_request
+from gateway.api.schema import JsonBody
 from gateway.durable.resumable import Announced
 from gateway.exchange.frames.chat import ChatFrames
 
 router = APIRouter()
 
-_BODY = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/ChatCompletionRequest"}}}}
 _STREAM_QUERY = {"name": "stream", "in": "query", "schema": {"type": "boolean"}}
 
 
 @router.post(
     "/v1/chat/completions",
     response_class=Response,
-    openapi_extra={"requestBody": {"required": True, **_BODY}, "parameters": [_STREAM_QUERY]},
+    openapi_extra=JsonBody(ChatCompletionRequest, parameters=[_STREAM_QUERY]).openapi,
 )
 async def create_chat_completion(call: Annotated[Call, Depends(call)]) -> Response:
     """Create a chat completion, streamed or whole."""

@@ -14,7 +14,7 @@ from engine.base import GenerationRequest
 from gateway.api.call import Call, call
 from gateway.api.generation_schema import CompletionFields, refuse_not_offered
 from gateway.api.sampling import accepts_sampling
-from gateway.api.schema import parse_body
+from gateway.api.schema import JsonBody
 from gateway.errors import BadRequest
 from gateway.exchange.frames.completions import CompletionFrames
 from gateway.settings.config import DefaultSettings
@@ -138,19 +138,17 @@ class CompletionRequest(CompletionFields):
         ]
 
 
+BODY = JsonBody(CompletionRequest)
+
+
 @router.post(
     "/v1/completions",
     response_class=Response,
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/CompletionRequest"}}},
-        }
-    },
+    openapi_extra=BODY.openapi,
 )
 async def create_completion(call: Annotated[Call, Depends(call)]) -> Response:
     """Complete a prompt, streamed or whole."""
-    body = await call.read(lambda data: parse_body(CompletionRequest, data))
+    body = await call.read(BODY)
     model = await call.admit(body.model)
     completion_id = f"cmpl-{secrets.token_hex(16)}"
     meter = call.meter(completion_id, model)

@@ -18,7 +18,7 @@ from starlette.responses import Response
 from engine.base import EmbeddingRequest
 from gateway.api.call import Call, call
 from gateway.api.completions import BY_SHAPE, Prompt, Text, TokenIds, check_ids
-from gateway.api.schema import Schema, parse_body
+from gateway.api.schema import JsonBody, Schema
 from gateway.meter import Meter
 
 router = APIRouter()
@@ -58,19 +58,17 @@ class EmbeddingBody(Schema):
         return self.input
 
 
+BODY = JsonBody(EmbeddingBody)
+
+
 @router.post(
     "/v1/embeddings",
     response_class=Response,
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/EmbeddingBody"}}},
-        }
-    },
+    openapi_extra=BODY.openapi,
 )
 async def create_embedding(call: Annotated[Call, Depends(call)]) -> Response:
     """Turn texts into vectors."""
-    body = await call.read(lambda data: parse_body(EmbeddingBody, data))
+    body = await call.read(BODY)
     model = await call.admit(body.model)
     request_id = f"embd-{secrets.token_hex(16)}"
     meter = call.meter(request_id, model)

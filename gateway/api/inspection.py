@@ -32,7 +32,7 @@ from gateway.access.auth import Principal
 from gateway.access.catalog import ModelSpec
 from gateway.api.call import Call, call
 from gateway.api.dependencies import authenticate, services
-from gateway.api.schema import Schema, parse_body
+from gateway.api.schema import JsonBody, Schema, parse_body
 from gateway.errors import (
     BadRequest,
     GatewayError,
@@ -136,11 +136,6 @@ router = APIRouter()
 plain_router = APIRouter(route_class=_PlainErrors)
 
 
-def _body(name: str) -> dict[str, Any]:
-    schema = {"$ref": f"#/components/schemas/{name}"}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-
-
 @router.get("/v1/inspect")
 async def list_inspectable(call: Annotated[Call, Depends(call)]) -> dict[str, Any]:
     """List the models that the key may inspect. Those whose weights are yet to come are left out."""
@@ -156,13 +151,13 @@ async def list_inspectable(call: Annotated[Call, Depends(call)]) -> dict[str, An
     return {"models": models}
 
 
-@router.post("/v1/inspect", response_class=Response, openapi_extra=_body("InspectRequest"))
+@router.post("/v1/inspect", response_class=Response, openapi_extra=JsonBody(InspectRequest).openapi)
 async def inspect(call: Annotated[Call, Depends(call)]) -> Response:
     """Generate, and show the distribution and the attention of every step."""
     return await _inspect(call, InspectRequest)
 
 
-@router.post("/v1/inspect/attention", response_class=Response, openapi_extra=_body("InspectAttentionRequest"))
+@router.post("/v1/inspect/attention", response_class=Response, openapi_extra=JsonBody(InspectAttentionRequest).openapi)
 async def inspect_attention(call: Annotated[Call, Depends(call)]) -> Response:
     """Show the whole attention matrix of one layer and head."""
     return await _inspect(call, InspectAttentionRequest)
@@ -194,13 +189,13 @@ async def _visitor(request: Request, services: Annotated[Services, Depends(servi
     return visit
 
 
-@plain_router.post("/chat/stream", response_class=Response, openapi_extra=_body("ChatStreamRequest"))
+@plain_router.post("/chat/stream", response_class=Response, openapi_extra=JsonBody(ChatStreamRequest).openapi)
 async def chat_stream(call: Annotated[Call, Depends(_visitor)]) -> Response:
     """Generate with the default model, and show the distribution and the attention of every step."""
     return await _inspect(call, ChatStreamRequest, plain=True)
 
 
-@plain_router.post("/inspect/full_attn", response_class=Response, openapi_extra=_body("FullAttentionRequest"))
+@plain_router.post("/inspect/full_attn", response_class=Response, openapi_extra=JsonBody(FullAttentionRequest).openapi)
 async def full_attention(call: Annotated[Call, Depends(_visitor)]) -> Response:
     """Show the whole attention matrix of one layer and head of the default model."""
     return await _inspect(call, FullAttentionRequest, plain=True)

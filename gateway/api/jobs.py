@@ -30,7 +30,7 @@ from gateway.api.dependencies import authenticate, services, while_authenticated
 from gateway.api.generation_schema import MaxTokens
 from gateway.api.resume import number_of
 from gateway.api.sampling import SamplingSchema, accepts_sampling
-from gateway.api.schema import parse_body
+from gateway.api.schema import JsonBody
 from gateway.durable.job_queue import Job, JobEvent, error_fields, event_frame
 from gateway.errors import BadRequest, GatewayError, RequestTooLarge
 from gateway.exchange.chunking import rechunk
@@ -43,7 +43,6 @@ from gateway.settings.config import DefaultSettings
 router = APIRouter()
 
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._:@-]{1,128}")
-_BODY = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/JobRequest"}}}}
 
 
 @accepts_sampling("jobs")
@@ -95,15 +94,18 @@ async def open_job_stream(
     )
 
 
+BODY = JsonBody(JobRequest)
+
+
 @router.post(
     "/api/v1/chat/submit",
     status_code=202,
     response_class=Response,
-    openapi_extra={"requestBody": {"required": True, **_BODY}},
+    openapi_extra=BODY.openapi,
 )
 async def submit_job(call: Annotated[Call, Depends(call)]) -> Response:
     """Queue a prompt for a client whose stream is open."""
-    body = await call.read(lambda data: parse_body(JobRequest, data))
+    body = await call.read(BODY)
     model = await call.admit(body.model)
     most = call.services.config.jobs.max_job_bytes
     async with call.telling_standing(model):

@@ -19,7 +19,7 @@ from engine.base import GenerationRequest
 from gateway.api.call import Call, call
 from gateway.api.error_params import reword
 from gateway.api.messages_schema import CountTokensRequest, MessagesRequest
-from gateway.api.schema import parse_body
+from gateway.api.schema import JsonBody, parse_body
 from gateway.errors import GatewayError, StoreUnavailable, from_store
 from gateway.exchange.error_response import ErrorResponse
 from gateway.exchange.frames.messages import MessageFrames, error_body, render_error
@@ -51,12 +51,7 @@ class _Route(APIRoute):
 router = APIRouter(route_class=_Route)
 
 
-def _body(name: str) -> dict[str, Any]:
-    schema = {"$ref": f"#/components/schemas/{name}"}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-
-
-@router.post("/v1/messages", response_class=Response, openapi_extra=_body("MessagesRequest"))
+@router.post("/v1/messages", response_class=Response, openapi_extra=JsonBody(MessagesRequest).openapi)
 async def create_message(call: Annotated[Call, Depends(call)]) -> Response:
     """Create a message, streamed or whole."""
     message_id = f"msg_{secrets.token_hex(12)}"
@@ -76,7 +71,7 @@ async def create_message(call: Annotated[Call, Depends(call)]) -> Response:
     )
 
 
-@router.post("/v1/messages/count_tokens", response_class=Response, openapi_extra=_body("CountTokensRequest"))
+@router.post("/v1/messages/count_tokens", response_class=Response, openapi_extra=JsonBody(CountTokensRequest).openapi)
 async def count_tokens(call: Annotated[Call, Depends(call)]) -> Response:
     """Count the input tokens of a message, exactly. A request that costs no tokens."""
     request_id = f"tok-{secrets.token_hex(16)}"

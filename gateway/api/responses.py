@@ -22,7 +22,7 @@ from gateway.api.dependencies import authenticate, services
 from gateway.api.error_params import reword
 from gateway.api.response_items import InputItem, Message, image_places, messages_of
 from gateway.api.responses_schema import ResponseRequest
-from gateway.api.schema import parse_body
+from gateway.api.schema import JsonBody, parse_body
 from gateway.conversations.live_responses import LiveResponse
 from gateway.conversations.sessions import Session, derive_id, text_of
 from gateway.conversations.stored_responses import Conversation, Path
@@ -41,12 +41,7 @@ AppServices = Annotated[Services, Depends(services)]
 @router.post(
     "/v1/responses",
     response_class=Response,
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ResponseRequest"}}},
-        }
-    },
+    openapi_extra=JsonBody(ResponseRequest).openapi,
 )
 async def create_response(call: Annotated[Call, Depends(call)]) -> Response:
     """Create a response: whole, streamed, or in the background."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 import orjson
 from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
@@ -90,3 +90,39 @@ def parse_body(schema: type[Body], body: bytes, **overrides: Any) -> Body:
         return schema.model_validate(data, strict=True)
     except ValidationError as error:
         raise from_validation(error, data) from error
+
+
+class JsonBody(Generic[Body]):
+    """The JSON body of a route: `openapi` declares it, and calling it parses the bytes.
+
+    BODY = JsonBody(TokenizeRequest)
+
+    @router.post("/tokenize", openapi_extra=BODY.openapi)
+    async def tokenize(call: Annotated[Call, Depends(call)]) -> Response:
+        body = await call.read(BODY)
+    """
+
+    def __init__(self, schema: type[Body], **operation: Any) -> None:
+        """`operation` has more fields of the operation in the OpenAPI document, such as its `parameters`."""
+        self._schema = schema
+        document = schema.model_json_schema(ref_template="#/components/schemas/{model}")
+        content = {"application/json": {"schema": {"title": schema.__name__} | document}}
+        self.openapi: dict[str, Any] = {"requestBody": {"required": True, "content": content}, **operation}
+
+    def __call__(self, body: bytes) -> Body:
+        """Parse and validate a body. Raises BadRequest."""
+        return parse_body(self._schema, body)
+
+
+def share_schemas(document: dict[str, Any]) -> None:
+    """Move the schemas that `JsonBody` declared in an OpenAPI document to its components."""
+    schemas = document.setdefault("components", {}).setdefault("schemas", {})
+    for path in document["paths"].values():
+        for operation in path.values():
+            for content in operation.get("requestBody", {}).get("content", {}).values():
+                schema = content["schema"]
+                if "$ref" in schema:
+                    continue
+                schemas.update(schema.pop("$defs", {}))
+                schemas[schema["title"]] = schema
+                content["schema"] = {"$ref": f"#/components/schemas/{schema['title']}"}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncGenerator
-from typing import Annotated, Any
+from typing import Annotated
 
 import orjson
 from fastapi import APIRouter, Depends
@@ -19,7 +19,7 @@ from gateway.api.call import Call, call
 from gateway.api.chat_schema import Messages, check_role
 from gateway.api.completions import Text, TokenIds
 from gateway.api.function_calling import Tools
-from gateway.api.schema import Schema, parse_body
+from gateway.api.schema import JsonBody, Schema
 from gateway.errors import BadRequest
 from gateway.images import inlined
 
@@ -58,16 +58,15 @@ class DetokenizeRequest(Schema):
     tokens: TokenIds
 
 
-def _body(name: str) -> dict[str, Any]:
-    schema = {"$ref": f"#/components/schemas/{name}"}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+TOKENIZE = JsonBody(TokenizeRequest)
+DETOKENIZE = JsonBody(DetokenizeRequest)
 
 
-@router.post("/tokenize", response_class=Response, openapi_extra=_body("TokenizeRequest"))
+@router.post("/tokenize", response_class=Response, openapi_extra=TOKENIZE.openapi)
 @router.post("/v1/tokenize", response_class=Response, include_in_schema=False)
 async def tokenize(call: Annotated[Call, Depends(call)]) -> Response:
     """Return the token ids of a text or a conversation."""
-    body = await call.read(lambda data: parse_body(TokenizeRequest, data))
+    body = await call.read(TOKENIZE)
     meter = call.meter(f"tok-{secrets.token_hex(16)}", await call.admit(body.model))
 
     async def chunks() -> AsyncGenerator[bytes, None]:
@@ -79,11 +78,11 @@ async def tokenize(call: Annotated[Call, Depends(call)]) -> Response:
     return call.send(chunks(), meter, streamed=False)
 
 
-@router.post("/detokenize", response_class=Response, openapi_extra=_body("DetokenizeRequest"))
+@router.post("/detokenize", response_class=Response, openapi_extra=DETOKENIZE.openapi)
 @router.post("/v1/detokenize", response_class=Response, include_in_schema=False)
 async def detokenize(call: Annotated[Call, Depends(call)]) -> Response:
     """Return the text of token ids."""
-    body = await call.read(lambda data: parse_body(DetokenizeRequest, data))
+    body = await call.read(DETOKENIZE)
     meter = call.meter(f"tok-{secrets.token_hex(16)}", await call.admit(body.model))
 
     async def chunks() -> AsyncGenerator[bytes, None]:
