@@ -49,7 +49,7 @@ from gateway.api import (
     tokens,
     usage,
 )
-from gateway.api.schema import share_schemas
+from gateway.api.schema import declare_bodies
 from gateway.clock import Clock
 from gateway.conversations.live_responses import LiveResponses
 from gateway.conversations.sessions import Sessions
@@ -399,7 +399,7 @@ def _openapi(app: FastAPI) -> Callable[[], dict[str, Any]]:
         if app.openapi_schema is not None:
             return app.openapi_schema
         document = generate()
-        share_schemas(document)
+        declare_bodies(document, app.routes)
         document["components"]["securitySchemes"] = {
             "bearer": {"type": "http", "scheme": "bearer"},
             "apiKey": {"type": "apiKey", "in": "header", "name": "X-API-Key"},

@@ -6,7 +6,7 @@ servers learn them. Raises BadRequest, which names the parameter.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Generic, TypeVar
 
@@ -114,15 +114,20 @@ class JsonBody(Generic[Body]):
         return parse_body(self._schema, body)
 
 
-def share_schemas(document: dict[str, Any]) -> None:
-    """Move the schemas that `JsonBody` declared in an OpenAPI document to its components."""
+def declare_bodies(document: dict[str, Any], routes: Iterable[Any]) -> None:
+    """Put the schemas of each route's `JsonBody` into the components of an OpenAPI document.
+
+    FastAPI copies `openapi_extra` through a model of its own, which turns integer bounds into floats. So the schemas
+    are taken from the routes.
+    """
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
-    for path in document["paths"].values():
-        for operation in path.values():
-            for content in operation.get("requestBody", {}).get("content", {}).values():
-                schema = content["schema"]
-                if "$ref" in schema:
-                    continue
-                schemas.update(schema.pop("$defs", {}))
-                schemas[schema["title"]] = schema
-                content["schema"] = {"$ref": f"#/components/schemas/{schema['title']}"}
+    for route in routes:
+        extra = getattr(route, "openapi_extra", None) or {}
+        if not route.include_in_schema or "requestBody" not in extra:
+            continue
+        schema = dict(extra["requestBody"]["content"]["application/json"]["schema"])
+        schemas.update(schema.pop("$defs", {}))
+        schemas[schema["title"]] = schema
+        for method in route.methods:
+            body = document["paths"][route.path_format][method.lower()]["requestBody"]
+            body["content"]["application/json"]["schema"] = {"$ref": f"#/components/schemas/{schema['title']}"}
