@@ -15,11 +15,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from engine.sampling import Sampling
 
 FinishReason = Literal["stop", "length", "tool_calls"]
+Task = Literal["generate", "embed"]
+"""What an engine can do, under vLLM's names (`SupportedTask`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +31,7 @@ class GenerationRequest(Sampling):
     `request_id`, `cache_salt`, `flow` and `priority` are made by the server; clients never choose them.
     """
 
+    task: ClassVar[Task] = "generate"
     request_id: str
     messages: list[dict[str, Any]] = field(default_factory=list)
     """In OpenAI's form. Images are `image_url` parts whose URLs are data URLs: engines fetch nothing."""
@@ -98,6 +101,7 @@ class Usage:
 class EmbeddingRequest:
     """Texts (or token id lists) to turn into vectors, one each."""
 
+    task: ClassVar[Task] = "embed"
     request_id: str
     inputs: list[str | list[int]]
     dimensions: int | None = None
@@ -105,6 +109,9 @@ class EmbeddingRequest:
     cache_salt: str | None = None
     flow: str = ""
     priority: int = 0
+
+
+Request = GenerationRequest | EmbeddingRequest
 
 
 class QueuePosition(Protocol):
@@ -139,7 +146,7 @@ class Prepared:
     """Seconds that it waited in the engine's queue; known once the prompt is processed."""
     waiting: QueuePosition | None = None
     """Kept up to date while it waits for admission, None otherwise."""
-    request: GenerationRequest | EmbeddingRequest | None = None
+    request: Request | None = None
     """What it was prepared from, kept by the caller for itself; engines do without."""
     recheck: Callable[[], Awaitable[None]] | None = None
     """Asked once it has waited for admission, before it runs. Raises where it may not any more."""
@@ -214,7 +221,15 @@ class EngineDied(EngineUnavailable):
 
 
 class Engine(Protocol):
-    """A source of tokens. One instance serves many concurrent generations on one event loop."""
+    """A source of tokens. One instance serves many concurrent generations on one event loop.
+
+    An engine implements the methods of its `tasks`. `prepare` refuses requests of other tasks, so that the other
+    methods are never called.
+    """
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """What it can do."""
 
     @property
     def max_model_len(self) -> int:
@@ -235,8 +250,11 @@ class Engine(Protocol):
     async def start(self) -> None:
         """Load what it needs. Raises EngineError when it can't; call once, before anything else."""
 
-    async def prepare(self, request: GenerationRequest) -> Prepared:
-        """Apply the chat template and count the prompt. Raises InvalidRequest, EngineUnavailable."""
+    async def prepare(self, request: Request) -> Prepared:
+        """Apply the chat template and count the prompt, or count the inputs.
+
+        Raises EngineUnavailable, and InvalidRequest also where the request's task is not one of `tasks`.
+        """
 
     def generate(self, prepared: Prepared) -> AsyncGenerator[Delta, None]:
         """Yield deltas until every choice has finished.
@@ -245,9 +263,6 @@ class Engine(Protocol):
         was really spent. Raises InvalidRequest, EngineOverloaded or EngineUnavailable at the first step,
         EngineDied at any.
         """
-
-    async def prepare_embedding(self, request: EmbeddingRequest) -> Prepared:
-        """Count the inputs. Raises InvalidRequest, also where the model makes no embeddings, and EngineUnavailable."""
 
     async def embed(self, prepared: Prepared) -> list[list[float]]:
         """Return one vector per input. Cancelling aborts. Raises what `generate` raises."""
@@ -271,14 +286,36 @@ class Engine(Protocol):
         """Stop and free everything. Running generations raise EngineDied. Idempotent."""
 
 
-def no_embeddings() -> InvalidRequest:
-    """Return the error of a model that generates, asked for embeddings."""
-    return InvalidRequest("This model does not make embeddings.", "model", "model_not_supported")
+_NOT_OFFERED: dict[Task, str] = {
+    "generate": "This model makes embeddings only.",
+    "embed": "This model does not make embeddings.",
+}
 
 
-def no_generation() -> InvalidRequest:
-    """Return the error of a model that embeds, asked to generate."""
-    return InvalidRequest("This model makes embeddings only.", "model", "model_not_supported")
+def not_offered(task: Task) -> InvalidRequest:
+    """Make the error of a model that is asked for a task that its engine does not declare."""
+    return InvalidRequest(_NOT_OFFERED[task], "model", "model_not_supported")
+
+
+class TaskEngine:
+    """Base of engines with some of the tasks: it refuses the others, in `prepare`."""
+
+    tasks: ClassVar[tuple[Task, ...]]
+
+    async def prepare(self, request: Request) -> Prepared:
+        if request.task not in self.tasks:
+            raise not_offered(request.task)
+        return await self._prepare(request)
+
+    async def _prepare(self, request: Any) -> Prepared:
+        """Prepare a request of one of `tasks`."""
+        raise NotImplementedError
+
+    def generate(self, prepared: Prepared) -> AsyncGenerator[Delta, None]:
+        raise not_offered("generate")
+
+    async def embed(self, prepared: Prepared) -> list[list[float]]:
+        raise not_offered("embed")
 
 
 def resolve_max_tokens(request: GenerationRequest, prompt_tokens: int, max_model_len: int) -> int:

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from engine.base import (
     Delta,
@@ -29,6 +29,8 @@ from engine.base import (
     GenerationRequest,
     InvalidRequest,
     Prepared,
+    Request,
+    Task,
     TokenLogprob,
     ToolCallDelta,
     Usage,
@@ -76,6 +78,8 @@ def echo(request: GenerationRequest) -> str:
 
 class MockEngine:
     """An `Engine` that makes words. `start` can be called again after `kill` or `close`."""
+
+    tasks: ClassVar[tuple[Task, ...]] = ("generate", "embed")
 
     def __init__(
         self,
@@ -142,9 +146,11 @@ class MockEngine:
         if not self.started:
             raise EngineUnavailable("The engine is not running.")
 
-    async def prepare(self, request: GenerationRequest) -> Prepared:
+    async def prepare(self, request: Request) -> Prepared:
         if not self.started:
             raise EngineUnavailable("The engine is not running.")
+        if isinstance(request, EmbeddingRequest):
+            return await self._prepare_embedding(request)
         self.requests.append(request)
         del self.requests[: -1 if _is_long(request) else -_KEPT_REQUESTS]
         prompt_tokens = await _beside(request, lambda: _count(request))
@@ -159,9 +165,7 @@ class MockEngine:
             payload=(request, words),
         )
 
-    async def prepare_embedding(self, request: EmbeddingRequest) -> Prepared:
-        if not self.started:
-            raise EngineUnavailable("The engine is not running.")
+    async def _prepare_embedding(self, request: EmbeddingRequest) -> Prepared:
         texts = [text if isinstance(text, str) else await self.detokenize(text) for text in request.inputs]
         tokens = await asyncio.to_thread(lambda: sum(map(_count_words, texts)))
         payload = (texts, request.dimensions or _DIMENSIONS)

@@ -22,14 +22,15 @@ from typing import Literal
 
 from engine.base import (
     Delta,
-    EmbeddingRequest,
     Engine,
     EngineDied,
     EngineError,
     EngineUnavailable,
     GenerationRequest,
     Prepared,
+    Request,
 )
+from engine.wrapper import EngineWrapper
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +51,8 @@ _SENTENCES: dict[State, str] = {
 }
 
 
-class SupervisedEngine:
-    """See the module. `name` is the engine's name in the configuration, for logs and readiness."""
+class SupervisedEngine(EngineWrapper):
+    """An engine that is replaced when it fails. `name` is its name in the configuration, for logs and readiness."""
 
     def __init__(
         self,
@@ -91,18 +92,6 @@ class SupervisedEngine:
         self._watch: asyncio.Task[None] | None = None
 
     @property
-    def max_model_len(self) -> int:
-        return self._ready().max_model_len
-
-    @property
-    def max_num_seqs(self) -> int | None:
-        return self._ready().max_num_seqs
-
-    @property
-    def takes_images(self) -> bool:
-        return self._ready().takes_images
-
-    @property
     def unfinished_requests(self) -> int:
         return self._engine.unfinished_requests
 
@@ -111,7 +100,9 @@ class SupervisedEngine:
         """The engine behind this one now; a restart replaces it."""
         return self._engine
 
-    def _ready(self) -> Engine:
+    @property
+    def wrapped(self) -> Engine:
+        """The engine that takes requests now. Raises EngineUnavailable unless it is ready."""
         if self.state != "ready":
             raise EngineUnavailable(_SENTENCES[self.state])
         return self._engine
@@ -139,7 +130,7 @@ class SupervisedEngine:
             await asyncio.wait([self._loading])
             if self.state == "idle":
                 raise EngineUnavailable("The engine could not be loaded. Try again shortly.")
-        self._ready()
+        _ = self.wrapped
 
     async def _load(self) -> None:
         log.info("loading engine %s", self.name)
@@ -163,40 +154,33 @@ class SupervisedEngine:
         self._become("ready")
         self._watch = asyncio.create_task(self._watch_health(), name=f"watch engine {self.name}")
 
-    async def prepare(self, request: GenerationRequest) -> Prepared:
+    async def prepare(self, request: Request) -> Prepared:
         await self.load()
-        return await self._ready().prepare(request)
-
-    async def prepare_embedding(self, request: EmbeddingRequest) -> Prepared:
-        await self.load()
-        return await self._ready().prepare_embedding(request)
+        return await self.wrapped.prepare(request)
 
     async def tokenize(self, request: GenerationRequest) -> list[int]:
         await self.load()
-        return await self._ready().tokenize(request)
+        return await self.wrapped.tokenize(request)
 
     async def detokenize(self, token_ids: list[int]) -> str:
         await self.load()
-        return await self._ready().detokenize(token_ids)
+        return await self.wrapped.detokenize(token_ids)
 
     async def embed(self, prepared: Prepared) -> list[list[float]]:
         try:
-            return await self._ready().embed(prepared)
+            return await self.wrapped.embed(prepared)
         except EngineDied:
             self._died.set()
             raise
 
     async def generate(self, prepared: Prepared) -> AsyncGenerator[Delta, None]:
         try:
-            async with contextlib.aclosing(self._ready().generate(prepared)) as deltas:
+            async with contextlib.aclosing(self.wrapped.generate(prepared)) as deltas:
                 async for delta in deltas:
                     yield delta
         except EngineDied:
             self._died.set()
             raise
-
-    async def check_health(self) -> None:
-        await self._ready().check_health()
 
     def cpu_time_s(self) -> float | None:
         return self._engine.cpu_time_s()

@@ -284,7 +284,7 @@ class Meter:
         """Count the inputs. Raises what engines raise, for clients."""
         self.worked = self.worked or takes_work(request.inputs)
         try:
-            prepared = await self.model.engine.prepare_embedding(self._marked(request))
+            prepared = await self.model.engine.prepare(self._marked(request))
         except EngineError as error:
             raise await self._refusal(error) from error
         prepared.request = request

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from prometheus_client import CollectorRegistry
 
-from engine.base import EngineError, EngineUnavailable, InvalidRequest, Prepared
+from engine.base import EngineError, EngineUnavailable, InvalidRequest, Prepared, TaskEngine
 from engine.demo import WEIGHTS as DEMO_WEIGHTS
 from engine.local.client_errors import defect
 from engine.local.core_processes import CoreProcesses, cpu_time_s, died
@@ -123,7 +123,7 @@ def go_offline() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-class AsyncLLMEngine:
+class AsyncLLMEngine(TaskEngine):
     """An AsyncLLM, built when started and free of any restart logic."""
 
     def __init__(

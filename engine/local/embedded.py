@@ -14,17 +14,16 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from engine.base import (
     Delta,
-    EmbeddingRequest,
     EngineError,
     EngineOverloaded,
     GenerationRequest,
     InvalidRequest,
     Prepared,
-    no_embeddings,
+    Task,
     resolve_max_tokens,
 )
 from engine.local.async_llm import AsyncLLMEngine
@@ -84,6 +83,8 @@ class _Job:
 
 class EmbeddedEngine(AsyncLLMEngine):
     """An `Engine` that generates."""
+
+    tasks: ClassVar[tuple[Task, ...]] = ("generate",)
 
     def __init__(
         self,
@@ -146,7 +147,7 @@ class EmbeddedEngine(AsyncLLMEngine):
             raise
         self._trials.configure(self._running().vllm_config)
 
-    async def prepare(self, request: GenerationRequest) -> Prepared:
+    async def _prepare(self, request: GenerationRequest) -> Prepared:
         from vllm.sampling_params import RequestOutputKind
 
         with self._while_running():
@@ -271,12 +272,6 @@ class EmbeddedEngine(AsyncLLMEngine):
         self._grammar_checks.shutdown(wait=False)
         self._trials.close()
         await super().close()
-
-    async def prepare_embedding(self, request: EmbeddingRequest) -> Prepared:
-        raise no_embeddings()
-
-    async def embed(self, prepared: Prepared) -> list[list[float]]:
-        raise no_embeddings()
 
     async def tokenize(self, request: GenerationRequest) -> list[int]:
         with self._while_running():

@@ -7,18 +7,17 @@ One prompt per input, run side by side in the engine's batch. Leaves out classif
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from engine.base import (
-    Delta,
     EmbeddingRequest,
     EngineError,
     EngineOverloaded,
     GenerationRequest,
     InvalidRequest,
     Prepared,
-    no_generation,
+    Task,
+    not_offered,
 )
 from engine.local.async_llm import AsyncLLMEngine
 from engine.local.client_errors import client_errors
@@ -32,6 +31,8 @@ if TYPE_CHECKING:
 class PoolingEngine(AsyncLLMEngine):
     """An `Engine` that makes embeddings and nothing else."""
 
+    tasks: ClassVar[tuple[Task, ...]] = ("embed",)
+
     def __init__(self, model: str, args: dict[str, Any] | None = None, **more: Any) -> None:
         """Take the arguments of AsyncLLMEngine."""
         super().__init__(model, {"runner": "pooling"} | (args or {}), **more)
@@ -40,7 +41,7 @@ class PoolingEngine(AsyncLLMEngine):
     def takes_images(self) -> bool:
         return False
 
-    async def prepare_embedding(self, request: EmbeddingRequest) -> Prepared:
+    async def _prepare(self, request: EmbeddingRequest) -> Prepared:
         from vllm.exceptions import VLLMValidationError
         from vllm.pooling_params import PoolingParams
 
@@ -118,15 +119,9 @@ class PoolingEngine(AsyncLLMEngine):
         prepared.usage.prompt_tokens += len(output.prompt_token_ids)
         prepared.usage.cached_tokens += output.num_cached_tokens or 0
 
-    async def prepare(self, request: GenerationRequest) -> Prepared:
-        raise no_generation()
-
-    def generate(self, prepared: Prepared) -> AsyncGenerator[Delta, None]:
-        raise no_generation()
-
     async def tokenize(self, request: GenerationRequest) -> list[int]:
         if request.prompt is None:
-            raise no_generation()
+            raise not_offered("generate")
         texts = EmbeddingRequest(request_id=request.request_id, inputs=[request.prompt])
         with self._while_running() as llm, counted("prompt", llm.model_config), client_errors("prompt"):
             (prompt,) = await self._render(llm, texts, COUNTED_CONTEXTS)

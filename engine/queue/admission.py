@@ -17,8 +17,9 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from typing import Literal
 
-from engine.base import Delta, EmbeddingRequest, Engine, EngineUnavailable, GenerationRequest, Prepared
+from engine.base import Delta, EmbeddingRequest, Engine, EngineUnavailable, Prepared, Request
 from engine.queue.fair_queue import FairQueue, Ticket
+from engine.wrapper import EngineWrapper
 
 Policy = Literal["fair", "fifo"]
 
@@ -28,8 +29,8 @@ def spare_slots(slots: int) -> int:
     return min(slots - 1, max(1, slots // 8))
 
 
-class QueuedEngine:
-    """See the module."""
+class QueuedEngine(EngineWrapper):
+    """An engine with a fair queue in front of it."""
 
     def __init__(
         self,
@@ -58,25 +59,13 @@ class QueuedEngine:
         self._queue: FairQueue | None = None
 
     @property
-    def max_model_len(self) -> int:
-        return self._engine.max_model_len
-
-    @property
-    def max_num_seqs(self) -> int | None:
-        return self._engine.max_num_seqs
-
-    @property
-    def takes_images(self) -> bool:
-        return self._engine.takes_images
+    def wrapped(self) -> Engine:
+        """The engine behind the queue."""
+        return self._engine
 
     @property
     def unfinished_requests(self) -> int:
         return self._engine.unfinished_requests + self.queued_requests
-
-    @property
-    def engine(self) -> Engine:
-        """The engine behind the queue."""
-        return self._engine
 
     @property
     def queued_requests(self) -> int:
@@ -103,15 +92,11 @@ class QueuedEngine:
             fair=self._fair,
         )
 
-    async def prepare(self, request: GenerationRequest) -> Prepared:
+    async def prepare(self, request: Request) -> Prepared:
         prepared = await self._engine.prepare(request)
         prepared.flow, prepared.priority = request.flow, request.priority
-        return prepared
-
-    async def prepare_embedding(self, request: EmbeddingRequest) -> Prepared:
-        prepared = await self._engine.prepare_embedding(request)
-        prepared.flow, prepared.priority = request.flow, request.priority
-        prepared.n = len(request.inputs)
+        if isinstance(request, EmbeddingRequest):
+            prepared.n = len(request.inputs)
         return prepared
 
     async def generate(self, prepared: Prepared) -> AsyncGenerator[Delta, None]:
@@ -158,18 +143,6 @@ class QueuedEngine:
             raise EngineUnavailable("The engine is not running.")
         if prepared.recheck is not None:
             await prepared.recheck()
-
-    async def tokenize(self, request: GenerationRequest) -> list[int]:
-        return await self._engine.tokenize(request)
-
-    async def detokenize(self, token_ids: list[int]) -> str:
-        return await self._engine.detokenize(token_ids)
-
-    async def check_health(self) -> None:
-        await self._engine.check_health()
-
-    def cpu_time_s(self) -> float | None:
-        return self._engine.cpu_time_s()
 
     async def close(self) -> None:
         queue, self._queue = self._queue, None

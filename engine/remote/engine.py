@@ -35,6 +35,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
+from typing import ClassVar
 
 import httpx
 
@@ -46,6 +47,8 @@ from engine.base import (
     GenerationRequest,
     InvalidRequest,
     Prepared,
+    Request,
+    Task,
     resolve_max_tokens,
 )
 from engine.remote.event_stream import Frames
@@ -76,7 +79,9 @@ _MAX_COUNTED_INPUTS = 32
 
 
 class RemoteEngine:
-    """An `Engine` over replicas elsewhere. See the module."""
+    """An `Engine` over replicas elsewhere. It declares all tasks: a server shows what it offers when it is asked."""
+
+    tasks: ClassVar[tuple[Task, ...]] = ("generate", "embed")
 
     def __init__(
         self,
@@ -202,9 +207,14 @@ class RemoteEngine:
             self._tokenizer.forget(replica)
         replica.breaker.half_open()
 
-    async def prepare(self, request: GenerationRequest) -> Prepared:
+    async def prepare(self, request: Request) -> Prepared:
         self._upstream.running()
         self._pool.check()
+        if isinstance(request, EmbeddingRequest):
+            return await self._prepare_embedding(request)
+        return await self._prepare_generation(request)
+
+    async def _prepare_generation(self, request: GenerationRequest) -> Prepared:
         model = self._upstream.model
         estimate = estimate_prompt_tokens(request)
         body = tokenize_body(request, model)
@@ -230,9 +240,7 @@ class RemoteEngine:
         prepared.usage.estimated = estimated
         return prepared
 
-    async def prepare_embedding(self, request: EmbeddingRequest) -> Prepared:
-        self._upstream.running()
-        self._pool.check()
+    async def _prepare_embedding(self, request: EmbeddingRequest) -> Prepared:
         model = self._upstream.model
         counts: list[int | None] = [None]
         if len(request.inputs) <= _MAX_COUNTED_INPUTS:

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import orjson
 
-from engine.base import EmbeddingRequest, GenerationRequest, InvalidRequest, no_embeddings
+from engine.base import EmbeddingRequest, GenerationRequest, InvalidRequest, not_offered
 from engine.remote.pool import AttemptFailed, Outcome
 
 log = logging.getLogger(__name__)
@@ -302,7 +302,7 @@ def _no_such_route(
     if status not in (404, 405, 501) or "model" in said:
         return None
     if isinstance(request, EmbeddingRequest):
-        return no_embeddings()
+        return not_offered("embed")
     if request.prompt is not None:
         what = "The server of this model takes no bare prompts. Send messages to /v1/chat/completions."
         return InvalidRequest(what, "prompt", "model_not_supported")

@@ -79,7 +79,7 @@ def _tell_engine(metrics: Metrics, name: str, engine: SupervisedEngine) -> None:
     if isinstance(current, QueuedEngine):
         metrics.queue_depth.labels(name).set(current.queued_requests)
         metrics.queue_longest_wait.labels(name).set(current.longest_wait_s)
-        current = current.engine
+        current = current.wrapped
     if isinstance(current, Replicated):
         # By place in `urls`: addresses of servers are nothing that everybody who sees a dashboard should know.
         for index, replica in enumerate(current.replicas):

@@ -205,7 +205,7 @@ async def test_fault_of_our_own(gateway: Gateway, count: Count, path: str, monke
     async def broken(*args: Any, **options: Any) -> Any:
         raise KeyError("secret")
 
-    for name in ("prepare", "prepare_embedding", "tokenize"):
+    for name in ("prepare", "tokenize"):
         monkeypatch.setattr(gateway.mock, name, broken)
 
     assert await count(gateway, post(gateway, path)) == "internal_error"

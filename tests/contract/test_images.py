@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 
-from engine.base import EngineUnavailable, GenerationRequest, InvalidRequest, Prepared
+from engine.base import EngineUnavailable, GenerationRequest, InvalidRequest, Prepared, Request
 from engine.mock import MockEngine
 from gateway.access.keys import KeySpec
 from gateway.access.prompt_size import WORK_BYTES
@@ -38,7 +38,8 @@ class Fickle(MockEngine):
 
     blind = False
 
-    async def prepare(self, request: GenerationRequest) -> Prepared:
+    async def prepare(self, request: Request) -> Prepared:
+        assert isinstance(request, GenerationRequest)
         contents = [message["content"] for message in request.messages]
         if self.blind and any("image_url" in str(content) for content in contents):
             raise InvalidRequest("no images", "messages[0].content[1]")

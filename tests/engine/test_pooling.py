@@ -36,7 +36,7 @@ async def pooling(anyio_backend: str) -> AsyncIterator[PoolingEngine]:
 
 async def embed(engine: PoolingEngine, *inputs: Any, **fields: Any) -> tuple[list[list[float]], Prepared]:
     asked = EmbeddingRequest(request_id=uuid.uuid4().hex, inputs=list(inputs), **fields)
-    prepared = await engine.prepare_embedding(asked)
+    prepared = await engine.prepare(asked)
     vectors = await engine.embed(prepared)
     assert engine.unfinished_requests == 0
     return vectors, prepared
@@ -123,7 +123,7 @@ async def test_leaving_in_the_middle_frees_the_engine_and_costs_what_was_made(
 ) -> None:
     before = counter("prompt_tokens_total")
     texts = [f"{uuid.uuid4().hex} {number} " + "word " * 100 for number in range(150)]
-    prepared = await pooling.prepare_embedding(EmbeddingRequest(request_id=uuid.uuid4().hex, inputs=list(texts)))
+    prepared = await pooling.prepare(EmbeddingRequest(request_id=uuid.uuid4().hex, inputs=list(texts)))
     task = asyncio.create_task(pooling.embed(prepared))
     await asyncio.sleep(0)
     while counter("prompt_tokens_total") < before + made:
@@ -202,7 +202,7 @@ async def test_clients_get_the_engines_vectors_and_the_ledger_its_count(pooling:
 async def test_closing_ends_what_runs(pooling: PoolingEngine) -> None:
     """Must stay the last of this file."""
     asked = EmbeddingRequest(request_id=uuid.uuid4().hex, inputs=["word " * 400] * 300)
-    task = asyncio.create_task(pooling.embed(await pooling.prepare_embedding(asked)))
+    task = asyncio.create_task(pooling.embed(await pooling.prepare(asked)))
     while not pooling.unfinished_requests:
         await asyncio.sleep(0)
     await pooling.close()

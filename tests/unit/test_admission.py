@@ -266,7 +266,7 @@ async def test_share_that_was_set_holds_for_a_flow_that_is_alone() -> None:
 async def test_embeddings_wait_in_the_same_line_and_take_a_slot_per_input() -> None:
     over = await front(slots=2)
     await over.ask("a1")
-    prepared = await over.engine.prepare_embedding(EmbeddingRequest(request_id="e", inputs=["x y", "z"], flow="e"))
+    prepared = await over.engine.prepare(EmbeddingRequest(request_id="e", inputs=["x y", "z"], flow="e"))
     embedding = asyncio.create_task(over.engine.embed(prepared))
     await settle()
     assert prepared.waiting is not None

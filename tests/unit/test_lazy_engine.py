@@ -97,11 +97,11 @@ async def test_engine_is_idle_and_ready_until_it_is_asked() -> None:
     "ask",
     [
         lambda engine: engine.prepare(request()),
-        lambda engine: engine.prepare_embedding(EmbeddingRequest(request_id="r1", inputs=["one"])),
+        lambda engine: engine.prepare(EmbeddingRequest(request_id="r1", inputs=["one"])),
         lambda engine: engine.tokenize(request()),
         lambda engine: engine.load(),
     ],
-    ids=["prepare", "prepare_embedding", "tokenize", "load"],
+    ids=["generation", "embedding", "tokenize", "load"],
 )
 async def test_whatever_is_asked_first_loads_it(ask: Callable[[SupervisedEngine], Awaitable[object]]) -> None:
     async with lazy(Factory()) as engine:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import redis
 
-from engine.base import GenerationRequest, Prepared
+from engine.base import GenerationRequest, Prepared, Request
 from engine.mock import MockEngine
 from gateway.access.auth import Principal
 from gateway.access.catalog import ModelSpec
@@ -57,7 +57,7 @@ HELLO = [{"role": "user", "content": "hello there"}]
 class Unhurried(MockEngine):
     """Lets others run while it prepares, as engines do whose renderer has threads."""
 
-    async def prepare(self, request: GenerationRequest) -> Prepared:
+    async def prepare(self, request: Request) -> Prepared:
         await asyncio.sleep(0)
         return await super().prepare(request)
 

@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-from engine.base import EngineOverloaded, EngineUnavailable, InvalidRequest, no_embeddings
+from engine.base import EngineOverloaded, EngineUnavailable, InvalidRequest, not_offered
 from engine.remote.pool import RULES, AttemptFailed, Attempts, Breaker, Choice, Outcome, Pool, Replica, blame
 from tests.support.waiting import FakeClock
 
@@ -392,7 +392,7 @@ async def test_replica_that_serves_at_the_second_try_is_not_held_guilty() -> Non
 
 
 async def test_error_for_clients_is_told_only_if_every_replica_says_it() -> None:
-    missing = AttemptFailed("declined", "answered 404", error=no_embeddings())
+    missing = AttemptFailed("declined", "answered 404", error=not_offered("embed"))
     for others, kind in ((missing, InvalidRequest), (GONE, EngineUnavailable)):
         attempts = Attempts(pool(2), "", retries=1)
         attempts.fail(await attempts.next(), others)

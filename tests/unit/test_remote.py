@@ -1171,7 +1171,7 @@ async def test_embeddings_come_in_the_order_of_their_inputs(encode: Callable[...
     route = router.post(f"{ROUTED}/embeddings").respond(json={"data": rows, "usage": {"prompt_tokens": 9}})
     async with remote(ROUTED, transport=httpx.MockTransport(router.async_handler)) as engine:
         asked = EmbeddingRequest(request_id="r1", inputs=["one", [1, 2]], dimensions=2, cache_salt="salt")
-        prepared = await engine.prepare_embedding(asked)
+        prepared = await engine.prepare(asked)
         vectors = await engine.embed(prepared)
 
     assert vectors == [[0.25, 2.0], [0.5, -1.0]]
@@ -1203,7 +1203,7 @@ async def test_vectors_that_do_not_belong_to_the_inputs_are_refused(rows: list[t
     answer = {"data": [{"index": index, "embedding": embedding} for index, embedding in rows]}
     routes = {"/v1/embeddings": refusing(200, answer)}
     async with run_upstream(hello, routes=routes) as server, remote(server, retries=0) as engine:
-        prepared = await engine.prepare_embedding(EmbeddingRequest(request_id="r1", inputs=["one", "two"]))
+        prepared = await engine.prepare(EmbeddingRequest(request_id="r1", inputs=["one", "two"]))
         with pytest.raises(EngineUnavailable):
             await engine.embed(prepared)
 
@@ -1213,7 +1213,7 @@ async def test_usage_of_embeddings_that_cannot_be_true_is_not_believed(told: Any
     answer = {"data": [{"index": 0, "embedding": [1.0]}], "usage": {"prompt_tokens": told}}
     routes = {"/v1/embeddings": refusing(200, answer)}
     async with run_upstream(hello, routes=routes) as server, remote(server) as engine:
-        prepared = await engine.prepare_embedding(EmbeddingRequest(request_id="r1", inputs=["one"]))
+        prepared = await engine.prepare(EmbeddingRequest(request_id="r1", inputs=["one"]))
         await engine.embed(prepared)
 
     assert prepared.usage == Usage(7)
@@ -1231,7 +1231,7 @@ async def test_long_embeddings_are_read_beside_the_event_loop(monkeypatch: pytes
     rows = [{"index": number, "embedding": packed(*[0.5] * 1024)} for number in range(64)]
     routes = {"/v1/embeddings": refusing(200, {"data": rows})}
     async with run_upstream(hello, routes=routes) as server, remote(server) as engine:
-        prepared = await engine.prepare_embedding(EmbeddingRequest(request_id="r1", inputs=["one"] * 64))
+        prepared = await engine.prepare(EmbeddingRequest(request_id="r1", inputs=["one"] * 64))
         vectors = await engine.embed(prepared)
 
     assert vectors == [[0.5] * 1024] * 64
@@ -1255,7 +1255,7 @@ async def test_failed_embedding_is_told_like_a_failed_generation(
 ) -> None:
     routes = {"/v1/embeddings": refusing(status, body)}
     async with run_upstream(hello, routes=routes) as server, remote(server, retries=0) as engine:
-        prepared = await engine.prepare_embedding(EmbeddingRequest(request_id="r1", inputs=["one"]))
+        prepared = await engine.prepare(EmbeddingRequest(request_id="r1", inputs=["one"]))
         with pytest.raises(kind) as caught:
             await engine.embed(prepared)
 
@@ -1267,7 +1267,7 @@ async def test_many_inputs_are_estimated_and_then_told() -> None:
     rows = [{"index": index, "embedding": [0.0]} for index in range(100)]
     routes = {"/v1/embeddings": refusing(200, {"data": rows, "usage": {"prompt_tokens": 321}})}
     async with run_upstream(hello, routes=routes) as server, remote(server) as engine:
-        prepared = await engine.prepare_embedding(EmbeddingRequest(request_id="r1", inputs=["x" * 12] * 100))
+        prepared = await engine.prepare(EmbeddingRequest(request_id="r1", inputs=["x" * 12] * 100))
         assert (prepared.prompt_tokens, prepared.usage.estimated) == (300, True)
         await engine.embed(prepared)
 

@@ -248,7 +248,7 @@ async def test_embeddings_at_a_server_that_only_chats_are_the_requests_fault() -
             for server in servers:
                 server.routes["/v1/embeddings"] = refusing(status, body)
             for _ in range(6):
-                prepared = await engine.prepare_embedding(EmbeddingRequest(request_id="r1", inputs=["one"]))
+                prepared = await engine.prepare(EmbeddingRequest(request_id="r1", inputs=["one"]))
                 with pytest.raises(InvalidRequest, match="does not make embeddings"):
                     await engine.embed(prepared)
                 await serve_everybody(engine)
@@ -273,7 +273,7 @@ async def test_embeddings_that_fail_shut_no_chat_off(status: int) -> None:
         for server in servers:
             server.routes["/v1/embeddings"] = refusing(status, error("The model has no embeddings"))
         for _ in range(8):
-            prepared = await engine.prepare_embedding(EmbeddingRequest(request_id="r1", inputs=["one"]))
+            prepared = await engine.prepare(EmbeddingRequest(request_id="r1", inputs=["one"]))
             with pytest.raises(EngineError):
                 await engine.embed(prepared)
             await serve_everybody(engine)

@@ -70,7 +70,7 @@ async def test_request_is_served_and_tokenizer_not_asked_for_ever(way: str) -> N
             prepared, deltas = await generate(engine)
             assert "".join(delta.text for delta in deltas) == "Hello there"
             assert (prepared.prompt_tokens, prepared.usage) == (11, Usage(7, 3))
-        await engine.prepare_embedding(EmbeddingRequest(request_id="r1", inputs=["one", "two"]))
+        await engine.prepare(EmbeddingRequest(request_id="r1", inputs=["one", "two"]))
 
         breaker = engine.replicas[0].breaker
         assert (breaker.state, breaker.suspected, engine.replicas[0].weight) == ("closed", False, 1.0)
