@@ -112,6 +112,10 @@ FUZZ ?=
 fuzz: setup-dev ## Send hostile requests for FUZZ_S seconds; FUZZ="--seed N" repeats a run
 	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_S) $(FUZZ)
 
+.PHONY: settings
+settings: setup-dev ## Write docs/settings.md from the configuration model
+	$(BIN)/python -m gateway.settings.reference docs/settings.md
+
 .PHONY: pictures
 pictures: setup-dev ## Take the README's pictures anew, of the page in Debian's Chromium
 	$(BIN)/python -m tests.browser.take_pictures

@@ -43,7 +43,9 @@ async def _examine(path: Path | None, environment: Mapping[str, str]) -> list[Fi
     try:
         config = load_config(path, environment)
     except ConfigError as error:
-        step = "Correct it; README.md lists all settings" if os.path.exists(path) else "Name another with --config"
+        step = (
+            "Correct it; docs/settings.md lists all settings" if os.path.exists(path) else "Name another with --config"
+        )
         refused = Finding("config", "failed", str(error), step)
         return [*_check_installation(inspect_machine(environment), needed=False), refused]
     os.environ.update(hub_environment(config.weights.cache_dir, environment))  # as `shannon serve` does

@@ -71,7 +71,7 @@ async def test_all_ten_types_are_used(start: Start) -> None:
 
 
 def test_readme_names_every_field_of_every_payload() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "docs/agents.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `([A-Z_]+)` \| [^|]+ \|([^|]*)\|([^|]*)\|$", readme, re.M)
     told = {
         kind: tuple(set(re.findall(r"`([a-z_]+)`", re.sub(r"\(.*?\)", "", cell))) for cell in cells)

@@ -340,7 +340,7 @@ async def test_readme_names_the_sum_of_the_bounds() -> None:
     digests = 256 * 1024
     total = sessions.derived_bytes_per_key + digests + sessions.max_bytes_per_key
     total += resume.max_bytes_per_key + jobs.max_queued_bytes_per_key
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs/keys-and-limits.md").read_text()
     assert f"**{total / 2**20:g} MiB** of values" in text
 
 

@@ -101,7 +101,7 @@ def test_alert_says_how_bad_it_is_and_what_to_do(name: str) -> None:
 
 
 def test_runbooks_name_settings_that_exist() -> None:
-    documented = set(re.findall(r"^\| `([\w.*]+)`", (ROOT / "README.md").read_text(), re.MULTILINE))
+    documented = set(re.findall(r"^\| `([\w.*]+)`", (ROOT / "docs/settings.md").read_text(), re.MULTILINE))
     known = {name.replace("engines.*.", "") for name in documented}
     for alert in ALERTS.values():
         texts = " ".join(alert["annotations"].values())
@@ -118,7 +118,7 @@ def test_runbooks_quote_what_the_log_says() -> None:
 
 
 def test_readme_explains_every_alert_once() -> None:
-    chapter = (ROOT / "README.md").read_text().partition("\n## Watching it\n")[2].partition("\n## ")[0]
+    chapter = (ROOT / "docs/monitoring.md").read_text().partition("\n## Alerts\n")[2].partition("\n## ")[0]
 
     named = [name for line in chapter.splitlines() for name in re.findall(r"`(Shannon\w+)`", line.split(" | ")[0])]
     assert sorted(named) == sorted(ALERTS)

@@ -100,5 +100,5 @@ def test_tokens_are_looked_into_by_the_printed_lines(gateway: GatewayProcess, tm
 
 
 @pytest.mark.parametrize("client", ["chat.py", "chat.mjs", "chat_langchain.py", "resume.sh", "jobs.sh", "inspect.sh"])
-def test_readme_shows_the_tested_client(client: str) -> None:
-    assert (CLIENTS / client).read_text() in (ROOT / "README.md").read_text()
+def test_documentation_shows_the_tested_client(client: str) -> None:
+    assert (CLIENTS / client).read_text() in (ROOT / "README.md").read_text() + (ROOT / "docs/api.md").read_text()

@@ -225,5 +225,5 @@ def test_live_view_shows_agents_answer_and_sources(gateway: GatewayProcess) -> N
 
 
 def test_readme_shows_the_live_view() -> None:
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "docs/agents.md").read_text()
     assert (CLIENTS / "live_research.py").read_text() in readme

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import pytest
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from gateway.settings.config import Config, ConfigError, load_config, parse_config
+from gateway.settings.config import ConfigError, load_config, parse_config
+from gateway.settings.reference import reference, walk
 from tests.support.app import ROOT
 
 # models.yaml is not a deployment: it holds the catalog that the deployments include.
@@ -238,26 +237,7 @@ def test_shipped_deployments_include_the_first_run() -> None:
     assert "demo.yaml" in {path.name for path in DEPLOYMENTS}
 
 
-def _settings_of(annotation: Any) -> Iterator[tuple[str, type[BaseModel]]]:
-    """Yield the settings classes inside an annotation and how a path goes on: `.*` in dicts, `[]` in lists."""
-    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
-        yield "", annotation
-    step = {dict: ".*", list: "[]"}.get(get_origin(annotation), "")
-    for inner in get_args(annotation):
-        for more, settings in _settings_of(inner):
-            yield step + more, settings
-
-
-def _walk(settings: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo, bool]]:
-    """Yield (path, field, whether it holds a value rather than further settings)."""
-    for name, field in settings.model_fields.items():
-        nested = list(_settings_of(field.annotation))
-        yield f"{prefix}{name}", field, not nested
-        for step, inner in nested:
-            yield from _walk(inner, f"{prefix}{name}{step}.")
-
-
-SETTINGS = list(_walk(Config))
+SETTINGS = list(walk())
 
 
 def test_walk_finds_settings_at_every_depth() -> None:
@@ -278,9 +258,6 @@ def test_setting_is_explained(path: str, field: FieldInfo) -> None:
     assert field.description.rstrip().endswith("."), f"{path}: {field.description!r} is not a sentence"
 
 
-def test_readme_names_every_setting() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-
-    missing = [path for path, _, is_value in SETTINGS if is_value and f"`{path}`" not in readme]
-
-    assert missing == []
+def test_settings_page_is_up_to_date() -> None:
+    """`make settings` writes it."""
+    assert (ROOT / "docs/settings.md").read_text(encoding="utf-8") == reference()

@@ -1,4 +1,4 @@
-# Open the stream of a client called "laptop"; submit two jobs for it, from anywhere; leave when they are done.
+# Open the stream of a client called "laptop", submit two jobs to it, and close it when they are done.
 curl -sN "$SHANNON_URL/api/v1/chat/stream/laptop" -H "Authorization: Bearer $SHANNON_KEY" &
 sleep 1
 for prompt in "What are you?" "Who are you?"; do

@@ -1,4 +1,4 @@
-# Take two events of a stream, lose the connection, and take it up again behind the second.
+# Read two events of a stream, close the connection, and resume after the second.
 curl -sN -D head.txt "$SHANNON_URL/v1/chat/completions" \
   -H "Authorization: Bearer $SHANNON_KEY" -H "Content-Type: application/json" \
   -d '{"messages": [{"role": "user", "content": "What are you?"}], "stream": true, "resumable": true}' | head -n 6

@@ -74,9 +74,10 @@ def run(folder: Path, *arguments: str) -> Iterator[ScriptedGateway]:
 
 
 def write_documents(folder: Path) -> None:
-    """Write the README's sections as documents of their own."""
+    """Write the sections of the documentation as documents of their own."""
     folder.mkdir(parents=True, exist_ok=True)
-    for section in re.split(r"^## ", (ROOT / "README.md").read_text(), flags=re.M)[1:]:
+    text = "".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
+    for section in re.split(r"^## ", text, flags=re.M)[1:]:
         title = section.partition("\n")[0].replace(",", "").strip()
         (folder / f"{title.lower().replace(' ', '-')}.md").write_text(f"# {title}\n{section.partition(chr(10))[2]}")
 
