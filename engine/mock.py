@@ -31,6 +31,7 @@ from engine.base import (
     Prepared,
     Request,
     Task,
+    TaskEngine,
     TokenLogprob,
     ToolCallDelta,
     Usage,
@@ -76,7 +77,7 @@ def echo(request: GenerationRequest) -> str:
     return f"You said: {said[:_MAX_ECHO]}"
 
 
-class MockEngine:
+class MockEngine(TaskEngine):
     """An `Engine` that makes words. `start` can be called again after `kill` or `close`."""
 
     tasks: ClassVar[tuple[Task, ...]] = ("generate", "embed")
@@ -146,7 +147,7 @@ class MockEngine:
         if not self.started:
             raise EngineUnavailable("The engine is not running.")
 
-    async def prepare(self, request: Request) -> Prepared:
+    async def _prepare(self, request: Request) -> Prepared:
         if not self.started:
             raise EngineUnavailable("The engine is not running.")
         if isinstance(request, EmbeddingRequest):

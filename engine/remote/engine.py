@@ -49,6 +49,7 @@ from engine.base import (
     Prepared,
     Request,
     Task,
+    TaskEngine,
     resolve_max_tokens,
 )
 from engine.remote.event_stream import Frames
@@ -78,7 +79,7 @@ _MAX_COUNTED_INPUTS = 32
 """More embedding inputs than this are estimated: each would be a request of its own."""
 
 
-class RemoteEngine:
+class RemoteEngine(TaskEngine):
     """An `Engine` over replicas elsewhere. It declares all tasks: a server shows what it offers when it is asked."""
 
     tasks: ClassVar[tuple[Task, ...]] = ("generate", "embed")
@@ -207,7 +208,7 @@ class RemoteEngine:
             self._tokenizer.forget(replica)
         replica.breaker.half_open()
 
-    async def prepare(self, request: Request) -> Prepared:
+    async def _prepare(self, request: Request) -> Prepared:
         self._upstream.running()
         self._pool.check()
         if isinstance(request, EmbeddingRequest):

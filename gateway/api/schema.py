@@ -6,7 +6,7 @@ servers learn them. Raises BadRequest, which names the parameter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Generic, TypeVar
 
@@ -92,6 +92,10 @@ def parse_body(schema: type[Body], body: bytes, **overrides: Any) -> Body:
         raise from_validation(error, data) from error
 
 
+_declared: dict[str, type[BaseModel]] = {}
+"""The schemas of all bodies, by name: for the OpenAPI document."""
+
+
 class JsonBody(Generic[Body]):
     """The JSON body of a route: `openapi` declares it, and calling it parses the bytes.
 
@@ -105,8 +109,8 @@ class JsonBody(Generic[Body]):
     def __init__(self, schema: type[Body], **operation: Any) -> None:
         """`operation` has more fields of the operation in the OpenAPI document, such as its `parameters`."""
         self._schema = schema
-        document = schema.model_json_schema(ref_template="#/components/schemas/{model}")
-        content = {"application/json": {"schema": {"title": schema.__name__} | document}}
+        _declared[schema.__name__] = schema
+        content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema.__name__}"}}}
         self.openapi: dict[str, Any] = {"requestBody": {"required": True, "content": content}, **operation}
 
     def __call__(self, body: bytes) -> Body:
@@ -114,20 +118,10 @@ class JsonBody(Generic[Body]):
         return parse_body(self._schema, body)
 
 
-def declare_bodies(document: dict[str, Any], routes: Iterable[Any]) -> None:
-    """Put the schemas of each route's `JsonBody` into the components of an OpenAPI document.
-
-    FastAPI copies `openapi_extra` through a model of its own, which turns integer bounds into floats. So the schemas
-    are taken from the routes.
-    """
+def declare_bodies(document: dict[str, Any]) -> None:
+    """Put the schemas of all bodies into the components of an OpenAPI document."""
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
-    for route in routes:
-        extra = getattr(route, "openapi_extra", None) or {}
-        if not route.include_in_schema or "requestBody" not in extra:
-            continue
-        schema = dict(extra["requestBody"]["content"]["application/json"]["schema"])
+    for name, model in _declared.items():
+        schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas.update(schema.pop("$defs", {}))
-        schemas[schema["title"]] = schema
-        for method in route.methods:
-            body = document["paths"][route.path_format][method.lower()]["requestBody"]
-            body["content"]["application/json"]["schema"] = {"$ref": f"#/components/schemas/{schema['title']}"}
+        schemas[name] = schema

@@ -360,7 +360,7 @@ class LimiterSettings(_Settings):
 
 class PrefixCacheSettings(_Settings):
     shared: dict[str, list[str]] = Field(default_factory=dict)
-    """Groups of tenants that may share cached prompt prefixes, by name; a tenant in none shares with nobody."""
+    """Groups of tenants that may share cached prompt prefixes, by name; a tenant in no group shares with no other."""
 
     @model_validator(mode="after")
     def _tenants_must_be_in_one_group(self) -> PrefixCacheSettings:
@@ -387,7 +387,7 @@ class SessionSettings(_Settings):
     """Give requests without X-Session-ID a session as well. Off stores nothing of them and announces no id."""
     derived_ttl_s: int = Field(600, ge=1)
     """Such a session is forgotten this long after its last use, unless its id is sent: then it is like any other. Long
-    enough for a reply, short enough that conversations don't pile up that nobody asked to keep."""
+    enough for a reply, short enough that conversations no client asked to keep don't pile up."""
     derived_bytes_per_key: int = Field(262_144, ge=1024)
     """Bytes of such sessions that one key keeps; those that were not used for longest go first."""
 
@@ -400,14 +400,14 @@ class SessionSettings(_Settings):
 
 class ResumeSettings(_Settings):
     enabled: bool = True
-    """Offer streams of chat completions that can be taken up again after they were cut."""
+    """Offer streams of chat completions that can be resumed after they were cut."""
     ttl_s: float = Field(120.0, gt=0)
-    """How long such a stream is kept after its end, and how long it is made while nobody reads it: long enough for a
+    """How long such a stream is kept after its end, and how long it is generated without a reader: long enough for a
     telephone to find its network again."""
     max_bytes: int = Field(4 * 2**20, ge=262_144)
     """Bytes kept of one stream, of the newest frames; a frame of plain text takes about 250."""
     max_streams_per_key: int = Field(64, ge=1)
-    """Streams that one key may have taken up again and read at once from each gateway; each reads from the store."""
+    """Resumed streams that one key may read at once from each gateway; each reads from the store."""
     max_bytes_per_key: int = Field(64 * 2**20, ge=262_144)
     """Bytes kept of all streams of one key, those of jobs included. Each has 256 KiB at least, so 64 MiB are 256 of
     them; one that needs more gets it while there is room, else its oldest frames go."""
@@ -417,7 +417,7 @@ class ResumeSettings(_Settings):
 
 class JobSettings(_Settings):
     resume_s: float = Field(10.0, ge=0)
-    """How long a dropped stream of jobs may be taken up again; after that its client has left, and its jobs are
+    """How long a dropped stream of jobs may be resumed; after that its client has left, and its jobs are
     cancelled. 0 cancels them at once."""
     max_queued_per_client: int = Field(32, ge=1)
     """Jobs that one client may have, the running one included."""
@@ -498,11 +498,11 @@ class LoggingSettings(_Settings):
 class FetchSettings(_Settings):
     timeout_s: float = Field(10.0, gt=0)
     """Longest time for one URL, its redirects and its body included. Looking up a name may take 5 s of it. 64 URLs are
-    fetched at once, of which one key takes half at most, so that its slow sites hold up nobody else."""
+    fetched at once, of which one key takes half at most, so that its slow sites hold up no other key."""
     max_redirects: int = Field(3, ge=0, le=10)
     """Redirects that are followed, each checked as the first URL was."""
     ports: list[Annotated[int, Field(ge=1, le=65535)]] = Field(default_factory=lambda: [80, 443])
-    """Ports that may be asked; what listens on others is seldom meant for strangers. Empty allows any."""
+    """Ports that may be asked; services on other ports are seldom public. Empty allows any."""
     allowed_networks: list[IPvAnyNetwork] = Field(default_factory=list)
     """Networks (`10.20.0.0/16`) that may be reached although they are not public; all others are refused."""
 
@@ -675,7 +675,7 @@ class ToolSettings(_Settings):
     local_search: LocalSearchSettings | None = None
     """Search of a folder of your own documents, which needs no network; null means none."""
     reading: ReadingSettings = ReadingSettings()
-    """How pages and documents are parsed: strangers made them."""
+    """How pages and documents are parsed: they are untrusted."""
     ga4: Ga4Settings | None = None
     """Google Analytics 4, for analytics models; null means none."""
     serp_ads: SerpAdsSettings | None = None
@@ -689,7 +689,7 @@ class ToolSettings(_Settings):
 class InspectorSettings(_Settings):
     enabled: bool = False
     """Let clients look into models that run in this process: attention, entropy, best tokens. The checkpoint is loaded
-    a second time while somebody looks, by transformers in a process of its own."""
+    a second time while the inspector is in use, by transformers in a process of its own."""
     public: bool = False
     """Serve /chat/stream and /inspect/full_attn without a key. /v1/inspect always needs one."""
     requests_per_minute: int = Field(10, ge=1)
@@ -709,7 +709,7 @@ class InspectorSettings(_Settings):
     threads: int = Field(1, ge=1)
     """Threads on the CPU; the engine needs the others."""
     idle_s: float = Field(300.0, gt=0)
-    """The process ends when nobody has looked for so long."""
+    """The process ends after this long without a request."""
     load_timeout_s: float = Field(300.0, gt=0)
     """How long loading the checkpoint may take."""
     stall_s: float = Field(60.0, gt=0)
@@ -749,7 +749,7 @@ class Config(_Settings):
     answers: AnswerSettings = AnswerSettings()
     """What answers of models with agents may hold."""
     resume: ResumeSettings = ResumeSettings()
-    """Chat streams that can be taken up again."""
+    """Chat streams that can be resumed."""
     jobs: JobSettings = JobSettings()
     """Jobs that are submitted for a stream."""
     server: ServerSettings = ServerSettings()

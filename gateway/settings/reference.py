@@ -80,7 +80,7 @@ def _default(field: FieldInfo) -> str:
 
 def reference() -> str:
     """Make the text of docs/settings.md."""
-    values = {}
+    values: dict[str, FieldInfo] = {}
     for path, field, is_value in walk():
         if is_value:
             values.setdefault(path, field)  # the kinds of engines share settings
