@@ -1,4 +1,4 @@
-"""What the model of the scripted gateway says: to agents that research this gateway's README, and in a plain chat.
+"""What the model of the scripted gateway says: to agents that research its documentation, and in a plain chat.
 
 `CHAT` has the plain answers by question. `HOSTILE` tries what markdown and HTML have to offer against a page.
 """
@@ -14,18 +14,24 @@ from tests.support.scripted_model import ScriptedModel, text_of
 
 QUESTION = "What happens to the books when a client hangs up in mid-stream?"
 _PARTS = {
-    "What does the gateway do when a client hangs up?": ("client hangs up", "The section on hang-ups comes first."),
+    "What does the gateway do when a client hangs up?": (
+        "client disconnects aborted",
+        "Disconnects come first.",
+    ),
     "Where is each generation settled?": ("settle finally every exit", "The tour of the code should name the place."),
     "What if the store is away at that moment?": ("store dies journal replayed", "It names the store and a journal."),
-    "Which limits get their tokens back?": ("limits reserved not used goes back", "This is about limits and refunds."),
+    "Which limits get their tokens back?": (
+        "limits reserves unused tokens returned",
+        "This is about limits.",
+    ),
     "Who may see the figures?": ("usage admin keys", "Usage by key is what this is about."),
 }
 _FINDINGS = {
-    "When things go wrong": "The request leaves the engine at once, streamed or not, and the tokens made until then "
+    "Failures": "The request leaves the engine at once, streamed or not, and the tokens made until then "
     "are counted exactly",
     "Keys limits sessions usage": "The ledger equals vLLM's own counters, to the token; what was reserved and not used "
     "goes back to where it came from",
-    "Inside": "Each generation is settled in `finally`, on every exit",
+    "Architecture": "Each generation is settled in `finally`, on every exit",
 }
 _ANSWER = """Nothing is lost, and nothing is counted twice{wrong}.
 

@@ -1,4 +1,4 @@
-"""A gateway to look at: agents that research this gateway's own README, a model that follows a script, some usage.
+"""A gateway to look at: agents that research its own documentation, a model that follows a script, some usage.
 
     python -m tests.support.browser.scripted_gateway FOLDER [--port N] [--demo] [--days N]
 
@@ -16,7 +16,6 @@ import contextlib
 import datetime
 import os
 import random
-import re
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -74,12 +73,11 @@ def run(folder: Path, *arguments: str) -> Iterator[ScriptedGateway]:
 
 
 def write_documents(folder: Path) -> None:
-    """Write the sections of the documentation as documents of their own."""
+    """Write the chapters of the documentation as documents; their titles have no commas."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = "".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
-    for section in re.split(r"^## ", text, flags=re.M)[1:]:
-        title = section.partition("\n")[0].replace(",", "").strip()
-        (folder / f"{title.lower().replace(' ', '-')}.md").write_text(f"# {title}\n{section.partition(chr(10))[2]}")
+    for page in (ROOT / "docs").glob("*.md"):
+        title, _, text = page.read_text().partition("\n")
+        (folder / page.name).write_text(f"{title.replace(',', '')}\n{text}")
 
 
 def _engine(name: str, **options: Any) -> SupervisedEngine:
