@@ -25,6 +25,7 @@ from engine.supervisor import SupervisedEngine
 from engine.weights.cache import is_hub_id
 from gateway import __version__
 from gateway.access.address_limit import AddressLimit
+from gateway.access.allowance import DIMENSIONS
 from gateway.access.auth import Authenticator
 from gateway.access.cache_salts import CacheSalts
 from gateway.access.catalog import Catalog
@@ -95,7 +96,7 @@ EXPOSED_HEADERS = [
     "X-Request-ID",
     "X-Shannon-Resume",
     *("Retry-After", "Retry-After-Ms", "X-Should-Retry"),  # a browser's SDK obeys what it may read
-    *(f"X-RateLimit-{kind}-{of}" for kind in ("Limit", "Remaining", "Reset") for of in ("Requests", "Tokens")),
+    *(f"X-RateLimit-{kind}-{of}" for kind in ("Limit", "Remaining", "Reset") for of in map(str.title, DIMENSIONS)),
 ]
 
 

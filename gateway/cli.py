@@ -25,7 +25,7 @@ from rich.table import Column, Table
 from engine.weights.cache import WeightsError
 from gateway import __version__
 from gateway.access.configured_keys import BOOTSTRAP, BOOTSTRAP_FILE
-from gateway.access.keys import KeyRecord, Keys, KeySpec, make_key
+from gateway.access.keys import KeyLimits, KeyRecord, Keys, KeySpec, make_key
 from gateway.access.ledger import Ledger
 from gateway.app import build_authenticator, build_engines, build_store, create_app
 from gateway.download import download
@@ -121,7 +121,7 @@ def _add_keys(keys: argparse.ArgumentParser, printed: argparse.ArgumentParser) -
     create.add_argument("--tenant", default="default", help="sessions and caches are never shared between tenants")
     create.add_argument("--models", metavar="ID,ID", help="model ids it may use (all)")
     create.add_argument("--expires-in-days", type=float, metavar="N")
-    for name in ("requests-per-minute", "tokens-per-minute", "concurrent-requests"):
+    for name in (field.replace("_", "-") for field in KeyLimits.model_fields):
         create.add_argument(f"--{name}", action="append", default=[], metavar="MODEL=N", help="in place of the model's")
     create.add_argument("--max-concurrent-requests", type=int, metavar="N", help="over all models")
     create.add_argument("--tokens-per-day", type=int, metavar="N", help="over all models, per UTC day")
@@ -270,7 +270,7 @@ def _with_store(run: Callable[[Store, argparse.Namespace], Awaitable[None]]) -> 
 
 async def _create_key(store: Store, args: argparse.Namespace) -> None:
     limits: dict[str, dict[str, int]] = {}
-    for name in ("requests_per_minute", "tokens_per_minute", "concurrent_requests"):
+    for name in KeyLimits.model_fields:
         for given in getattr(args, name):
             model_id, _, number = given.partition("=")
             if not number.isdecimal():

@@ -30,7 +30,7 @@ from engine.base import (
 from gateway.access.auth import Principal
 from gateway.access.catalog import ModelSpec
 from gateway.access.ledger import Entry, Ledger
-from gateway.access.limits import Allowance, Limits, Reservation, Standing, allowance_of
+from gateway.access.limits import Allowance, Amounts, Limits, Reservation, Standing, allowance_of
 from gateway.access.prompt_size import takes_work
 from gateway.conversations.sessions import Session, prepare_with_history
 from gateway.errors import BadRequest, GatewayError, InternalError, RateLimitExceeded, from_engine
@@ -39,7 +39,7 @@ from gateway.telemetry.tracing import Tracing
 
 _CHECK_EVERY_S = 1.0
 """How old the last check of the caller's key may be when a generation begins."""
-_NOTHING = Reservation(Standing(Allowance(0, 0), 0, 0, 0, 0), 0, 0)
+_NOTHING = Reservation(Standing(Allowance()), 0, {})
 _Request = TypeVar("_Request", GenerationRequest, EmbeddingRequest)
 
 
@@ -142,7 +142,7 @@ class Meter:
 
         A completion that names no maximum is bounded by what the limit could ever admit.
         """
-        most = self._allowance.most_tokens if self._limits.enabled else None
+        most = self._allowance.limit("tokens") if self._limits.enabled else None
         request = dataclasses.replace(self._marked(request), max_total_tokens=most)
         history = session.history if session is not None else []
         self.worked = self.worked or takes_work(chain([request.prompt], request.messages, *history))
@@ -164,7 +164,7 @@ class Meter:
 
         For prompts that can be had in several lengths, longest first. Raises what `prepare` raises of the last one.
         """
-        most = self._allowance.most_tokens if self._limits.enabled else None
+        most = self._allowance.limit("tokens") if self._limits.enabled else None
         most_input = self.model.settings.max_input_tokens
         failure: EngineError | None = None
         for request in requests:
@@ -267,17 +267,17 @@ class Meter:
         What was not generated is given back. Raises what `Limits.reserve` raises.
         """
         whole = await self._reserve(several)
-        for number, prepared in enumerate(several):
-            requests = whole.requests if number == 0 else 0
-            part = dataclasses.replace(whole, tokens=_most_tokens(prepared), requests=requests)
-            self._reserved[id(prepared)] = part
+        requests = whole.amounts.get("requests", 0)
+        for prepared in several:
+            self._reserved[id(prepared)] = dataclasses.replace(whole, amounts=_wanted(requests, [prepared]))
+            requests = 0
         try:
             yield
         finally:
             left = [self._reserved.pop(id(prepared)) for prepared in several if id(prepared) in self._reserved]
             if left:
-                tokens, requests = sum(one.tokens for one in left), sum(one.requests for one in left)
-                room = dataclasses.replace(whole, tokens=tokens, requests=requests)
+                amounts = {name: sum(one.amounts[name] for one in left) for name in left[0].amounts}
+                room = dataclasses.replace(whole, amounts=amounts)
                 await self._settle(_free(self.request_id), room, None, True, 0.0)
 
     async def prepare_embedding(self, request: EmbeddingRequest) -> Prepared:
@@ -342,21 +342,16 @@ class Meter:
 
     async def _reserve(self, several: list[Prepared]) -> Reservation:
         if self._counted:
-            return await self._take(0, sum(map(_most_tokens, several)))
+            return await self._take(_wanted(0, several))
         async with self._first:  # of several at once, one counts the request
-            return await self._take(0 if self._counted else 1, sum(map(_most_tokens, several)))
+            return await self._take(_wanted(0 if self._counted else 1, several))
 
-    async def _take(self, requests: int, tokens: int) -> Reservation:
+    async def _take(self, wanted: Amounts) -> Reservation:
         try:
             if time.monotonic() - self._checked_at >= _CHECK_EVERY_S:
                 await self._check()
             reservation = await self._limits.reserve(
-                self.principal,
-                self.model,
-                self.request_id,
-                requests=requests,
-                tokens=tokens,
-                left=self._give_back,
+                self.principal, self.model, self.request_id, wanted, left=self._give_back
             )
         except GatewayError as error:
             if isinstance(error, RateLimitExceeded):
@@ -386,11 +381,11 @@ class Meter:
     def _release(self, reservation: Reservation, entry: Entry) -> None:
         """Give back with `entry`, which holds what was spent, what a reservation held beyond that."""
         entry.bucket = reservation.bucket
-        entry.refund = reservation.tokens - entry.spent
+        entry.reserved = reservation.amounts
+        entry.counted = {} if reservation.refused else reservation.amounts | {"tokens": entry.spent}
         if reservation.id:
-            released = self._limits.release(reservation, entry.spent)
+            released = self._limits.release(reservation, entry.counted)
             entry.reservation, entry.second = reservation.id, reservation.second
-            entry.held_requests = reservation.requests
             entry.uncertain, entry.pending = released.uncertain, released.pending
 
     async def _settle(
@@ -472,7 +467,7 @@ class Meter:
             return failure
         try:
             reservation = await self._limits.reserve(
-                self.principal, self.model, self.request_id, requests=1, tokens=0, left=self._give_back
+                self.principal, self.model, self.request_id, {"requests": 1}, left=self._give_back
             )
         except GatewayError as error:
             if isinstance(error, RateLimitExceeded):
@@ -505,8 +500,12 @@ class Meter:
             self.standing = standing
 
 
-def _most_tokens(prepared: Prepared) -> int:
-    return prepared.prompt_tokens + prepared.n * prepared.max_tokens
+def _wanted(requests: int, several: list[Prepared]) -> Amounts:
+    """What generations may take at most. Every limit per minute whose dimension is in it is enforced."""
+    return {
+        "requests": requests,
+        "tokens": sum(prepared.prompt_tokens + prepared.n * prepared.max_tokens for prepared in several),
+    }
 
 
 def _free(request_id: str) -> Prepared:

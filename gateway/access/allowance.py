@@ -4,74 +4,104 @@ from __future__ import annotations
 
 import datetime
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from gateway.access.auth import Principal
 from gateway.access.catalog import ModelSpec
+from gateway.settings.config import LimitSettings
 
 WINDOW_S = 61
 """One second more than the promise: see lua/window.lua."""
 DAY_S = 86_400
 
 
+_PER_MINUTE = "_per_minute"
+DIMENSIONS = tuple(name.removesuffix(_PER_MINUTE) for name in LimitSettings.model_fields if name.endswith(_PER_MINUTE))
+"""What is limited per minute: `requests`, `tokens`, and whatever else `LimitSettings` names. The store knows each by
+the first letter of its name."""
+
+Amounts = dict[str, int]
+"""Amounts by dimension. A dimension that is not in it is 0."""
+
+
 @dataclass(frozen=True, slots=True)
 class Allowance:
-    """What one key may do with one model. 0 means no limit of that kind."""
+    """Limits of one key on one model. 0 means no limit.
 
-    requests_per_minute: int
-    tokens_per_minute: int
+    `per_minute` has the name and the limit of every dimension that has a limit.
+    """
+
+    per_minute: tuple[tuple[str, int], ...] = ()
     concurrent_requests: int = 0
     concurrent_requests_of_key: int = 0
     tokens_per_day: int = 0
 
-    @property
-    def most_tokens(self) -> int:
-        """Tokens of the largest generation that could ever be admitted."""
-        return min(self.tokens_per_minute, self.tokens_per_day or self.tokens_per_minute)
+    @classmethod
+    def of(cls, **limits: int) -> Allowance:
+        """Build an allowance from limits under the names of their settings, as in `of(requests_per_minute=60)`."""
+        per_minute = tuple((name, limit) for name in DIMENSIONS if (limit := limits.pop(name + _PER_MINUTE, 0)))
+        return cls(per_minute, **limits)
+
+    def fields(self) -> dict[str, int]:
+        """The arguments of `of`."""
+        fields = asdict(self)
+        return {name + _PER_MINUTE: limit for name, limit in fields.pop("per_minute")} | fields
+
+    def limit(self, dimension: str) -> int:
+        """The most of a dimension that one generation may take, 0 for no limit."""
+        limit = dict(self.per_minute).get(dimension, 0)
+        return min(limit, self.tokens_per_day or limit) if dimension == "tokens" else limit
+
+    def limited(self, amounts: Amounts) -> Amounts:
+        """The amounts of the dimensions that have a limit."""
+        return {name: amounts.get(name, 0) for name, _ in self.per_minute}
 
 
 @dataclass(slots=True)
 class Standing:
-    """Where a caller stands: the figures of the six headers. Resets are Unix seconds."""
+    """Where a caller stands: the figures of the X-RateLimit headers, by dimension. Resets are Unix seconds."""
 
     allowance: Allowance
-    remaining_requests: int
-    remaining_tokens: int
-    reset_requests: int
-    reset_tokens: int
+    remaining: Amounts = field(default_factory=dict)
+    resets: Amounts = field(default_factory=dict)
     local: bool = False
     """Decided by this process alone, while the store was away."""
 
     def headers(self) -> dict[str, str]:
-        """Return the X-RateLimit headers; remaining figures never show as negative."""
-        headers = {
-            "X-RateLimit-Limit-Requests": str(self.allowance.requests_per_minute),
-            "X-RateLimit-Remaining-Requests": str(max(0, self.remaining_requests)),
-            "X-RateLimit-Reset-Requests": _rfc3339(self.reset_requests),
-            "X-RateLimit-Limit-Tokens": str(self.allowance.tokens_per_minute),
-            "X-RateLimit-Remaining-Tokens": str(max(0, self.remaining_tokens)),
-            "X-RateLimit-Reset-Tokens": _rfc3339(self.reset_tokens),
-        }
+        """The X-RateLimit headers. Remaining amounts are never negative."""
+        headers: dict[str, str] = {}
+        for name, limit in self.allowance.per_minute:
+            title = name.title()
+            headers[f"X-RateLimit-Limit-{title}"] = str(limit)
+            headers[f"X-RateLimit-Remaining-{title}"] = str(max(0, self.remaining[name]))
+            headers[f"X-RateLimit-Reset-{title}"] = _rfc3339(self.resets[name])
         if self.local:
             headers["X-Shannon-Limits"] = "local"
         return headers
 
 
 def standing_of(allowance: Allowance, figures: list[Any]) -> Standing:
-    """Read the four figures that the scripts return."""
-    remaining_requests, remaining_tokens, reset_requests, reset_tokens = map(int, figures)
-    return Standing(allowance, remaining_requests, remaining_tokens, reset_requests, reset_tokens)
+    """Read what the scripts return: the remaining amount and the reset of each dimension, one after the other."""
+    names = [name for name, _ in allowance.per_minute]
+    numbers = [int(figure) for figure in figures]
+    return Standing(
+        allowance, dict(zip(names, numbers[::2], strict=True)), dict(zip(names, numbers[1::2], strict=True))
+    )
+
+
+def encoded(amounts: Iterable[tuple[str, int]]) -> str:
+    """Write amounts as the scripts read them: "r1 t500"."""
+    return " ".join([f"{name[0]}{amount}" for name, amount in amounts])
 
 
 def allowance_of(principal: Principal, model: ModelSpec) -> Allowance:
-    """Return the model's limits with the key's own in their place, where it has any."""
-    limits = model.settings.limits
-    own = principal.limits.get(model.id, {})
-    return Allowance(
-        requests_per_minute=own.get("requests_per_minute", limits.requests_per_minute),
-        tokens_per_minute=own.get("tokens_per_minute", limits.tokens_per_minute),
-        concurrent_requests=own.get("concurrent_requests", limits.concurrent_requests or 0),
+    """The model's limits, with the key's own in their place where it has any."""
+    limits: dict[str, int] = {name: limit for name, limit in model.settings.limits if limit}
+    limits.update(principal.limits.get(model.id, {}))
+    return Allowance.of(
+        **limits,
         concurrent_requests_of_key=principal.max_concurrent_requests or 0,
         tokens_per_day=principal.tokens_per_day or 0,
     )

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from gateway.access.allowance import Allowance, day_number, limit_keys
+from gateway.access.allowance import Allowance, Amounts, day_number, encoded, limit_keys
 from gateway.errors import StoreUnavailable
 from gateway.store.client import Store
 from gateway.store.script import Command, Script
@@ -37,8 +37,7 @@ class Held:
     model_id: str
     allowance: Allowance
     second: int
-    tokens: int
-    requests: int
+    amounts: Amounts
     pending: bool
     """Whether the store does not know it, as far as this process knows."""
     uncertain: bool
@@ -46,13 +45,9 @@ class Held:
     renewed_at: float = field(default_factory=time.monotonic)
 
     @property
-    def held_requests(self) -> int:
-        return self.requests
-
-    @property
-    def spent(self) -> int:
+    def counted(self) -> Amounts:
         """All of it, as long as it is not settled."""
-        return self.tokens
+        return self.amounts
 
 
 @dataclass(slots=True)
@@ -103,13 +98,13 @@ class Leases:
         self._held[held.id] = held
         self._keep_renewing()
 
-    def release(self, reservation_id: str, tokens: int, requests: int) -> Held | None:
+    def release(self, reservation_id: str, amounts: Amounts) -> Held | None:
         """Take part of a reservation, or all of it, off the books. Returns the reservation, None if it is not there."""
         held = self._held.get(reservation_id)
         if held is not None:
-            held.tokens -= tokens
-            held.requests -= requests
-            if held.tokens <= 0:
+            for name, amount in amounts.items():
+                held.amounts[name] = held.amounts.get(name, 0) - amount
+            if held.amounts["tokens"] <= 0:
                 del self._held[reservation_id]
         return held
 
@@ -220,5 +215,5 @@ class Leases:
                 arguments += [allowance.concurrent_requests, allowance.concurrent_requests_of_key, int(take_up)]
                 arguments.append(len(part))
                 for held in part:
-                    arguments += [held.id, held.second, held.tokens, held.requests]
+                    arguments += [held.id, held.second, encoded(held.amounts.items())]
                 yield _HOLD.call(keys, [*arguments, *rest]), part, rest

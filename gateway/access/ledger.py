@@ -24,7 +24,18 @@ from typing import IO, Any
 
 import orjson
 
-from gateway.access.allowance import DAY_S, Allowance, Standing, day_number, day_of, limit_keys, standing_of, today
+from gateway.access.allowance import (
+    DAY_S,
+    Allowance,
+    Amounts,
+    Standing,
+    day_number,
+    day_of,
+    encoded,
+    limit_keys,
+    standing_of,
+    today,
+)
 from gateway.errors import StoreRefused, StoreUnavailable
 from gateway.store.client import Lane, Store
 from gateway.store.script import Command, Script
@@ -62,15 +73,15 @@ class Entry:
     lease: str = ""
     """Request whose lease ends with this."""
     bucket: int = 0
-    """Second of the store's window that `refund` goes back to; 0 where the store made no reservation."""
-    refund: int = 0
-    """Reserved tokens that were not spent."""
+    """Second of the store's window that holds what was reserved; 0 where the store made no reservation."""
+    reserved: Amounts = field(default_factory=dict)
+    """What of the reservation ends with this."""
+    counted: Amounts = field(default_factory=dict)
+    """What of that counts against the limits."""
     reservation: str = ""
     """Id of the reservation that this settles, or a part of it."""
     second: int = 0
     """When that was made, on the store's clock: the bucket and the day that count it if the store does not have it."""
-    held_requests: int = 0
-    """Requests that count with it."""
     uncertain: bool = False
     """Whether a command that makes the reservation may still reach the store, which then refuses it."""
     pending: bool = False
@@ -81,6 +92,22 @@ class Entry:
     def spent(self) -> int:
         """Tokens that count against limits."""
         return self.prompt_tokens + self.completion_tokens
+
+    @classmethod
+    def from_journal(cls, line: bytes) -> Entry:
+        """Read a journal's line, as this release or an older one wrote it."""
+        fields = orjson.loads(line)
+        fields["allowance"] = Allowance.of(**fields["allowance"])
+        requests, refund = fields.pop("held_requests", 0), fields.pop("refund", None)
+        entry = cls(**fields)
+        if refund is not None:  # written before the amounts were
+            entry.reserved = {"requests": requests, "tokens": refund + entry.spent}
+            entry.counted = {"requests": requests, "tokens": entry.spent}
+        return entry
+
+    def journal(self) -> dict[str, Any]:
+        """What `from_journal` reads, before it is JSON."""
+        return asdict(self) | {"allowance": self.allowance.fields()}
 
     def command(self, process: str, after: int = 0) -> Command:
         """Return the call of lua/settle.lua that applies this entry of a gateway process.
@@ -95,8 +122,9 @@ class Entry:
         keys += [f"{head}applied", f"{head}applied:at", f"{head}u:{self.day}:{self.model_id}", f"{head}days"]
         limits = self.allowance
         arguments: list[Any] = [process, self.number, after, self.lease, self.reservation]
-        arguments += [self.bucket or self.second, self.refund, self.spent, self.held_requests, int(self.uncertain)]
-        arguments += [limits.requests_per_minute, limits.tokens_per_minute, limits.tokens_per_day]
+        refund = {name: amount - self.counted.get(name, 0) for name, amount in self.reserved.items()}
+        arguments += [self.bucket or self.second, encoded(refund.items()), encoded(self.counted.items())]
+        arguments += [int(self.uncertain), encoded(limits.per_minute), limits.tokens_per_day]
         arguments += [day_number(reserved_at), f"{self.day}:{self.model_id}", KEEP_DAYS]
         arguments.append(day_of(now - KEEP_DAYS * DAY_S))
         for name in ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "aborted_requests"):
@@ -232,8 +260,8 @@ class Ledger:
         """
         self._store.metrics.usage_refused.inc()
         # orjson refuses integers beyond 64 bits.
-        log.error("usage that %s: %s", reason, json.dumps(asdict(entry), separators=(",", ":")))
-        return [0, entry.allowance.requests_per_minute, entry.allowance.tokens_per_minute, 0, 0]
+        log.error("usage that %s: %s", reason, json.dumps(entry.journal(), separators=(",", ":")))
+        return [0, *(figure for _, limit in entry.allowance.per_minute for figure in (limit, 0))]
 
     def _turn_to_journal(self) -> None:
         """Put what waits into a journal, and all that comes until the store is back. Raises OSError."""
@@ -255,7 +283,7 @@ class Ledger:
 
     def _append(self, entry: Entry) -> None:
         assert self._journal is not None
-        line = orjson.dumps(asdict(entry)) + b"\n"
+        line = orjson.dumps(entry.journal()) + b"\n"
         end = os.fstat(self._journal.fileno()).st_size
         try:
             if self._journal.write(line) < len(line):
@@ -303,7 +331,7 @@ class Ledger:
                 batch = [line for line in (lines.readline() for _ in range(_REPLAYED_AT_ONCE)) if line.endswith(b"\n")]
                 if not batch:
                     return
-                await self._send([_parse(line) for line in batch], process, self._store.patient)
+                await self._send([Entry.from_journal(line) for line in batch], process, self._store.patient)
                 start += sum(map(len, batch))
                 yield start
 
@@ -348,11 +376,6 @@ class Ledger:
             asked: list[Command] = [("HGETALL", f"{head}u:{day}") for day in days[start : start + _ROWS]]
             rows += await self._store.patient.run_in_order(asked)
         return [_row(day, row) for day, row in zip(days, rows, strict=True) if row]
-
-
-def _parse(line: bytes) -> Entry:
-    fields = orjson.loads(line)
-    return Entry(**(fields | {"allowance": Allowance(**fields["allowance"])}))
 
 
 def _pairs(flat: Any) -> Iterator[tuple[str, int]]:

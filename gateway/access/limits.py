@@ -12,19 +12,21 @@ BadRequest (could never fit) and Unavailable.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from gateway.access.allowance import (
+    DIMENSIONS,
     WINDOW_S,
     Allowance,
+    Amounts,
     Standing,
     allowance_of,
     day_number,
     day_of,
+    encoded,
     limit_keys,
     standing_of,
     today,
@@ -50,6 +52,7 @@ from gateway.telemetry.metrics import Metrics
 __all__ = [
     "WINDOW_S",
     "Allowance",
+    "Amounts",
     "Limits",
     "Reservation",
     "Standing",
@@ -68,12 +71,10 @@ what the gateway believes."""
 _FORGET_S = 60.0
 
 _RESERVE = Script("window", "reservation", "reserve", when_full=True)
-_WORDS = {
-    "requests": "requests per minute",
-    "tokens": "tokens per minute",
-    "concurrent": "concurrent requests",
-    "daily_tokens": "tokens per day",
+_WORDS = {"concurrent": "concurrent requests", "daily_tokens": "tokens per day"} | {
+    name: f"{name} per minute" for name in DIMENSIONS
 }
+_NAMES = {name[0]: name for name in DIMENSIONS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,15 +83,19 @@ class Reservation:
 
     standing: Standing
     bucket: int
-    tokens: int
+    amounts: Amounts
+    """What was reserved."""
     id: str = ""
-    requests: int = 0
     second: int = 0
     """The second on the store's clock in which it was made, by the store or by this process alone."""
     made: bool = True
     """False where only the store might know of it, because its answer was not heard."""
     refused: bool = False
-    """Whether its caller was refused."""
+    """Whether its caller was refused. Then nothing of it counts."""
+
+    @property
+    def tokens(self) -> int:
+        return self.amounts.get("tokens", 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +120,7 @@ class Spending(Protocol):
     @property
     def second(self) -> int: ...
     @property
-    def held_requests(self) -> int: ...
-    @property
-    def spent(self) -> int: ...
+    def counted(self) -> Amounts: ...
 
 
 Taker = Callable[[Reservation], None]
@@ -154,14 +157,13 @@ class Limits:
         principal: Principal,
         model: ModelSpec,
         member: str,
+        wanted: Amounts,
         *,
-        requests: int,
-        tokens: int,
         left: Taker | None = None,
     ) -> Reservation:
         """Take room for one generation of the request `member`.
 
-        `requests` is 1 for the request's first generation, then 0. `left` gets a reservation that is to be settled
+        `requests` are 1 for the request's first generation, then 0. `left` gets a reservation that is to be settled
         though the caller does not get it: it was cancelled while the store made it, or is refused although the store
         may have made it. Raises RateLimitExceeded with the standing's headers, BadRequest when the limit could
         never admit it, Unavailable when the store is away and that closes.
@@ -169,23 +171,18 @@ class Limits:
         allowance = allowance_of(principal, model)
         if not self.enabled:
             now_s = int(time.time())
-            standing = Standing(allowance, allowance.requests_per_minute, allowance.tokens_per_minute, now_s, now_s)
-            return Reservation(standing, 0, tokens)
-        most = allowance.most_tokens
-        if tokens > most:
-            raise BadRequest(
-                f"This request needs {tokens} tokens (prompt and max_tokens together), but the API key's limit for "
-                f"{model.id!r} is {most}. It can never be admitted: shorten the prompt or lower max_tokens.",
-                "max_tokens",
-                "tokens_exceed_limit",
-            )
+            limits = dict(allowance.per_minute)
+            return Reservation(Standing(allowance, limits, dict.fromkeys(limits, now_s)), 0, wanted)
+        for name, _ in allowance.per_minute:
+            if wanted.get(name, 0) > (limit := allowance.limit(name)):
+                raise _never(name, wanted[name], limit, model)
         # Without tokens there is nothing to settle, and the request is forgotten with the window.
-        reservation_id = self._leases.new_id() if tokens else ""
-        wanted = _Wanted(principal, model, member, allowance, requests, tokens, reservation_id)
+        reservation_id = self._leases.new_id() if wanted.get("tokens") else ""
+        asked = _Wanted(principal, model, member, allowance, allowance.limited(wanted), reservation_id)
         try:
-            reservation = await self._ask(wanted, left)
+            reservation = await self._ask(asked, left)
         except StoreUnavailable as error:
-            reservation = self._take_locally(wanted, error, left)
+            reservation = self._take_locally(asked, error, left)
         if allowance.concurrent_requests or allowance.concurrent_requests_of_key:
             self._leases.begin(member, principal.key_id, model.id, allowance)
         return reservation
@@ -196,26 +193,26 @@ class Limits:
             return None
         allowance = allowance_of(principal, model)
         try:
-            return (await self._ask(_Wanted(principal, model, "", allowance, 0, 0, ""))).standing
+            return (await self._ask(_Wanted(principal, model, "", allowance, {}, ""))).standing
         except StoreUnavailable:
-            return self._local_standing(principal.key_id, model.id, allowance, 0)
+            return self._local_standing(principal.key_id, model.id, allowance, {})
 
-    def release(self, reservation: Reservation, spent: int) -> Release:
-        """Take a reservation, or a part of one, off the books of this process. `spent` tokens of it count on."""
+    def release(self, reservation: Reservation, counted: Amounts) -> Release:
+        """Take a reservation, or a part of one, off the books of this process. `counted` of it still counts."""
         if not reservation.made:
             return Release(uncertain=True)
-        held = self._leases.release(reservation.id, reservation.tokens, reservation.requests)
+        held = self._leases.release(reservation.id, reservation.amounts)
         if held is None:  # made while limits were off
             return Release()
-        unused = reservation.tokens - spent
-        self._local.window(held.key_id, held.model_id).add(held.second, 0, -unused, pending=held.pending)
-        self._note_day(held, -unused)
+        unused = {name: amount - counted.get(name, 0) for name, amount in reservation.amounts.items()}
+        self._local.window(held.key_id, held.model_id).add(held.second, unused, pending=held.pending, sign=-1)
+        self._note_day(held, -unused["tokens"])
         return Release(held.uncertain or held.pending, held.pending)
 
     def charged(self, spending: Spending) -> None:
-        """Note that the store has charged what it did not know of."""
-        second, tokens = spending.second, spending.spent
-        self._local.window(spending.key_id, spending.model_id).charged(second, spending.held_requests, tokens)
+        """Count as known to the store what it has now charged."""
+        second, tokens = spending.second, spending.counted.get("tokens", 0)
+        self._local.window(spending.key_id, spending.model_id).charged(second, spending.counted)
         if spending.allowance.tokens_per_day and day_number(second) == day_number(self._now()):
             day = self._local.day(spending.key_id, self._now())
             tokens = min(tokens, day.pending)
@@ -239,7 +236,8 @@ class Limits:
         reservation = self._reservation(wanted, answer)
         self._note(wanted, answer, reservation)
         if answer[0]:
-            raise self._exceeded(answer[0], wanted.model, reservation.standing, int(answer[6]) / 1000)
+            kind = _NAMES.get(answer[0], answer[0])
+            raise self._exceeded(kind, wanted.model, reservation.standing, int(answer[2]) / 1000)
         return reservation
 
     async def _question(self, wanted: _Wanted, left: Taker | None) -> Any:
@@ -247,7 +245,7 @@ class Limits:
             if left is None:
                 return
             if isinstance(answer, Exception):  # perhaps made
-                left(self._unmade(wanted, wanted.requests))
+                left(self._unmade(wanted))
             elif not answer[0]:
                 reservation = self._reservation(wanted, answer)
                 self._note(wanted, answer, reservation)
@@ -256,53 +254,50 @@ class Limits:
         now = self._now()
         key_id, allowance = wanted.principal.key_id, wanted.allowance
         deadline_s = now + self._store.timeout_s + _LATE_S
-        pending = self._local.window(key_id, wanted.model.id).pending(now)
+        pending = self._local.window(key_id, wanted.model.id).pending(allowance, now)
         pending_today = self._local.day(key_id, now).pending if allowance.tokens_per_day else 0
         arguments = [
             wanted.id,
             wanted.member,
-            wanted.requests,
-            wanted.tokens,
-            allowance.requests_per_minute,
-            allowance.tokens_per_minute,
+            encoded(wanted.amounts.items()),
+            encoded(allowance.per_minute),
+            encoded(pending.items()),
             allowance.concurrent_requests,
             allowance.concurrent_requests_of_key,
             allowance.tokens_per_day,
             round(LEASE_S * 1000),
-            round(deadline_s * 1000) if wanted.requests + wanted.tokens else 0,
+            round(deadline_s * 1000) if any(wanted.amounts.values()) else 0,
             day_number(now),
-            *pending,
             pending_today,
         ]
         command = _RESERVE.call(limit_keys(key_id, wanted.model.id, now), arguments)
         answer = await self._store.run_heard(command, unheard)
         if answer[0] == "late":
-            self._store.state.set_clock(int(answer[7]) / 1000)
+            self._store.state.set_clock(int(answer[3]) / 1000)
         return answer
 
     def _reservation(self, wanted: _Wanted, answer: list[Any]) -> Reservation:
         second = int(answer[1])
-        standing = standing_of(wanted.allowance, answer[2:6])
-        return Reservation(standing, second, wanted.tokens, wanted.id, wanted.requests, second)
+        standing = standing_of(wanted.allowance, answer[5:])
+        return Reservation(standing, second, wanted.amounts, wanted.id, second)
 
-    def _unmade(self, wanted: _Wanted, requests: int) -> Reservation:
-        """Return what is settled in place of a reservation that the store may have made, or will make.
-
-        `requests` of it are to count.
-        """
-        standing = Standing(wanted.allowance, 0, 0, 0, 0)
-        return Reservation(standing, 0, wanted.tokens, wanted.id, requests, int(self._now()), made=False)
+    def _unmade(self, wanted: _Wanted, *, refused: bool = False) -> Reservation:
+        """What is settled in place of a reservation that the store may have made, or will make."""
+        second = int(self._now())
+        return Reservation(
+            Standing(wanted.allowance), 0, wanted.amounts, wanted.id, second, made=False, refused=refused
+        )
 
     def _note(self, wanted: _Wanted, answer: list[Any], reservation: Reservation) -> None:
         """Take note of what the store answered, for when it is away."""
         now, key_id = self._now(), wanted.principal.key_id
         window = self._local.window(key_id, wanted.model.id)
         if not answer[0]:
-            window.add(reservation.second, wanted.requests, wanted.tokens, pending=False)
+            window.add(reservation.second, wanted.amounts, pending=False)
             self._hold(wanted, reservation, pending=False, uncertain=False)
         window.note(reservation.standing, now)
         if wanted.allowance.tokens_per_day:
-            self._local.day(key_id, now).known = int(answer[8])
+            self._local.day(key_id, now).known = int(answer[4])
         if time.monotonic() - self._forgot_at > _FORGET_S:
             self._forgot_at = time.monotonic()
             self._local.forget_idle(now)
@@ -317,8 +312,7 @@ class Limits:
                 model_id=wanted.model.id,
                 allowance=wanted.allowance,
                 second=reservation.second,
-                tokens=wanted.tokens,
-                requests=wanted.requests,
+                amounts=dict(wanted.amounts),
                 pending=pending,
                 uncertain=uncertain,
             )
@@ -339,15 +333,15 @@ class Limits:
         refusal = self._refusal(wanted, error, now)
         if refusal is not None:
             if error.sent and wanted.id and left is not None:
-                left(dataclasses.replace(self._unmade(wanted, 0), refused=True))
+                left(self._unmade(wanted, refused=True))
             raise refusal
         key_id, model_id, allowance = wanted.principal.key_id, wanted.model.id, wanted.allowance
         second = int(now)
-        self._local.window(key_id, model_id).add(second, wanted.requests, wanted.tokens, pending=True)
+        self._local.window(key_id, model_id).add(second, wanted.amounts, pending=True)
         if allowance.tokens_per_day:
-            self._local.day(key_id, now).pending += wanted.tokens
-        standing = self._local_standing(key_id, model_id, allowance, wanted.tokens)
-        reservation = Reservation(standing, 0, wanted.tokens, wanted.id, wanted.requests, second)
+            self._local.day(key_id, now).pending += wanted.amounts["tokens"]
+        standing = self._local_standing(key_id, model_id, allowance, wanted.amounts)
+        reservation = Reservation(standing, 0, wanted.amounts, wanted.id, second)
         self._hold(wanted, reservation, pending=True, uncertain=error.sent)
         return reservation
 
@@ -359,10 +353,10 @@ class Limits:
         key_id, model, allowance = wanted.principal.key_id, wanted.model, wanted.allowance
         running = self._leases.running(key_id, model.id)
         replicas = self._settings.replicas
-        found = self._local.refusal(key_id, model.id, allowance, wanted.requests, wanted.tokens, running, replicas, now)
+        found = self._local.refusal(key_id, model.id, allowance, wanted.amounts, running, replicas, now)
         if found is None:
             return None
-        standing = self._local_standing(key_id, model.id, allowance, wanted.tokens)
+        standing = self._local_standing(key_id, model.id, allowance, wanted.amounts)
         return self._exceeded(found.kind, model, standing, found.wait_s)
 
     @staticmethod
@@ -371,8 +365,8 @@ class Limits:
             return from_store(error)
         return Unavailable("Limits can't be checked at the moment. Try again shortly.", retry_after_s=1.0)
 
-    def _local_standing(self, key_id: str, model_id: str, allowance: Allowance, tokens: int) -> Standing:
-        return self._local.standing(key_id, model_id, allowance, tokens, self._settings.replicas, self._now())
+    def _local_standing(self, key_id: str, model_id: str, allowance: Allowance, taken: Amounts) -> Standing:
+        return self._local.standing(key_id, model_id, allowance, taken, self._settings.replicas, self._now())
 
     def _exceeded(self, kind: str, model: ModelSpec, standing: Standing, retry_after_s: float) -> RateLimitExceeded:
         self._metrics.limited(model.id, kind)
@@ -384,14 +378,26 @@ class Limits:
         return error
 
 
+def _never(name: str, amount: int, limit: int, model: ModelSpec) -> BadRequest:
+    """The error of a request that the limit could never admit."""
+    of, param, remedy = "", None, f"send fewer {name}."
+    if name == "tokens":
+        of, param, remedy = " (prompt and max_tokens together)", "max_tokens", "shorten the prompt or lower max_tokens."
+    return BadRequest(
+        f"This request needs {amount} {name}{of}, but the API key's limit for {model.id!r} is {limit}. It can never be "
+        f"admitted: {remedy}",
+        param,
+        f"{name}_exceed_limit",
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """What is asked for. Without an id, only where the caller stands."""
+    """What is asked for. Without an id, only the caller's standing is."""
 
     principal: Principal
     model: ModelSpec
     member: str
     allowance: Allowance
-    requests: int
-    tokens: int
+    amounts: Amounts
     id: str

@@ -11,87 +11,80 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from gateway.access.allowance import DAY_S, WINDOW_S, Allowance, Standing, day_number
-
-REQUESTS, TOKENS = 0, 1
+from gateway.access.allowance import DAY_S, WINDOW_S, Allowance, Amounts, Standing, day_number
 
 
 class LocalWindow:
     """The sliding window of one key and model, as this process knows it. Times are on the store's clock."""
 
     def __init__(self) -> None:
-        self._known: dict[int, list[int]] = {}
-        """Second -> [requests, tokens] of this process that the store has."""
-        self._pending: dict[int, list[int]] = {}
+        self._known: dict[int, Amounts] = {}
+        """Second -> amounts of this process that the store has."""
+        self._pending: dict[int, Amounts] = {}
         """The same, of which the store does not know."""
-        self._others = [0, 0]
-        self._others_until = [0, 0]
+        self._others: Amounts = {}
+        self._others_until: Amounts = {}
 
-    def add(self, second: int, requests: int, tokens: int, *, pending: bool) -> None:
-        """Note what was taken, or with negative figures what was given back."""
+    def add(self, second: int, amounts: Amounts, *, pending: bool, sign: int = 1) -> None:
+        """Count `amounts`; with a `sign` of -1, count them no longer."""
         buckets = self._pending if pending else self._known
-        bucket = buckets.setdefault(second, [0, 0])
-        bucket[REQUESTS] = max(0, bucket[REQUESTS] + requests)
-        bucket[TOKENS] = max(0, bucket[TOKENS] + tokens)
+        bucket = buckets.setdefault(second, {})
+        for name, amount in amounts.items():
+            bucket[name] = max(0, bucket.get(name, 0) + sign * amount)
 
-    def charged(self, second: int, requests: int, tokens: int) -> None:
-        """Note that the store now has what was pending."""
+    def charged(self, second: int, amounts: Amounts) -> None:
+        """Count as known to the store what was pending."""
         waiting = self._pending.get(second)
         if waiting is not None:
-            requests, tokens = min(requests, waiting[REQUESTS]), min(tokens, waiting[TOKENS])
-            self.add(second, -requests, -tokens, pending=True)
-            self.add(second, requests, tokens, pending=False)
+            moved = {name: min(amount, waiting.get(name, 0)) for name, amount in amounts.items()}
+            self.add(second, moved, pending=True, sign=-1)
+            self.add(second, moved, pending=False)
 
     def note(self, standing: Standing, now: float) -> None:
-        """Take what the store said, its own figures and what was reported to it as pending together."""
+        """Take over the store's figures. They include what was reported to it as pending."""
         self._forget(now)
-        allowance = standing.allowance
-        used = (
-            allowance.requests_per_minute - standing.remaining_requests,
-            allowance.tokens_per_minute - standing.remaining_tokens,
-        )
         latest = int(now) + 2 * WINDOW_S
-        self._others_until = [min(standing.reset_requests, latest), min(standing.reset_tokens, latest)]
-        for column in (REQUESTS, TOKENS):
-            own = self._sum(self._known, column, now) + self._sum(self._pending, column, now)
-            self._others[column] = max(0, used[column] - own)
+        for name, limit in standing.allowance.per_minute:
+            self._others_until[name] = min(standing.resets[name], latest)
+            own = self._sum(self._known, name, now) + self._sum(self._pending, name, now)
+            self._others[name] = max(0, limit - standing.remaining[name] - own)
 
-    def pending(self, now: float) -> tuple[int, int]:
-        """Return the requests and tokens in the window that the store does not know."""
+    def pending(self, allowance: Allowance, now: float) -> Amounts:
+        """The amounts in the window that the store does not know."""
         if not self._pending:
-            return 0, 0
+            return {name: 0 for name, _ in allowance.per_minute}
         self._forget(now)
-        return self._sum(self._pending, REQUESTS, now), self._sum(self._pending, TOKENS, now)
+        return {name: self._sum(self._pending, name, now) for name, _ in allowance.per_minute}
 
-    def wait_s(self, column: int, wanted: int, limit: int, replicas: int, now: float) -> float:
-        """Return how long to wait until `wanted` more fit, 0 if they fit now."""
-        if wanted == 0 or self._fits(column, wanted, limit, replicas, now):
+    def wait_s(self, name: str, wanted: int, limit: int, replicas: int, now: float) -> float:
+        """Seconds until `wanted` more of a dimension fit, 0 if they fit now."""
+        if wanted == 0 or self._fits(name, wanted, limit, replicas, now):
             return 0.0
-        ends = {second + WINDOW_S for second in (*self._known, *self._pending)} | {self._others_until[column]}
+        ends = {second + WINDOW_S for second in (*self._known, *self._pending)} | {self._others_until.get(name, 0)}
         for end in sorted(ends):
-            if end > now and self._fits(column, wanted, limit, replicas, end):
+            if end > now and self._fits(name, wanted, limit, replicas, end):
                 return end - now
         return float(WINDOW_S)
 
-    def remaining(self, column: int, wanted: int, limit: int, replicas: int, now: float) -> int:
-        """Return how much this process may still take, if its share has room for `wanted`."""
-        return self._share(column, wanted, limit, replicas, now) - self._sum(self._pending, column, now)
+    def remaining(self, name: str, wanted: int, limit: int, replicas: int, now: float) -> int:
+        """How much of a dimension this process may still take, if its share has room for `wanted`."""
+        return self._share(name, wanted, limit, replicas, now) - self._sum(self._pending, name, now)
 
     def idle(self, now: float) -> bool:
         """Tell whether nothing in it counts any more."""
         self._forget(now)
-        return not self._known and not self._pending and max(self._others_until) <= now
+        return not self._known and not self._pending and max(self._others_until.values(), default=0) <= now
 
-    def _fits(self, column: int, wanted: int, limit: int, replicas: int, now: float) -> bool:
-        return self.remaining(column, wanted, limit, replicas, now) >= wanted
+    def _fits(self, name: str, wanted: int, limit: int, replicas: int, now: float) -> bool:
+        return self.remaining(name, wanted, limit, replicas, now) >= wanted
 
-    def _share(self, column: int, wanted: int, limit: int, replicas: int, now: float) -> int:
-        others = self._others[column] if self._others_until[column] > now else 0
-        return share_of(limit - others - self._sum(self._known, column, now), wanted, replicas)
+    def _share(self, name: str, wanted: int, limit: int, replicas: int, now: float) -> int:
+        others = self._others.get(name, 0) if self._others_until.get(name, 0) > now else 0
+        return share_of(limit - others - self._sum(self._known, name, now), wanted, replicas)
 
     @staticmethod
-    def _sum(buckets: dict[int, list[int]], column: int, now: float) -> int:
-        return sum(bucket[column] for second, bucket in buckets.items() if _counts(second, now))
+    def _sum(buckets: dict[int, Amounts], name: str, now: float) -> int:
+        return sum(bucket.get(name, 0) for second, bucket in buckets.items() if _counts(second, now))
 
     def _forget(self, now: float) -> None:
         for buckets in (self._known, self._pending):
@@ -150,8 +143,7 @@ class LocalLimits:
         key_id: str,
         model_id: str,
         allowance: Allowance,
-        requests: int,
-        tokens: int,
+        wanted: Amounts,
         running: tuple[int, int],
         replicas: int,
         now: float,
@@ -162,31 +154,31 @@ class LocalLimits:
         """
         window = self.window(key_id, model_id)
         waits = [
-            Refused("requests", window.wait_s(REQUESTS, requests, allowance.requests_per_minute, replicas, now)),
-            Refused("tokens", window.wait_s(TOKENS, tokens, allowance.tokens_per_minute, replicas, now)),
+            Refused(name, window.wait_s(name, wanted.get(name, 0), limit, replicas, now))
+            for name, limit in allowance.per_minute
         ]
         limits = (allowance.concurrent_requests, allowance.concurrent_requests_of_key)
         for limit, count in zip(limits, running, strict=True):
-            if limit and requests and count >= max(1, limit // replicas):
+            if limit and wanted.get("requests") and count >= max(1, limit // replicas):
                 waits.append(Refused("concurrent", 1.0))
         if allowance.tokens_per_day:
-            day = self.day(key_id, now)
+            day, tokens = self.day(key_id, now), wanted.get("tokens", 0)
             if day.pending + tokens > share_of(allowance.tokens_per_day - day.known, tokens, replicas):
                 waits.append(Refused("daily_tokens", DAY_S - now % DAY_S))
         worst = max(waits, key=lambda refused: refused.wait_s)
         return worst if worst.wait_s > 0 else None
 
     def standing(
-        self, key_id: str, model_id: str, allowance: Allowance, tokens: int, replicas: int, now: float
+        self, key_id: str, model_id: str, allowance: Allowance, taken: Amounts, replicas: int, now: float
     ) -> Standing:
-        """Return where a caller stands, after `tokens` were taken."""
+        """The caller's standing after `taken` was taken."""
         window = self.window(key_id, model_id)
         reset = int(now) + 1 + WINDOW_S
-        remaining = (
-            window.remaining(REQUESTS, 1, allowance.requests_per_minute, replicas, now),
-            window.remaining(TOKENS, tokens, allowance.tokens_per_minute, replicas, now),
-        )
-        return Standing(allowance, *remaining, reset, reset, local=True)
+        remaining = {
+            name: window.remaining(name, 1 if name == "requests" else taken.get(name, 0), limit, replicas, now)
+            for name, limit in allowance.per_minute
+        }
+        return Standing(allowance, remaining, dict.fromkeys(remaining, reset), local=True)
 
     def forget_idle(self, now: float) -> None:
         """Drop what does not count any more."""

@@ -460,7 +460,7 @@ async def test_room_taken_for_several_goes_back_for_those_that_never_began(gatew
     async with meter.reserved(prepared):
         standing = await services.limits.peek(principal, model)
         assert standing is not None
-        assert (standing.remaining_requests, standing.remaining_tokens) == (59, 200_000 - 3 * 101)
+        assert (standing.remaining["requests"], standing.remaining["tokens"]) == (59, 200_000 - 3 * 101)
         async with contextlib.aclosing(meter.generate(prepared[1])) as deltas:
             async for _ in deltas:
                 pass
@@ -468,7 +468,7 @@ async def test_room_taken_for_several_goes_back_for_those_that_never_began(gatew
     spent = gateway.spent().prompt_tokens + gateway.spent().completion_tokens
     standing = await services.limits.peek(principal, model)
     assert standing is not None
-    assert (standing.remaining_requests, standing.remaining_tokens) == (59, 200_000 - spent)
+    assert (standing.remaining["requests"], standing.remaining["tokens"]) == (59, 200_000 - spent)
     (row,) = await usage_rows(gateway)
     assert (row["requests"], row["prompt_tokens"], row["aborted_requests"]) == (1, 1, 1)
 

@@ -17,7 +17,7 @@ from engine.base import Delta, EngineDied, EngineError, EngineOverloaded, Genera
 from engine.mock import Fault, MockEngine
 from gateway.access.auth import Principal
 from gateway.access.catalog import ModelSpec
-from gateway.access.limits import Allowance, Limits, Reservation, Standing
+from gateway.access.limits import Allowance, Amounts, Limits, Reservation, Standing
 from gateway.errors import BadRequest, Overloaded, RateLimitExceeded, Unavailable
 from gateway.exchange.events import ShannonEvent
 from gateway.tools.base import Observation, Source, ToolError
@@ -393,19 +393,23 @@ class ScriptedLimits(Limits):
         return True
 
     async def reserve(
-        self, principal: Principal, model: ModelSpec, member: str, *, requests: int, tokens: int, left: Any = None
+        self, principal: Principal, model: ModelSpec, member: str, wanted: Amounts, *, left: Any = None
     ) -> Reservation:
-        self.asked.append((requests, tokens))
-        if tokens and self.refusals:
+        self.asked.append((wanted["requests"], wanted.get("tokens", 0)))
+        if wanted.get("tokens") and self.refusals:
             self.refusals -= 1
             raise RateLimitExceeded("tokens per minute", retry_after_s=self.retry_after_s)
-        return Reservation(STANDING, 1, tokens)
+        return Reservation(STANDING, 1, wanted)
 
     async def peek(self, principal: Principal, model: ModelSpec) -> Standing | None:
         return STANDING
 
 
-STANDING = Standing(Allowance(10, 100_000), 1, 1, 0, 0)
+STANDING = Standing(
+    Allowance.of(requests_per_minute=10, tokens_per_minute=100_000),
+    {"requests": 1, "tokens": 1},
+    {"requests": 0, "tokens": 0},
+)
 
 
 def limited(over: Metered, refusals: int, retry_after_s: float) -> ScriptedLimits:

@@ -44,9 +44,9 @@ async def test_keys_limits_ledger_and_sessions_work_on_a_cluster(cluster_port: i
         principal, model = Principal(record.id), ModelSpec("m", ModelSettings(description="m"), MockEngine())
         limits, ledger = Limits(LimiterSettings(), store, store.metrics), Ledger(store, tmp_path)
         reservations = await asyncio.gather(
-            *(limits.reserve(principal, model, f"r{number}", requests=1, tokens=100) for number in range(20))
+            *(limits.reserve(principal, model, f"r{number}", {"requests": 1, "tokens": 100}) for number in range(20))
         )
-        assert min(reservation.standing.remaining_requests for reservation in reservations) == 40
+        assert min(reservation.standing.remaining["requests"] for reservation in reservations) == 40
         allowance = allowance_of(principal, model)
         for reservation in reservations:
             ledger.settle(
@@ -57,12 +57,13 @@ async def test_keys_limits_ledger_and_sessions_work_on_a_cluster(cluster_port: i
                     requests=1,
                     completion_tokens=10,
                     bucket=reservation.bucket,
-                    refund=90,
+                    reserved=reservation.amounts,
+                    counted={"requests": 1, "tokens": 10},
                 )
             )
-        held = await limits.reserve(principal, model, "held", requests=1, tokens=100)
-        settling = Entry(key_id=record.id, model_id="m", allowance=allowance, completion_tokens=0, refund=100)
-        settling.reservation, settling.second, settling.held_requests = held.id, held.second, 1
+        held = await limits.reserve(principal, model, "held", {"requests": 1, "tokens": 100})
+        settling = Entry(key_id=record.id, model_id="m", allowance=allowance, reserved=held.amounts)
+        settling.reservation, settling.second, settling.counted = held.id, held.second, {"requests": 1}
         limits._leases._report_all()
         await until(lambda: not limits._leases._renewals)
         await ledger.settle(settling)
@@ -71,7 +72,7 @@ async def test_keys_limits_ledger_and_sessions_work_on_a_cluster(cluster_port: i
         assert (await ledger.totals(record.id))[0]["completion_tokens"] == 200
         standing = await limits.peek(principal, model)
         assert standing is not None
-        assert standing.remaining_tokens == 200_000 - 200
+        assert standing.remaining["tokens"] == 200_000 - 200
 
         rotated, _ = await Keys(store.bulk).rotate(record.id)
         assert (await Keys(store.bulk).revoke(record.id)).secret_sha256 == rotated.secret_sha256
@@ -136,7 +137,7 @@ async def test_node_that_dies_with_a_command_is_a_store_that_is_away(own_cluster
     """Whether it did what it was asked nobody knows: nothing is taken for refused, usage least of all."""
     async with opened_cluster(own_cluster) as store:
         ledger = Ledger(store, tmp_path)
-        allowance = Allowance(60, 1000)
+        allowance = Allowance.of(requests_per_minute=60, tokens_per_minute=1000)
         await ledger.settle(Entry(key_id="TestKey00001", model_id="m", allowance=allowance, requests=1))
         node = (await store.run("INFO", "server"))["process_id"]
         os.kill(node, signal.SIGSTOP)

@@ -114,7 +114,7 @@ async def test_limits_and_ledger_stay_exact_in_a_full_store(own: StoreServer, tm
         )
         await become_full(store, own)
         caller = Principal("TestKey00001", tokens_per_day=1000)
-        reservation = await limits.reserve(caller, MODEL, "r", requests=1, tokens=100)
+        reservation = await limits.reserve(caller, MODEL, "r", {"requests": 1, "tokens": 100})
         standing = await ledger.settle(
             Entry(
                 key_id="TestKey00001",
@@ -123,15 +123,15 @@ async def test_limits_and_ledger_stay_exact_in_a_full_store(own: StoreServer, tm
                 requests=1,
                 completion_tokens=40,
                 bucket=reservation.bucket,
-                refund=60,
+                reserved=reservation.amounts,
+                counted={"requests": 1, "tokens": 40},
                 reservation=reservation.id,
                 second=reservation.second,
-                held_requests=1,
             )
         )
         assert not reservation.standing.local
         assert standing is not None
-        assert standing.remaining_tokens == 200_000 - 40
+        assert standing.remaining["tokens"] == 200_000 - 40
         assert (await ledger.totals("TestKey00001"))[0]["completion_tokens"] == 40
         assert await ledger.key_ids() == ["TestKey00001"]
         assert ledger.journal_bytes == 0
@@ -325,10 +325,10 @@ async def test_server_that_can_not_write_to_its_disk_answers_reads(
             assert store.available
             assert await store.run("GET", "x") == "y"
             assert (await Authenticator(store).authenticate(sending(key))).name == "ci"
-            reservation = await limits.reserve(Principal("TestKey00001"), MODEL, "r", requests=1, tokens=100)
+            reservation = await limits.reserve(Principal("TestKey00001"), MODEL, "r", {"requests": 1, "tokens": 100})
             assert reservation.standing.local, "the scripts write, and may not"
             with pytest.raises(Unavailable) as told:
-                await closed.reserve(Principal("TestKey00001"), MODEL, "r", requests=1, tokens=100)
+                await closed.reserve(Principal("TestKey00001"), MODEL, "r", {"requests": 1, "tokens": 100})
             assert told.value.code == "store_read_only"
             allowance = reservation.standing.allowance
             await ledger.settle(Entry(key_id="TestKey00001", model_id="m", allowance=allowance, requests=1))

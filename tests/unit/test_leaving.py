@@ -265,7 +265,7 @@ async def test_refused_request_that_left_gives_nothing_back(bench: Bench) -> Non
     """It had taken nothing."""
     standing = await bench.limits.peek(CALLER, bench.meter().model)
     assert standing is not None
-    bench.raw.hset(f"{HEAD}w:{MODEL}", f"t{standing.reset_tokens}", LIMITS.tokens_per_minute)
+    bench.raw.hset(f"{HEAD}w:{MODEL}", f"t{standing.resets['tokens']}", LIMITS.tokens_per_minute)
     request = asyncio.create_task(answer(bench.meter()))
     while not bench.store._flushers:
         await asyncio.sleep(0)

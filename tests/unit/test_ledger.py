@@ -8,7 +8,6 @@ import errno
 import fcntl
 import resource
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ def entry(**fields: Any) -> Entry:
     defaults: dict[str, Any] = {
         "key_id": KEY_ID,
         "model_id": "shannon-chat",
-        "allowance": Allowance(60, 1000),
+        "allowance": Allowance.of(requests_per_minute=60, tokens_per_minute=1000),
         "day": DAY,
         "requests": 1,
         "prompt_tokens": 10,
@@ -46,7 +45,7 @@ def entry(**fields: Any) -> Entry:
 
 def line(number: int, **fields: Any) -> bytes:
     """Return an entry as the journal has it."""
-    return orjson.dumps(asdict(entry(number=number, **fields))) + b"\n"
+    return orjson.dumps(entry(number=number, **fields).journal()) + b"\n"
 
 
 @contextlib.asynccontextmanager
@@ -127,7 +126,7 @@ async def test_entry_that_is_sent_twice_gives_back_once(
             answer: Any = raw.time()
             raw.hset(window, f"t{answer[0]}", 100)
             for _ in range(2):
-                await store.run(*entry(number=1, bucket=int(answer[0]), refund=60).command("process-a"))
+                await store.run(*entry(number=1, bucket=int(answer[0]), reserved={"tokens": 60}).command("process-a"))
 
             assert raw.hget(window, f"t{answer[0]}") == "40"
 
@@ -147,7 +146,7 @@ async def test_settle_returns_the_standing(store_url: str, tmp_path: Path) -> No
         standing = await ledger.settle(entry())
 
         assert standing is not None
-        assert (standing.remaining_requests, standing.remaining_tokens) == (60, 1000)
+        assert (standing.remaining["requests"], standing.remaining["tokens"]) == (60, 1000)
 
 
 async def test_entries_go_to_a_journal_while_the_store_is_away_and_count_once_when_it_is_back(
@@ -321,6 +320,25 @@ async def test_journal_of_a_dead_process_is_replayed_once(store_url: str, tmp_pa
         assert (await ledger.totals(KEY_ID))[0]["requests"] == 300
 
 
+def test_line_of_an_older_release_is_read() -> None:
+    limits = {"requests_per_minute": 60, "tokens_per_minute": 1000, "concurrent_requests": 0}
+    limits |= {"concurrent_requests_of_key": 2, "tokens_per_day": 500}
+    fields = {"key_id": KEY_ID, "model_id": "m", "allowance": limits, "day": DAY, "requests": 1, "prompt_tokens": 10}
+    fields |= {
+        "completion_tokens": 4,
+        "bucket": 99,
+        "refund": 86,
+        "reservation": "p:1",
+        "held_requests": 1,
+        "number": 7,
+    }
+    read = Entry.from_journal(orjson.dumps(fields))
+
+    assert read.allowance.fields() == limits
+    assert (read.reserved, read.counted) == ({"requests": 1, "tokens": 100}, {"requests": 1, "tokens": 14})
+    assert Entry.from_journal(orjson.dumps(read.journal())) == read
+
+
 async def test_torn_last_line_of_a_journal_is_ignored(store_url: str, tmp_path: Path) -> None:
     path = tmp_path / "ledger-deadprocess.jsonl"
     path.write_bytes(line(1) + line(2)[:40])
@@ -388,7 +406,7 @@ async def test_entry_beyond_64_bits_is_logged_and_holds_up_no_other(
     store_url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with opened(store_url, tmp_path) as (store, ledger):
-        entries = [entry(), entry(prompt_tokens=2**70, refund=-(2**70)), entry()]
+        entries = [entry(), entry(prompt_tokens=2**70, counted={"tokens": 2**70}), entry()]
         await asyncio.wait_for(asyncio.gather(*map(ledger.settle, entries)), 10)
         await asyncio.wait_for(ledger.settle(entry()), 10)
 

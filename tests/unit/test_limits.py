@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from engine.base import GenerationRequest
 from engine.mock import MockEngine
+from gateway.access.allowance import DIMENSIONS
 from gateway.access.auth import Principal
 from gateway.access.catalog import ModelSpec
 from gateway.access.ledger import Entry, Ledger
@@ -88,7 +89,7 @@ class Bench:
     async def reserve(
         self, spec: ModelSpec, *, member: str = "r1", requests: int = 1, tokens: int = 1, caller: Principal = CALLER
     ) -> Reservation:
-        return await self.limits.reserve(caller, spec, member, requests=requests, tokens=tokens)
+        return await self.limits.reserve(caller, spec, member, {"requests": requests, "tokens": tokens})
 
     async def settle(
         self, spec: ModelSpec, reservation: Reservation, used: int, *, lease: str = "", caller: Principal = CALLER
@@ -101,7 +102,8 @@ class Bench:
             completion_tokens=used,
             lease=lease,
             bucket=reservation.bucket,
-            refund=reservation.tokens - used,
+            reserved=reservation.amounts,
+            counted=reservation.amounts | {"tokens": used},
         )
         standing = await self.ledger.settle(entry)
         assert standing is not None
@@ -129,16 +131,16 @@ async def test_reserve_takes_one_request_and_its_tokens(bench: Bench) -> None:
     reservation = await bench.reserve(model(), tokens=12)
 
     assert bench.raw.hgetall(WINDOW) == {f"r{reservation.bucket}": "1", f"t{reservation.bucket}": "12"}
-    assert reservation.standing.remaining_requests == 59
-    assert reservation.standing.remaining_tokens == 200_000 - 12
+    assert reservation.standing.remaining["requests"] == 59
+    assert reservation.standing.remaining["tokens"] == 200_000 - 12
 
 
 async def test_further_generations_of_a_request_take_tokens_only(bench: Bench) -> None:
     await bench.reserve(model(requests_per_minute=1), tokens=5)
     reservation = await bench.reserve(model(requests_per_minute=1), requests=0, tokens=5)
 
-    assert reservation.standing.remaining_requests == 0
-    assert reservation.standing.remaining_tokens == 200_000 - 10
+    assert reservation.standing.remaining["requests"] == 0
+    assert reservation.standing.remaining["tokens"] == 200_000 - 10
 
 
 @pytest.mark.parametrize(
@@ -177,20 +179,22 @@ async def test_refund_goes_to_the_bucket_that_it_came_from(bench: Bench) -> None
     # The reservation is 30 s old when it is settled, and another bucket has been filled since.
     then = reservation.bucket - 30
     bench.put({30: (1, 100), 10: (1, 7)}, reservation.bucket)
-    standing = await bench.settle(model(), Reservation(reservation.standing, then, 100), used=40)
+    standing = await bench.settle(model(), Reservation(reservation.standing, then, {"tokens": 100}), used=40)
 
     assert bench.raw.hget(WINDOW, f"t{then}") == "40"
     assert bench.raw.hget(WINDOW, f"t{reservation.bucket - 10}") == "7"
-    assert standing.remaining_tokens == 200_000 - 47
-    assert standing.remaining_requests == 58
+    assert standing.remaining["tokens"] == 200_000 - 47
+    assert standing.remaining["requests"] == 58
 
 
 async def test_refund_of_a_bucket_that_has_left_the_window_gives_nothing(bench: Bench) -> None:
     reservation = await bench.reserve(model(), tokens=100)
     bench.put({0: (1, 7)}, reservation.bucket)
-    standing = await bench.settle(model(), Reservation(reservation.standing, reservation.bucket - 90, 100), used=1)
+    standing = await bench.settle(
+        model(), Reservation(reservation.standing, reservation.bucket - 90, {"tokens": 100}), used=1
+    )
 
-    assert standing.remaining_tokens == 200_000 - 7
+    assert standing.remaining["tokens"] == 200_000 - 7
     assert bench.raw.hgetall(WINDOW) == {f"r{reservation.bucket}": "1", f"t{reservation.bucket}": "7"}
 
 
@@ -201,7 +205,9 @@ async def test_bucket_counts_until_the_second_61_after_its_own(bench: Bench, age
     standing = await bench.limits.peek(CALLER, model())
 
     assert standing is not None
-    assert (60 - standing.remaining_requests, 200_000 - standing.remaining_tokens) == ((3, 30) if counts else (0, 0))
+    assert (60 - standing.remaining["requests"], 200_000 - standing.remaining["tokens"]) == (
+        (3, 30) if counts else (0, 0)
+    )
 
 
 async def test_buckets_that_have_left_are_deleted(bench: Bench) -> None:
@@ -260,8 +266,8 @@ async def test_resets_tell_when_everything_has_left(bench: Bench) -> None:
     standing = await bench.limits.peek(CALLER, model())
 
     assert standing is not None
-    assert standing.reset_requests == now - 40 + 61
-    assert standing.reset_tokens == now - 20 + 61
+    assert standing.resets["requests"] == now - 40 + 61
+    assert standing.resets["tokens"] == now - 20 + 61
 
 
 async def test_resets_of_an_empty_window_are_now(bench: Bench) -> None:
@@ -269,7 +275,7 @@ async def test_resets_of_an_empty_window_are_now(bench: Bench) -> None:
     standing = await bench.limits.peek(CALLER, model())
 
     assert standing is not None
-    assert (standing.reset_requests, standing.reset_tokens) == (now, now)
+    assert (standing.resets["requests"], standing.resets["tokens"]) == (now, now)
 
 
 async def test_peek_takes_nothing(bench: Bench) -> None:
@@ -277,7 +283,7 @@ async def test_peek_takes_nothing(bench: Bench) -> None:
     for _ in range(3):
         standing = await bench.limits.peek(caller, model(requests_per_minute=1, concurrent_requests=1))
         assert standing is not None
-        assert standing.remaining_requests == 1
+        assert standing.remaining["requests"] == 1
 
     assert bench.everything() == {"window": {}, "model": [], "key": [], "day": None}
 
@@ -286,10 +292,9 @@ async def test_own_limits_of_a_key_override_the_models(bench: Bench) -> None:
     caller = Principal(KEY_ID, limits={MODEL: {"requests_per_minute": 2}})
     reservation = await bench.reserve(model(requests_per_minute=60, tokens_per_minute=500), caller=caller)
 
-    assert reservation.standing.allowance.requests_per_minute == 2
-    assert reservation.standing.allowance.tokens_per_minute == 500
+    assert reservation.standing.allowance.per_minute == (("requests", 2), ("tokens", 500))
     other = await bench.reserve(model("other", requests_per_minute=60), caller=caller)
-    assert other.standing.allowance.requests_per_minute == 60
+    assert dict(other.standing.allowance.per_minute)["requests"] == 60
 
 
 async def test_models_and_keys_have_windows_of_their_own(bench: Bench) -> None:
@@ -356,7 +361,7 @@ async def test_refund_after_midnight_leaves_the_new_days_budget_alone(bench: Ben
     bucket = bench.now() // 86_400 * 86_400 - 1  # the last second of yesterday
     bench.raw.set(f"{HEAD}day:{today()}", 10)
     reservation = await bench.reserve(model(), tokens=1, caller=caller)
-    await bench.settle(model(), Reservation(reservation.standing, bucket, 50), 20, caller=caller)
+    await bench.settle(model(), Reservation(reservation.standing, bucket, {"tokens": 50}), 20, caller=caller)
 
     assert bench.raw.get(f"{HEAD}day:{today()}") == "11"
 
@@ -389,15 +394,17 @@ async def test_default_max_tokens_are_bounded_by_what_the_limit_could_admit(benc
 async def test_limits_that_are_off_admit_what_could_never_fit(bench: Bench) -> None:
     limits = Limits(LimiterSettings(enabled=False), bench.store, bench.store.metrics)
     for _ in range(3):
-        await limits.reserve(CALLER, model(requests_per_minute=1, tokens_per_minute=10), "r1", requests=1, tokens=4096)
+        await limits.reserve(
+            CALLER, model(requests_per_minute=1, tokens_per_minute=10), "r1", {"requests": 1, "tokens": 4096}
+        )
 
     assert bench.raw.exists(WINDOW) == 0
 
 
-@given(st.integers(0, 10**9), st.integers(0, 10**9), st.integers(-100, 10**6))
+@given(st.integers(1, 10**9), st.integers(0, 10**9), st.integers(-100, 10**6))
 def test_headers_are_the_six_and_never_negative(limit: int, reset: int, remaining: int) -> None:
     allowance = allowance_of(Principal("k", limits={MODEL: {"requests_per_minute": limit}}), model())
-    headers = Standing(allowance, remaining, remaining, reset, reset).headers()
+    headers = Standing(allowance, dict.fromkeys(DIMENSIONS, remaining), dict.fromkeys(DIMENSIONS, reset)).headers()
 
     assert headers.keys() == {
         f"X-RateLimit-{kind}-{of}" for kind in ("Limit", "Remaining", "Reset") for of in ("Requests", "Tokens")
@@ -411,12 +418,12 @@ async def test_share_of_a_process_is_enforced_while_the_store_is_away() -> None:
     limits = away(replicas=3)
     spec = model(requests_per_minute=7)
     standings = [
-        (await limits.reserve(CALLER, spec, f"r{number}", requests=1, tokens=1)).standing for number in range(2)
+        (await limits.reserve(CALLER, spec, f"r{number}", {"requests": 1, "tokens": 1})).standing for number in range(2)
     ]
     with pytest.raises(RateLimitExceeded) as caught:
-        await limits.reserve(CALLER, spec, "r2", requests=1, tokens=1)
+        await limits.reserve(CALLER, spec, "r2", {"requests": 1, "tokens": 1})
 
-    assert [standing.remaining_requests for standing in standings] == [1, 0]
+    assert [standing.remaining["requests"] for standing in standings] == [1, 0]
     assert all(standing.headers()["X-Shannon-Limits"] == "local" for standing in standings)
     assert caught.value.extra_headers["X-Shannon-Limits"] == "local"
     assert caught.value.retry_after_s == pytest.approx(61, abs=1.5)
@@ -425,20 +432,22 @@ async def test_share_of_a_process_is_enforced_while_the_store_is_away() -> None:
 async def test_share_of_tokens_is_enforced_while_the_store_is_away() -> None:
     limits = away(replicas=2)
     spec = model(tokens_per_minute=100)
-    await limits.reserve(CALLER, spec, "r1", requests=1, tokens=40)
+    await limits.reserve(CALLER, spec, "r1", {"requests": 1, "tokens": 40})
     with pytest.raises(RateLimitExceeded, match="tokens per minute"):
-        await limits.reserve(CALLER, spec, "r2", requests=1, tokens=20)
-    await limits.reserve(CALLER, spec, "r3", requests=1, tokens=10)
+        await limits.reserve(CALLER, spec, "r2", {"requests": 1, "tokens": 20})
+    await limits.reserve(CALLER, spec, "r3", {"requests": 1, "tokens": 10})
 
 
 async def test_share_is_never_less_than_one_request() -> None:
     limits = away(replicas=10)
-    await limits.reserve(CALLER, model(requests_per_minute=5, tokens_per_minute=50), "r1", requests=1, tokens=50)
+    await limits.reserve(
+        CALLER, model(requests_per_minute=5, tokens_per_minute=50), "r1", {"requests": 1, "tokens": 50}
+    )
 
 
 async def test_local_decisions_are_counted() -> None:
     limits = away()
-    await limits.reserve(CALLER, model(), "r1", requests=1, tokens=1)
+    await limits.reserve(CALLER, model(), "r1", {"requests": 1, "tokens": 1})
 
     assert b"shannon_limits_local_total 1.0" in limits._metrics.render()
 
@@ -446,7 +455,7 @@ async def test_local_decisions_are_counted() -> None:
 async def test_nothing_is_let_in_while_the_store_is_away_if_so_configured() -> None:
     limits = away(on_store_failure="closed")
     with pytest.raises(Unavailable) as caught:
-        await limits.reserve(CALLER, model(), "r1", requests=1, tokens=1)
+        await limits.reserve(CALLER, model(), "r1", {"requests": 1, "tokens": 1})
 
     assert caught.value.retry_after_s == 1.0
 

@@ -45,6 +45,7 @@ BUDGET = 100_000
 CALLER = Principal(KEY_ID, tokens_per_day=BUDGET)
 RESERVE = Script("window", "reservation", "reserve", when_full=True)
 HOLD = Script("window", "reservation", "hold", when_full=True)
+ALLOWANCE = Allowance.of(requests_per_minute=60, tokens_per_minute=1000)
 
 
 def spec(**limits: int) -> ModelSpec:
@@ -80,8 +81,8 @@ class Bench:
 
     async def reserve(self, model: ModelSpec, member: str = "r1", tokens: int = 900, **more: Any) -> Reservation:
         options: dict[str, Any] = {"caller": CALLER, "requests": 1} | more
-        caller = options.pop("caller")
-        return await self.limits.reserve(caller, model, member, tokens=tokens, left=self.left.append, **options)
+        wanted = {"requests": options["requests"], "tokens": tokens}
+        return await self.limits.reserve(options["caller"], model, member, wanted, left=self.left.append)
 
     def settle(self, model: ModelSpec, reservation: Reservation, spent: int, lease: str = "") -> asyncio.Future[Any]:
         """Settle a reservation as the meter does."""
@@ -271,12 +272,12 @@ async def test_day_is_that_of_the_stores_clock(bench: Bench, monkeypatch: pytest
 
 
 def _reserve(id_: str, now: float, tokens: int, *, late: bool = False, lease_ms: int = 120_000) -> Any:
-    arguments = [id_, "member", 1, tokens, 1000, 10**6, 0, 0, BUDGET, lease_ms, 1 if late else 0, day_number(now)]
-    return RESERVE.call(limit_keys(KEY_ID, MODEL, now), [*arguments, 0, 0, 0])
+    arguments = [id_, "member", f"r1 t{tokens}", f"r1000 t{10**6}", "r0 t0", 0, 0, BUDGET, lease_ms]
+    return RESERVE.call(limit_keys(KEY_ID, MODEL, now), [*arguments, 1 if late else 0, day_number(now), 0])
 
 
 def _hold(id_: str, now: float, tokens: int) -> Any:
-    arguments = [120_000, day_number(now), BUDGET, 0, 0, 1, 1, id_, int(now), tokens, 1]
+    arguments = [120_000, day_number(now), BUDGET, 0, 0, 1, 1, id_, int(now), f"r1 t{tokens}"]
     return HOLD.call(limit_keys(KEY_ID, MODEL, now), arguments)
 
 
@@ -296,12 +297,12 @@ async def test_any_order_of_commands_leaves_what_was_spent(
         entry = Entry(
             key_id=KEY_ID,
             model_id=MODEL,
-            allowance=Allowance(1000, 10**6, tokens_per_day=BUDGET),
+            allowance=Allowance.of(requests_per_minute=1000, tokens_per_minute=10**6, tokens_per_day=BUDGET),
             completion_tokens=spent,
-            refund=tokens - spent,
+            reserved={"requests": 1, "tokens": tokens},
+            counted={"requests": 1, "tokens": spent},
             reservation=id_,
             second=int(now),
-            held_requests=1,
             uncertain=True,
             number=index + 1,
         )
@@ -339,7 +340,12 @@ async def test_replay_of_a_journal_leaves_the_limits_their_lane(
     """A batch of entries that took longer than the limits wait would call the store away, for ever."""
     with own.client() as raw:
         async with bench_on(own.url, tmp_path, raw) as bench:
-            entry = Entry(key_id=KEY_ID, model_id=MODEL, allowance=Allowance(60, 1000), requests=1)
+            entry = Entry(
+                key_id=KEY_ID,
+                model_id=MODEL,
+                allowance=ALLOWANCE,
+                requests=1,
+            )
             with frozen(own):
                 await bench.ledger.settle(entry)
                 for _ in range(300):
@@ -362,19 +368,25 @@ async def test_clock_that_was_set_back_locks_nobody_out(bench: Bench) -> None:
     """A store that fails over may find itself an hour earlier than what is in its windows."""
     model = spec(requests_per_minute=1, tokens_per_minute=1000)
     bench.raw.hset(f"{HEAD}w:{MODEL}", mapping={f"{kind}{int(time.time()) + 3600}": 1000 for kind in "rt"})
-    reservation = await bench.limits.reserve(CALLER, model, "r", requests=1, tokens=100)
-    assert (reservation.standing.remaining_requests, reservation.standing.remaining_tokens) == (0, 900)
+    reservation = await bench.limits.reserve(CALLER, model, "r", {"requests": 1, "tokens": 100})
+    assert (reservation.standing.remaining["requests"], reservation.standing.remaining["tokens"]) == (0, 900)
     window = LocalWindow()
-    window.add(int(time.time()) + 3600, 1000, 1000, pending=False)
-    assert window.wait_s(0, 1, 1, 1, time.time()) == 0
-    window.note(dataclasses.replace(reservation.standing, reset_requests=int(time.time()) + 3600), time.time())
-    assert window.wait_s(0, 1, 1, 1, time.time()) <= 2 * 61
+    window.add(int(time.time()) + 3600, {"requests": 1000, "tokens": 1000}, pending=False)
+    assert window.wait_s("requests", 1, 1, 1, time.time()) == 0
+    reservation.standing.resets["requests"] = int(time.time()) + 3600
+    window.note(reservation.standing, time.time())
+    assert window.wait_s("requests", 1, 1, 1, time.time()) <= 2 * 61
 
 
 async def test_keys_with_usage_are_listed_again_by_a_store_that_lost_them(own: StoreServer, tmp_path: Path) -> None:
     with own.client() as raw:
         async with bench_on(own.url, tmp_path, raw) as bench:
-            entry = Entry(key_id=KEY_ID, model_id=MODEL, allowance=Allowance(60, 1000), requests=1)
+            entry = Entry(
+                key_id=KEY_ID,
+                model_id=MODEL,
+                allowance=ALLOWANCE,
+                requests=1,
+            )
             await bench.ledger.settle(entry)
             raw.flushall()
             own.send(signal.SIGKILL)
@@ -386,7 +398,7 @@ async def test_keys_with_usage_are_listed_again_by_a_store_that_lost_them(own: S
 
 async def test_gateways_that_are_gone_are_forgotten(bench: Bench) -> None:
     """The record of what each gateway process has applied does not grow with every restart."""
-    entry = Entry(key_id=KEY_ID, model_id=MODEL, allowance=Allowance(60, 1000), number=1)
+    entry = Entry(key_id=KEY_ID, model_id=MODEL, allowance=ALLOWANCE, number=1)
     await bench.store.run(*entry.command("old"))
     bench.raw.zadd(f"{HEAD}applied:at", {"old": time.time() - 31 * 86_400})
     await bench.store.run(*entry.command("new"))
@@ -396,7 +408,13 @@ async def test_gateways_that_are_gone_are_forgotten(bench: Bench) -> None:
 
 async def test_days_whose_usage_is_gone_leave_the_index(bench: Bench) -> None:
     bench.raw.sadd(f"{HEAD}days", "2019-01-01:shannon-chat")
-    entry = Entry(key_id=KEY_ID, model_id=MODEL, allowance=Allowance(60, 1000), day="2026-02-03", number=1)
+    entry = Entry(
+        key_id=KEY_ID,
+        model_id=MODEL,
+        allowance=ALLOWANCE,
+        day="2026-02-03",
+        number=1,
+    )
     await bench.store.run(*entry.command("p"))
 
     assert bench.raw.smembers(f"{HEAD}days") == {"2026-02-03:shannon-chat"}
@@ -405,7 +423,12 @@ async def test_days_whose_usage_is_gone_leave_the_index(bench: Bench) -> None:
 async def test_error_codes_of_a_day_are_bounded(bench: Bench) -> None:
     for number in range(1, 200):
         entry = Entry(
-            key_id=KEY_ID, model_id=MODEL, allowance=Allowance(60, 1000), error=f"odd_{number}", number=number, day="d"
+            key_id=KEY_ID,
+            model_id=MODEL,
+            allowance=ALLOWANCE,
+            error=f"odd_{number}",
+            number=number,
+            day="d",
         )
         await bench.store.run(*entry.command("p"))
 
@@ -417,7 +440,14 @@ async def test_error_codes_of_a_day_are_bounded(bench: Bench) -> None:
 async def test_entry_behind_one_that_failed_waits_for_it(bench: Bench) -> None:
     """Of a pipeline the first command may fail where the second does not; numbers would then hide the first."""
     first, second = (
-        Entry(key_id=KEY_ID, model_id=MODEL, allowance=Allowance(60, 1000), requests=1, number=number, day="d")
+        Entry(
+            key_id=KEY_ID,
+            model_id=MODEL,
+            allowance=ALLOWANCE,
+            requests=1,
+            number=number,
+            day="d",
+        )
         for number in (1, 2)
     )
     answer = await bench.store.run(*second.command("p", after=1))

@@ -140,11 +140,12 @@ async def test_usage_survives_a_server_that_refuses(
         ledger.on_charged = limits.charged
 
         async def spend(number: int) -> bool:
-            reservation = await limits.reserve(caller, MODEL, f"r{number}", requests=1, tokens=100)
+            reservation = await limits.reserve(caller, MODEL, f"r{number}", {"requests": 1, "tokens": 100})
             entry = Entry(key_id="TestKey00001", model_id="m", allowance=reservation.standing.allowance, requests=1)
-            entry.completion_tokens, entry.bucket, entry.refund = 40, reservation.bucket, 60
-            released = limits.release(reservation, 40)
-            entry.reservation, entry.second, entry.held_requests = reservation.id, reservation.second, 1
+            entry.completion_tokens, entry.bucket, entry.reserved = 40, reservation.bucket, reservation.amounts
+            entry.counted = {"requests": 1, "tokens": 40}
+            released = limits.release(reservation, entry.counted)
+            entry.reservation, entry.second = reservation.id, reservation.second
             entry.uncertain, entry.pending = released.uncertain, released.pending
             await ledger.settle(entry)
             return reservation.standing.local
@@ -153,7 +154,7 @@ async def test_usage_survives_a_server_that_refuses(
         undo = begin(own)
         decided_locally = [await spend(number) for number in range(1, 11)]
         with pytest.raises(Unavailable):
-            await closed.reserve(caller, MODEL, "closed", requests=1, tokens=100)
+            await closed.reserve(caller, MODEL, "closed", {"requests": 1, "tokens": 100})
         lines = len(caplog.records)
         undo()
         await until(lambda: store.available and store.state.refusal is None and not ledger.journal_bytes)

@@ -57,7 +57,7 @@ async def test_readers_of_large_values_leave_the_limits_exact(store_url: str, po
         readers = [asyncio.create_task(reader(log if number % 2 else ("GET", "large"))) for number in range(12)]
         standings = []
         for number in range(300):
-            made = await limits.reserve(Principal("k"), MODEL, f"r{number}", requests=1, tokens=1)
+            made = await limits.reserve(Principal("k"), MODEL, f"r{number}", {"requests": 1, "tokens": 1})
             standings.append(made.standing)
             await asyncio.sleep(0)
         done.set()
@@ -66,7 +66,7 @@ async def test_readers_of_large_values_leave_the_limits_exact(store_url: str, po
 
         assert sum(reads) > 12
         assert not any(standing.local for standing in standings)
-        assert [standing.remaining_requests for standing in standings] == list(range(9_999, 9_699, -1))
+        assert [standing.remaining["requests"] for standing in standings] == list(range(9_999, 9_699, -1))
         assert b"shannon_store_failures_total 0.0" in store.metrics.render()
 
 

@@ -1,6 +1,6 @@
 -- What reserve.lua, hold.lua and settle.lua share: reservations that are not settled, and what they hold.
 --
--- `open` is a hash: reservation id -> "<bucket second> <tokens> <requests>", or CLOSED for an id that must not be made
+-- `open` is a hash: reservation id -> "<bucket second> r<requests> t<tokens>", or CLOSED for an id that must not be made
 -- any more. `leases` is a sorted set of the same ids by the ms at which they end. A reservation whose gateway is gone is
 -- given back when its lease has ended: its window has forgotten it by then, the day has not.
 
@@ -17,12 +17,18 @@ local function day_at(first, middle_day, second)
 end
 
 local function held_by(open, id)
-  local bucket, tokens, requests = string.match(redis.call('HGET', open, id) or '', '^(%d+) (%d+) (%d+)$')
-  if bucket then return tonumber(bucket), tonumber(tokens), tonumber(requests) end
+  local known = redis.call('HGET', open, id) or ''
+  local bucket, rest = string.match(known, '^(%d+) (.*)$')
+  if not bucket then return nil end
+  local tokens, requests = string.match(rest, '^(%d+) (%d+)$') -- as older gateways write it
+  if tokens then return tonumber(bucket), {t = tonumber(tokens), r = tonumber(requests)} end
+  return tonumber(bucket), (read_amounts(rest))
 end
 
-local function hold(open, id, bucket, tokens, requests)
-  redis.call('HSET', open, id, string.format('%.0f %.0f %.0f', bucket, tokens, requests))
+local function hold(open, id, bucket, amounts)
+  local text = string.format('%.0f', bucket)
+  for letter, amount in pairs(amounts) do text = text .. string.format(' %s%.0f', letter, amount) end
+  redis.call('HSET', open, id, text)
 end
 
 local function lease(open, leases, id, until_ms)
@@ -50,29 +56,29 @@ local function charge_day(day, tokens)
 end
 
 -- Count what is in no bucket yet, in the bucket that it belongs to.
-local function charge_window(window, now_s, bucket, tokens, requests)
+local function charge_window(window, now_s, bucket, amounts)
   if bucket + SPAN <= now_s then return end
   bucket = math.min(bucket, now_s)
-  if tokens ~= 0 then redis.call('HINCRBY', window, 't' .. bucket, tokens) end
-  if requests ~= 0 then redis.call('HINCRBY', window, 'r' .. bucket, requests) end
+  for letter, amount in pairs(amounts) do
+    if amount ~= 0 then redis.call('HINCRBY', window, letter .. bucket, amount) end
+  end
   redis.call('EXPIRE', window, SPAN + 1)
 end
 
 -- Give back what is in a bucket.
-local function refund_window(window, bucket, tokens, requests)
-  if tokens ~= 0 and redis.call('HEXISTS', window, 't' .. bucket) == 1 then
-    redis.call('HINCRBY', window, 't' .. bucket, -tokens)
-  end
-  if requests ~= 0 and redis.call('HEXISTS', window, 'r' .. bucket) == 1 then
-    redis.call('HINCRBY', window, 'r' .. bucket, -requests)
+local function refund_window(window, bucket, amounts)
+  for letter, amount in pairs(amounts) do
+    if amount ~= 0 and redis.call('HEXISTS', window, letter .. bucket) == 1 then
+      redis.call('HINCRBY', window, letter .. bucket, -amount)
+    end
   end
 end
 
 -- Give the days back what reservations hold whose lease has ended.
 local function sweep(open, leases, now_ms, first, middle_day)
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', leases, '-inf', now_ms, 'LIMIT', 0, SWEPT_AT_ONCE)) do
-    local bucket, tokens = held_by(open, id)
-    if bucket then charge_day(day_at(first, middle_day, bucket), -tokens) end
+    local bucket, amounts = held_by(open, id)
+    if bucket then charge_day(day_at(first, middle_day, bucket), -(amounts.t or 0)) end
     forget(open, leases, id)
   end
 end

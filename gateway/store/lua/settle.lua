@@ -5,13 +5,13 @@
 --       9 applied  10 when applied  11 usage  12 usage index: all of one API key
 -- ARGV  1 gateway process  2 entry number  3 number of the entry that must have been applied before, 0 for any
 --       4 lease member to free, or ''  5 reservation id, or ''  6 bucket second, 0 if nothing was reserved
---       7 tokens to give back of those that were reserved  8 tokens spent  9 requests that count
---       10 whether the reservation's own command may still arrive (0 or 1)
---       11 requests per minute  12 tokens per minute  13 tokens per day, 0 for none
---       14 number of the middle one of the three days  15 usage index member  16 days to keep usage
---       17 oldest date that is kept  then pairs of usage field and increment
--- Returns  {1 if applied, 0 if it was before, -1 if the entry before it is missing, then the remaining requests,
---          remaining tokens, reset requests, reset tokens}
+--       7 amounts to give back of those that were reserved  8 amounts that count
+--       9 whether the reservation's own command may still arrive (0 or 1)
+--       10 limits per minute of all dimensions that have one  11 tokens per day, 0 for no limit
+--       12 number of the middle one of the three days  13 usage index member  14 days to keep usage
+--       15 oldest date that is kept  then pairs of usage field and increment
+-- Returns  {1 if applied, 0 if it was before, -1 if the entry before it is missing, then the remaining amount and the
+--          reset of each dimension}
 
 local APPLIED_S = 30 * 86400
 local MOST_FIELDS = 64
@@ -19,26 +19,33 @@ local time = redis.call('TIME')
 local now_s = tonumber(time[1])
 local now_ms = now_s * 1000 + math.floor(tonumber(time[2]) / 1000)
 local process, number, id, bucket = ARGV[1], tonumber(ARGV[2]), ARGV[5], tonumber(ARGV[6])
-local refund, spent, requests, budget = tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9]), tonumber(ARGV[13])
-local middle_day = tonumber(ARGV[14])
+local refund, counted, budget = read_amounts(ARGV[7]), read_amounts(ARGV[8]), tonumber(ARGV[11])
+local limits, letters = read_amounts(ARGV[10])
+local middle_day = tonumber(ARGV[12])
 
--- A reservation that this server has is brought down to what was spent. One that it does not have, because it was made
+-- A reservation that this server has is brought down to what counts. One that it does not have, because it was made
 -- without this server or given back, is counted now.
 local function close_reservation()
-  local held_at, tokens, held_requests = held_by(KEYS[4], id)
+  local held_at, left = held_by(KEYS[4], id)
   if not held_at then
     if bucket > 0 then
-      charge_window(KEYS[1], now_s, bucket, spent, requests)
-      if budget > 0 then charge_day(day_at(6, middle_day, bucket), spent) end
+      charge_window(KEYS[1], now_s, bucket, counted)
+      if budget > 0 then charge_day(day_at(6, middle_day, bucket), counted.t or 0) end
     end
   else
-    tokens, held_requests = tokens - refund - spent, math.max(0, held_requests - requests)
-    refund_window(KEYS[1], held_at, refund, tokens <= 0 and held_requests or 0)
-    if budget > 0 then charge_day(day_at(6, middle_day, held_at), -refund) end
-    if tokens > 0 then return hold(KEYS[4], id, held_at, tokens, held_requests) end
+    if budget > 0 then charge_day(day_at(6, middle_day, held_at), -(refund.t or 0)) end
+    for letter, amount in pairs(left) do
+      left[letter] = math.max(0, amount - (refund[letter] or 0) - (counted[letter] or 0))
+    end
+    local open = (left.t or 0) > 0
+    for letter, amount in pairs(left) do
+      if not open then refund[letter] = (refund[letter] or 0) + amount end
+    end
+    refund_window(KEYS[1], held_at, refund)
+    if open then return hold(KEYS[4], id, held_at, left) end
     forget(KEYS[4], KEYS[5], id)
   end
-  if ARGV[10] == '1' then shut(KEYS[4], KEYS[5], id, now_ms) end
+  if ARGV[9] == '1' then shut(KEYS[4], KEYS[5], id, now_ms) end
 end
 
 local function note_applied()
@@ -53,7 +60,7 @@ local function note_applied()
 end
 
 local function write_usage()
-  for i = 18, #ARGV, 2 do
+  for i = 16, #ARGV, 2 do
     local field = ARGV[i]
     if string.sub(field, 1, 6) == 'error:' and redis.call('HLEN', KEYS[11]) >= MOST_FIELDS
       and redis.call('HEXISTS', KEYS[11], field) == 0 then
@@ -61,11 +68,11 @@ local function write_usage()
     end
     if ARGV[i + 1] ~= '0' then redis.call('HINCRBY', KEYS[11], field, ARGV[i + 1]) end
   end
-  local keep_s = tonumber(ARGV[16]) * 86400
+  local keep_s = tonumber(ARGV[14]) * 86400
   redis.call('EXPIRE', KEYS[11], keep_s)
-  if redis.call('SADD', KEYS[12], ARGV[15]) == 1 then
+  if redis.call('SADD', KEYS[12], ARGV[13]) == 1 then
     for _, day in ipairs(redis.call('SMEMBERS', KEYS[12])) do
-      if string.sub(day, 1, 10) < ARGV[17] then redis.call('SREM', KEYS[12], day) end
+      if string.sub(day, 1, 10) < ARGV[15] then redis.call('SREM', KEYS[12], day) end
     end
   end
   redis.call('EXPIRE', KEYS[12], keep_s)
@@ -84,12 +91,12 @@ elseif before < number then
   end
   if id ~= '' then
     close_reservation()
-  elseif bucket > 0 and refund ~= 0 then
-    refund_window(KEYS[1], bucket, refund, 0)
-    if budget > 0 then charge_day(day_at(6, middle_day, bucket), -refund) end
+  elseif bucket > 0 then
+    refund_window(KEYS[1], bucket, refund)
+    if budget > 0 then charge_day(day_at(6, middle_day, bucket), -(refund.t or 0)) end
   end
   write_usage()
 end
 
-local window = read_window(KEYS[1], now_s)
-return {applied, standing(window, tonumber(ARGV[11]), tonumber(ARGV[12]), now_s)}
+local window = read_window(KEYS[1], now_s, letters)
+return {applied, unpack(standing(window, limits, letters, now_s))}

@@ -118,7 +118,7 @@ async def _make_up_usage(services: Services, days: int) -> None:
         for weight, key in enumerate(keys, 1):
             requests = int(chance.uniform(40, 120) * weight * (0.35 if date.weekday() > 4 else 1))
             for model in ("shannon-chat", "shannon-standard-research"):
-                entry = Entry(key_id=key.id, model_id=model, allowance=Allowance(0, 0), day=date.isoformat())
+                entry = Entry(key_id=key.id, model_id=model, allowance=Allowance(), day=date.isoformat())
                 entry.requests = requests
                 entry.prompt_tokens = requests * chance.randint(300, 900)
                 entry.cached_tokens = entry.prompt_tokens // 3
