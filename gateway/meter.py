@@ -1,8 +1,7 @@
-"""An Engine as one caller may use it: the same protocol, bound to a Principal and a model, limited and counted.
+"""An engine as one caller may use it: bound to a Principal and a model, limited and counted.
 
-Every generation of a request goes through one Meter, however many a workflow makes. `generate` reserves before it
-starts and settles exactly once, on every way out: finished, failed, client gone, server draining. The tenet behind
-it: the ledger equals the engine's own counters.
+All generations of a request go through one Meter. Each reserves room before it starts and is settled exactly once,
+however it ends: finished, failed, client gone, server draining. The ledger therefore equals the engine's counters.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, TypeVar
@@ -22,30 +21,29 @@ from engine.base import (
     EngineError,
     EngineOverloaded,
     GenerationRequest,
-    InvalidRequest,
     Prepared,
     QueuePosition,
     Usage,
 )
+from gateway.access.account import Account, Outcome
 from gateway.access.auth import Principal
 from gateway.access.catalog import ModelSpec
-from gateway.access.ledger import Entry, Ledger
-from gateway.access.limits import Allowance, Amounts, Limits, Reservation, Standing, allowance_of
+from gateway.access.ledger import Ledger
+from gateway.access.limits import Amounts, Limits, Reservation, Standing
 from gateway.access.prompt_size import takes_work
-from gateway.conversations.sessions import Session, prepare_with_history
-from gateway.errors import BadRequest, GatewayError, InternalError, RateLimitExceeded, from_engine
+from gateway.conversations.fitting import fit, fit_first
+from gateway.conversations.sessions import Session
+from gateway.conversations.turns import Message
+from gateway.errors import GatewayError, InternalError, from_engine
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.tracing import Tracing
 
-_CHECK_EVERY_S = 1.0
-"""How old the last check of the caller's key may be when a generation begins."""
-_NOTHING = Reservation(Standing(Allowance()), 0, {})
-_Request = TypeVar("_Request", GenerationRequest, EmbeddingRequest)
+_R = TypeVar("_R", GenerationRequest, EmbeddingRequest)
 
 
 @dataclass(slots=True)
-class _Course:
-    """How one generation goes; times are by time.perf_counter."""
+class _Progress:
+    """Timing and finish reasons of one generation. Times are time.perf_counter()."""
 
     started: float
     first_at: float = 0.0
@@ -55,9 +53,13 @@ class _Course:
     def first_token_s(self) -> float | None:
         return self.first_at - self.started if self.first_at else None
 
+    @property
+    def streaming_s(self) -> float:
+        return time.perf_counter() - self.first_at if self.first_at else 0.0
+
 
 class Meter:
-    """See the module. `usage` is the sum over the request's generations so far."""
+    """Limits, counts and times the generations of one request. `usage` is the sum of those that are settled."""
 
     def __init__(
         self,
@@ -70,56 +72,41 @@ class Meter:
         cache_salt: str | None = None,
         tracing: Tracing | None = None,
     ) -> None:
+        self.request_id = request_id
         self.principal = principal
         self.model = model
+        self.account = Account(request_id, principal, model, limits, ledger)
         self.tracing = tracing or Tracing()
         self.usage = Usage()
-        self.standing: Standing | None = None
-        """Where the caller stands with its limits, as far as this request has seen."""
-        self.request_id = request_id
-        self.recheck: Callable[[], Awaitable[None]] | None = None
-        """Raises where the caller may not use the model any more. Asked before what did not begin with the request:
-        generations that waited for admission, and later ones."""
-        self._checked_at = time.monotonic()
         self.first_token_at: float | None = None
-        """When the first of all its tokens came, by time.perf_counter."""
-        self.limited: Callable[[ModelSpec, RateLimitExceeded], None] = lambda model, error: None
-        """Called when the limits refuse the request."""
-        self.worked = False
-        """The request is so large that it counts even if it is refused."""
+        """time.perf_counter() at the first token of the request."""
         self._queue_s = 0.0
         self._finish_reason: str | None = None
-        self._allowance = allowance_of(principal, model)
-        self._limits = limits
-        self._ledger = ledger
         self._metrics = metrics
         self._cache_salt = cache_salt
-        self._counted = False  # by the limits
-        self._noted = False  # by the ledger
-        self._failure: GatewayError | None = None
-        """The last one that the ledger has: a refusal may pass several places that note it."""
-        self._leased = False
-        self._aborted = False
-        self._first = asyncio.Lock()
-        self._whole: Prepared | None = None
-        """Stands for the whole request while `counted` holds it."""
         self._running: dict[int, Prepared] = {}
         self._reserved: dict[int, Reservation] = {}
-        """Room taken ahead, by the generation that it is for."""
+        """Room reserved ahead, by the generation that it is for."""
+
+    @property
+    def standing(self) -> Standing | None:
+        """The caller's standing with its limits when this request last learned it."""
+        return self.account.standing
 
     def headers(self) -> dict[str, str]:
-        """Return the X-RateLimit headers."""
-        return self.standing.headers() if self.standing is not None else {}
+        """The X-RateLimit headers."""
+        standing = self.account.standing
+        return standing.headers() if standing is not None else {}
 
     def spent(self) -> Usage:
-        """Return the usage so far, with that of generations that still run."""
+        """The usage so far, including that of running generations."""
         total = dataclasses.replace(self.usage)
         for prepared in self._running.values():
             total.add(prepared.usage)
         return total
 
     def facts(self) -> dict[str, Any]:
-        """Return what the access log tells of the request's generations; of several, their sum and the last reason."""
+        """The access log's fields: sums over the request's generations, and the last finish reason."""
         usage = self.spent() if self._running else self.usage
         return {
             "model": self.model.id,
@@ -132,163 +119,110 @@ class Meter:
 
     @property
     def waiting(self) -> QueuePosition | None:
-        """Where the request stands in the engine's queue, while none of its generations is further."""
-        running = (prepared for prepared in self._running.values() if prepared is not self._whole)
-        positions = [prepared.waiting for prepared in running]
+        """Position in the engine's queue, or None once any generation of this request has been admitted."""
+        positions = [prepared.waiting for prepared in self._running.values()]
         return None if None in positions else next(iter(positions), None)
 
-    async def prepare(self, request: GenerationRequest, session: Session | None = None) -> Prepared:
+    async def prepare(self, request: GenerationRequest | EmbeddingRequest, session: Session | None = None) -> Prepared:
         """Count the prompt, behind the session's history if there is one. Raises what engines raise, for clients.
 
-        A completion that names no maximum is bounded by what the limit could ever admit.
+        A completion without a maximum is bounded by the most that the limits could ever admit.
         """
-        most = self._allowance.limit("tokens") if self._limits.enabled else None
-        request = dataclasses.replace(self._marked(request), max_total_tokens=most)
-        history = session.history if session is not None else []
-        self.worked = self.worked or takes_work(chain([request.prompt], request.messages, *history))
-        engine = self.model.engine
         try:
-            request = self._capped(request)
-            most_input = self.model.settings.max_input_tokens
-            if most_input is None and (session is None or not session.history):
-                prepared = await engine.prepare(request)
-            else:
-                prepared = await prepare_with_history(engine, request, session or Session(), most_input)
+            if isinstance(request, EmbeddingRequest):
+                return await fit(self.model, self._marked(request, request.inputs))
+            history = session.history if session is not None else ()
+            return await fit(self.model, self._marked_generation(request, history), session)
         except EngineError as error:
             raise await self._refusal(error) from error
-        prepared.request = request
-        return prepared
 
     async def prepare_first(self, requests: Iterable[GenerationRequest]) -> Prepared:
-        """Prepare the first of `requests` that fits the context and leaves room for its answer; the last must fit.
+        """Prepare the first of `requests` that fits. Raises what `prepare` raises for the last one."""
+        try:
+            return await fit_first(self.model, map(self._marked_generation, requests))
+        except EngineError as error:
+            raise await self._refusal(error) from error
 
-        For prompts that can be had in several lengths, longest first. Raises what `prepare` raises of the last one.
-        """
-        most = self._allowance.limit("tokens") if self._limits.enabled else None
-        most_input = self.model.settings.max_input_tokens
-        failure: EngineError | None = None
-        for request in requests:
-            self.worked = self.worked or takes_work(chain([request.prompt], request.messages))
-            try:
-                request = self._capped(dataclasses.replace(self._marked(request), max_total_tokens=most))
-                prepared = await self.model.engine.prepare(request)
-            except EngineError as error:
-                failure = error
-                if isinstance(error, InvalidRequest) and error.code == "context_length_exceeded":
-                    continue
-                break
-            wanted = request.max_tokens or request.default_max_tokens or 1
-            leaves_room = prepared.max_tokens >= min(wanted, self.model.engine.max_model_len // 4)
-            if leaves_room and (most_input is None or prepared.prompt_tokens <= most_input):
-                prepared.request = request
-                return prepared
-            what = "The conversation leaves no room for an answer."
-            failure = InvalidRequest(what, "messages", "context_length_exceeded")
-        assert failure is not None
-        raise await self._refusal(failure) from failure
+    def _marked_generation(
+        self, request: GenerationRequest, history: Iterable[list[Message]] = ()
+    ) -> GenerationRequest:
+        texts = chain([request.prompt], request.messages, *history)
+        return self._marked(request, texts, max_total_tokens=self.account.most_tokens)
+
+    def _marked(self, request: _R, texts: Iterable[Any] = (), **fields: Any) -> _R:
+        """The request with the fields that only the server may set. `texts` are tokenized for it."""
+        account, principal = self.account, self.principal
+        account.worked = account.worked or takes_work(texts)
+        return dataclasses.replace(
+            request, cache_salt=self._cache_salt, flow=principal.key_id, priority=principal.priority, **fields
+        )
 
     @contextlib.asynccontextmanager
     async def counted(self) -> AsyncIterator[None]:
-        """Hold everything in here to be one request, however many generations it makes, and note how it ends.
+        """Treat everything in the block as one request, however many generations it makes, and note how it ends.
 
-        The first generation, or `count`, counts it; a generation that fails without ending it is no failed request.
+        The first generation, or `count`, counts it. A generation that fails is no failed request unless it ends the
+        block.
         """
-        self._whole = whole = _free(self.request_id)
-        self._running[id(whole)] = whole
-        failure: GatewayError | None = None
-        aborted = True
+        outcome = Outcome()
+        self.account.whole = True
+        self.account.open()
         try:
             yield
-            aborted = False
+            outcome.aborted = False
         except GatewayError as error:
-            aborted, failure = False, error
+            outcome = Outcome(error, aborted=False)
             raise
         except Exception:
-            aborted, failure = False, InternalError("The server had an error while processing your request.")
+            outcome = Outcome(InternalError("The server had an error while processing your request."), aborted=False)
             raise
         finally:
-            self._whole = None
-            del self._running[id(whole)]
-            await self._settle(whole, _NOTHING, failure, aborted, 0.0)
+            self.account.whole = False
+            self.account.close()
+            await self.account.settle(outcome)
+
+    @contextlib.asynccontextmanager
+    async def free(self) -> AsyncIterator[None]:
+        """Count the request, unless it is counted, for an operation that costs no tokens. Note how it ends.
+
+        Raises what `Limits.reserve` raises, and for clients what engines raise in the block.
+        """
+        await self.account.count()
+        outcome = Outcome()
+        self.account.open()
+        try:
+            with self._noting(outcome):
+                yield
+        finally:
+            self.account.close()
+            await self.account.settle(outcome)
 
     def note_work(self) -> None:
-        """Have the request count even if it is refused: there is work ahead."""
-        self.worked = True
+        """Have the request count even if it is refused, because processing it is expensive."""
+        self.account.worked = True
 
     async def count(self) -> None:
-        """Count the request, if no generation has yet: before it does anything else that costs somebody.
+        """Count the request, unless it is counted. Called ahead of expensive work.
 
         Raises what `Limits.reserve` raises.
         """
-        if not self._counted:
-            await self._reserve([_free(self.request_id)])
-
-    def _capped(self, request: GenerationRequest) -> GenerationRequest:
-        """Hold the completion to the model's maximum. Raises InvalidRequest when the client asks for more."""
-        most = self.model.settings.max_output_tokens
-        if most is None:
-            return request
-        if request.max_tokens is not None and request.max_tokens > most:
-            raise InvalidRequest(
-                f"{request.max_tokens_param} is too large: {request.max_tokens}. This model supports at most {most} "
-                f"completion tokens, whereas you provided {request.max_tokens}.",
-                request.max_tokens_param,
-                "invalid_value",
-            )
-        return dataclasses.replace(request, default_max_tokens=min(request.default_max_tokens or most, most))
-
-    def _marked(self, request: _Request) -> _Request:
-        """Return the request with what only the server may decide."""
-        principal = self.principal
-        return dataclasses.replace(
-            request, cache_salt=self._cache_salt, flow=principal.key_id, priority=principal.priority
-        )
+        await self.account.count()
 
     async def generate(self, prepared: Prepared) -> AsyncGenerator[Delta, None]:
         """Reserve, yield the engine's deltas, settle. Raises what `Limits.reserve` and engines raise."""
         async with (
-            self._metered(prepared) as course,
+            self._metered(prepared) as progress,
             contextlib.aclosing(self.model.engine.generate(prepared)) as deltas,
         ):
             async for delta in deltas:
-                if not course.first_at:
-                    course.first_at = time.perf_counter()
-                    self.first_token_at = self.first_token_at or course.first_at
-                    self._metrics.first_token(self.model.id, course.first_at - course.started)
+                if not progress.first_at:
+                    progress.first_at = time.perf_counter()
+                    self.first_token_at = self.first_token_at or progress.first_at
+                    self._metrics.first_token(self.model.id, progress.first_at - progress.started)
                 if delta.finish_reason:
                     self._finish_reason = delta.finish_reason
-                    course.finish_reasons.append(delta.finish_reason)
+                    progress.finish_reasons.append(delta.finish_reason)
                 yield delta
-
-    @contextlib.asynccontextmanager
-    async def reserved(self, several: list[Prepared]) -> AsyncIterator[None]:
-        """Take room for several generations at once, all or none, to be generated in here.
-
-        What was not generated is given back. Raises what `Limits.reserve` raises.
-        """
-        whole = await self._reserve(several)
-        requests = whole.amounts.get("requests", 0)
-        for prepared in several:
-            self._reserved[id(prepared)] = dataclasses.replace(whole, amounts=_wanted(requests, [prepared]))
-            requests = 0
-        try:
-            yield
-        finally:
-            left = [self._reserved.pop(id(prepared)) for prepared in several if id(prepared) in self._reserved]
-            if left:
-                amounts = {name: sum(one.amounts[name] for one in left) for name in left[0].amounts}
-                room = dataclasses.replace(whole, amounts=amounts)
-                await self._settle(_free(self.request_id), room, None, True, 0.0)
-
-    async def prepare_embedding(self, request: EmbeddingRequest) -> Prepared:
-        """Count the inputs. Raises what engines raise, for clients."""
-        self.worked = self.worked or takes_work(request.inputs)
-        try:
-            prepared = await self.model.engine.prepare(self._marked(request))
-        except EngineError as error:
-            raise await self._refusal(error) from error
-        prepared.request = request
-        return prepared
 
     async def embed(self, prepared: Prepared) -> list[list[float]]:
         """Reserve, embed, settle. Raises what `generate` raises."""
@@ -296,140 +230,92 @@ class Meter:
             return await self.model.engine.embed(prepared)
 
     async def tokenize(self, request: GenerationRequest) -> list[int]:
-        """Return the prompt's token ids: a request that costs no tokens. Raises what `generate` raises."""
-        async with self._metered(_free(self.request_id)):
+        """The prompt's token ids. Costs no tokens. Raises what `generate` raises."""
+        async with self.free():
             return await self.model.engine.tokenize(self._marked(request))
 
     async def detokenize(self, token_ids: list[int]) -> str:
-        """Return the text of token ids: a request that costs no tokens. Raises what `generate` raises."""
-        async with self._metered(_free(self.request_id)):
+        """The text of token ids. Costs no tokens. Raises what `generate` raises."""
+        async with self.free():
             return await self.model.engine.detokenize(token_ids)
 
     @contextlib.asynccontextmanager
-    async def _metered(self, prepared: Prepared) -> AsyncIterator[_Course]:
-        prepared.recheck = self._check
-        reservation = self._reserved.pop(id(prepared), None) or await self._reserve([prepared])
-        course = _Course(time.perf_counter())
-        failure: GatewayError | None = None
-        aborted = True
+    async def reserved(self, several: list[Prepared]) -> AsyncIterator[None]:
+        """Reserve room for several generations at once, all or none, to be generated in the block.
+
+        Room of generations that did not begin is given back. Raises what `Limits.reserve` raises.
+        """
+        account = self.account
+        whole = await account.reserve(_most(several))
+        account.open(len(several))
+        requests = whole.amounts.get("requests", 0)
+        for prepared in several:
+            part = {"requests": requests} | _most([prepared])
+            self._reserved[id(prepared)] = dataclasses.replace(whole, amounts=part)
+            requests = 0
+        try:
+            yield
+        finally:
+            left = [self._reserved.pop(id(prepared)) for prepared in several if id(prepared) in self._reserved]
+            if left:
+                amounts = {name: sum(part.amounts[name] for part in left) for name in left[0].amounts}
+                account.close(len(left))
+                await account.settle(Outcome(), reservation=dataclasses.replace(whole, amounts=amounts))
+
+    @contextlib.asynccontextmanager
+    async def _metered(self, prepared: Prepared) -> AsyncIterator[_Progress]:
+        prepared.recheck = self.account.check
+        reservation = self._reserved.pop(id(prepared), None)
+        if reservation is None:
+            reservation = await self.account.reserve(_most([prepared]))
+            self.account.open()
+        progress, outcome = _Progress(time.perf_counter()), Outcome()
         self._running[id(prepared)] = prepared
         try:
-            with self.tracing.generation(prepared, self.model.id) as span:
+            with self._noting(outcome), self.tracing.generation(prepared, self.model.id) as span:
                 prepared.trace_headers = span.headers
                 try:
-                    yield course
+                    yield progress
                 finally:
-                    span.generated(prepared, course.finish_reasons, course.first_token_s)
-            aborted = False
-        except GatewayError as error:  # the caller may not use the model any more
-            aborted, failure = False, error
-            raise
-        except EngineError as error:
-            aborted = False
-            failure = from_engine(error)
-            if isinstance(error, EngineOverloaded):
-                self._metrics.queue_rejected(self.model.settings.engine, error.reason)
-            raise failure from error
+                    span.generated(prepared, progress.finish_reasons, progress.first_token_s)
         finally:
             del self._running[id(prepared)]
-            streaming_s = time.perf_counter() - course.first_at if course.first_at else 0.0
-            await self._settle(prepared, reservation, failure, aborted, streaming_s)
+            self._add(prepared, reservation, progress)
+            self.account.close()
+            await self.account.settle(outcome, prepared.usage, reservation)
 
-    async def _check(self) -> None:
-        if self.recheck is not None:
-            await self.recheck()
-            self._checked_at = time.monotonic()
-
-    async def _reserve(self, several: list[Prepared]) -> Reservation:
-        if self._counted:
-            return await self._take(_wanted(0, several))
-        async with self._first:  # of several at once, one counts the request
-            return await self._take(_wanted(0 if self._counted else 1, several))
-
-    async def _take(self, wanted: Amounts) -> Reservation:
+    @contextlib.contextmanager
+    def _noting(self, outcome: Outcome) -> Iterator[None]:
+        """Note in `outcome` how the block ends. Raises engines' errors for clients."""
         try:
-            if time.monotonic() - self._checked_at >= _CHECK_EVERY_S:
-                await self._check()
-            reservation = await self._limits.reserve(
-                self.principal, self.model, self.request_id, wanted, left=self._give_back
-            )
-        except GatewayError as error:
-            if isinstance(error, RateLimitExceeded):
-                self.limited(self.model, error)
-            elif isinstance(error, BadRequest) and self.worked:
-                error = await self._paid(error)
-            elif not error.extra_headers and self.standing is None:
-                self.standing = await self._limits.peek(self.principal, self.model)
-            await self._settle_failure(error)
-            raise error
-        self._counted = self._leased = True
-        self.standing = reservation.standing
-        return reservation
+            yield
+            outcome.aborted = False
+        except GatewayError as error:  # the caller may not use the model any more
+            outcome.failure, outcome.aborted = error, False
+            raise
+        except EngineError as error:
+            outcome.failure, outcome.aborted = from_engine(error), False
+            if isinstance(error, EngineOverloaded):
+                self._metrics.queue_rejected(self.model.settings.engine, error.reason)
+            raise outcome.failure from error
 
-    def _give_back(self, reservation: Reservation) -> None:
-        """Settle room that was taken for a generation whose caller had left by then, or was refused without it."""
-        if reservation.refused:
-            entry = Entry(key_id=self.principal.key_id, model_id=self.model.id, allowance=self._allowance)
-            self._release(reservation, entry)
-        else:
-            self._counted = True
-            entry = self._entry(None)
-            self._release(reservation, entry)
-            self._close(entry, aborted=True)
-        self._ledger.settle(entry)
-
-    def _release(self, reservation: Reservation, entry: Entry) -> None:
-        """Give back with `entry`, which holds what was spent, what a reservation held beyond that."""
-        entry.bucket = reservation.bucket
-        entry.reserved = reservation.amounts
-        entry.counted = {} if reservation.refused else reservation.amounts | {"tokens": entry.spent}
-        if reservation.id:
-            released = self._limits.release(reservation, entry.counted)
-            entry.reservation, entry.second = reservation.id, reservation.second
-            entry.uncertain, entry.pending = released.uncertain, released.pending
-
-    async def _settle(
-        self,
-        prepared: Prepared,
-        reservation: Reservation,
-        failure: GatewayError | None,
-        aborted: bool,
-        streaming_s: float,
-    ) -> None:
+    def _add(self, prepared: Prepared, reservation: Reservation, progress: _Progress) -> None:
+        """Add a generation to the request's sums and to the metrics."""
         usage = prepared.usage
-        unused = reservation.tokens - usage.prompt_tokens - usage.completion_tokens
         self.usage.add(usage)
         self._queue_s += prepared.queue_s
         self._metrics.tokens(self.model.id, usage)
-        if reservation.tokens:
-            self._metrics.generation(
-                self.model.id,
-                queue_s=prepared.queue_s,
-                unused_tokens=unused,
-                tokens=usage.completion_tokens,
-                streaming_s=streaming_s,
-            )
-        entry = self._entry(failure)
-        entry.prompt_tokens = usage.prompt_tokens
-        entry.cached_tokens = usage.cached_tokens
-        entry.completion_tokens = usage.completion_tokens
-        self._release(reservation, entry)
-        self._close(entry, aborted=aborted)
-        await self._write(entry)
-
-    def _close(self, entry: Entry, *, aborted: bool) -> None:
-        """Note in `entry` what ends with it: the request, if it was aborted, and its lease, if nothing else runs."""
-        if aborted and not self._aborted and self._whole is None:
-            self._aborted = True
-            entry.aborted_requests = 1
-        if not self._running and not self._reserved:
-            entry.lease = self.request_id
-            self._leased = False
-            self._limits.end(self.request_id)
+        self._metrics.generation(
+            self.model.id,
+            queue_s=prepared.queue_s,
+            unused_tokens=reservation.tokens - usage.prompt_tokens - usage.completion_tokens,
+            tokens=usage.completion_tokens,
+            streaming_s=progress.streaming_s,
+        )
 
     @contextlib.asynccontextmanager
     async def noting_refusal(self) -> AsyncIterator[None]:
-        """Note a request that is refused in here, ahead of its first generation. Raises for clients."""
+        """Note a request that is refused in the block, ahead of its first generation. Raises for clients."""
         try:
             yield
         except (EngineError, GatewayError) as error:
@@ -439,74 +325,15 @@ class Meter:
             raise
 
     async def leave(self) -> None:
-        """Give back the place of a request that was counted, if it ended before its first generation."""
-        if self._leased and not self._running:
-            await self._settle(_free(self.request_id), _NOTHING, None, True, 0.0)
+        """End a request that was counted, if it left before its first generation."""
+        if self.account.idle:
+            await self.account.settle(Outcome())
 
     async def _refusal(self, error: EngineError | GatewayError) -> GatewayError:
-        """Note a request that was refused before it ran, and return what the client is told."""
-        failure = from_engine(error) if isinstance(error, EngineError) else error
-        if self.worked and isinstance(failure, BadRequest):
-            failure = await self._paid(failure)
-        else:
-            self.standing = await self._limits.peek(self.principal, self.model)
-        await self._settle_failure(failure)
-        return failure
-
-    async def charge(self, failure: GatewayError) -> None:
-        """Count and note a request that was refused after some work. Raises RateLimitExceeded in its place."""
-        failure = await self._paid(failure)
-        await self._settle_failure(failure)
-        if isinstance(failure, RateLimitExceeded):
-            raise failure
-
-    async def _paid(self, failure: GatewayError) -> GatewayError:
-        """Count a request that is to be refused, if it is not counted. Returns what its client is told: where the
-        limits have no room even for that, RateLimitExceeded or Unavailable."""
-        if self._counted:
-            return failure
-        try:
-            reservation = await self._limits.reserve(
-                self.principal, self.model, self.request_id, {"requests": 1}, left=self._give_back
-            )
-        except GatewayError as error:
-            if isinstance(error, RateLimitExceeded):
-                self.limited(self.model, error)
-            return error
-        self._counted = self._leased = True
-        self.standing = reservation.standing
-        return failure
-
-    async def _settle_failure(self, failure: GatewayError) -> None:
-        """Note a request that failed before it reached the engine."""
-        if self._whole is None:
-            entry = self._entry(failure)
-            self._close(entry, aborted=False)
-            await self._write(entry)
-
-    def _entry(self, failure: GatewayError | None) -> Entry:
-        entry = Entry(key_id=self.principal.key_id, model_id=self.model.id, allowance=self._allowance)
-        entry.requests = 0 if self._noted else 1
-        self._noted = True
-        if failure is not None and self._whole is None and failure is not self._failure:
-            entry.error = failure.code
-            self._failure = failure
-        return entry
-
-    async def _write(self, entry: Entry) -> None:
-        # Taken before the await: a cancellation from here on changes nothing.
-        standing = await self._ledger.settle(entry)
-        if standing is not None and self._limits.enabled:
-            self.standing = standing
+        """Note a request that is refused before it ran, and return the client's error."""
+        return await self.account.refuse(from_engine(error) if isinstance(error, EngineError) else error)
 
 
-def _wanted(requests: int, several: list[Prepared]) -> Amounts:
-    """What generations may take at most. Every limit per minute whose dimension is in it is enforced."""
-    return {
-        "requests": requests,
-        "tokens": sum(prepared.prompt_tokens + prepared.n * prepared.max_tokens for prepared in several),
-    }
-
-
-def _free(request_id: str) -> Prepared:
-    return Prepared(request_id=request_id, prompt_tokens=0, max_tokens=0)
+def _most(several: list[Prepared]) -> Amounts:
+    """The most that generations may take. Each dimension in it is limited if a limit per minute is set for it."""
+    return {"tokens": sum(prepared.prompt_tokens + prepared.n * prepared.max_tokens for prepared in several)}

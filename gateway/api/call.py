@@ -57,7 +57,7 @@ class Caller:
         app = self.services
         salt = app.cache_salts.salt_of(self.principal.tenant)
         meter = Meter(request_id, self.principal, model, app.limits, app.ledger, app.metrics, salt, app.tracing)
-        meter.recheck = partial(self._recheck, model.id)
+        meter.account.recheck = partial(self._recheck, model.id)
         return meter
 
     async def _recheck(self, model_id: str) -> None:
@@ -83,8 +83,7 @@ class Caller:
         generation = replace(generation, affinity=session.affinity or session.id)
 
         def run(generation: GenerationRequest) -> AsyncGenerator[Event, None]:
-            events = self._workflow(ready(generation), meter, session, options or ShannonOptions())
-            return app.sessions.record(events, session, generation.messages)
+            return self._workflow(ready(generation), meter, session, options or ShannonOptions())
 
         return with_images(run, generation, meter, app.images)
 
@@ -126,8 +125,8 @@ class Call(Caller):
     def meter(self, request_id: str, model: ModelSpec) -> Meter:
         """Return the meter as a Caller does, and note it for the access log."""
         meter = Caller.meter(self, request_id, model)
-        meter.limited = self._bar
-        meter.worked = self._takes_work
+        meter.account.limited = self._bar
+        meter.account.worked = self._takes_work
         self.request.state.meter = meter
         return meter
 
@@ -184,7 +183,7 @@ class Call(Caller):
         """Count a refused request, and return what its client is told. Raises RateLimitExceeded."""
         if model is not None:
             meter = self.meter(f"refused-{secrets.token_hex(16)}", model)
-            await meter.charge(error)
+            await meter.account.charge(error)
             error.extra_headers = meter.headers() | error.extra_headers
         return error
 

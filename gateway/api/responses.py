@@ -23,6 +23,7 @@ from gateway.api.error_params import reword
 from gateway.api.response_items import InputItem, Message, image_places, messages_of
 from gateway.api.responses_schema import ResponseRequest
 from gateway.api.schema import JsonBody, parse_body
+from gateway.conversations.fitting import split_turns
 from gateway.conversations.live_responses import LiveResponse
 from gateway.conversations.sessions import Session, derive_id, text_of
 from gateway.conversations.stored_responses import Conversation, Path
@@ -186,7 +187,7 @@ async def _read(call: Call, body: ResponseRequest, given: _Input) -> _Asked:
 
 
 def _ready(live: LiveResponse, asked: _Asked) -> Callable[[GenerationRequest], GenerationRequest]:
-    """Return what takes note of what was said, with images as data, and cuts it into turns where some may go."""
+    """A callback that records the new messages and, for truncation='auto', splits the history into turns."""
 
     def ready(generation: GenerationRequest) -> GenerationRequest:
         own = asked.given.messages
@@ -195,7 +196,7 @@ def _ready(live: LiveResponse, asked: _Asked) -> Callable[[GenerationRequest], G
             live.turn += generation.messages[-said:]
         if not asked.cut:
             return generation
-        *asked.session.history, last = turns_of(generation.messages)
+        *asked.session.history, last = split_turns(generation.messages)
         return replace(generation, messages=last)
 
     return ready
@@ -248,20 +249,6 @@ def assemble(instructions: str | None, turns: list[list[Message]], own: list[Mes
     texts += [text_of(message) for message in everything if message["role"] == "system"]
     system: list[Message] = [{"role": "system", "content": "\n\n".join(dict.fromkeys(texts))}] if texts else []
     return system + [message for message in everything if message["role"] != "system"]
-
-
-def turns_of(messages: list[Message]) -> list[list[Message]]:
-    """Return the conversation as turns, each from what a user says on; the last also has the system message."""
-    system = [message for message in messages if message["role"] == "system"]
-    turns: list[list[Message]] = []
-    before = ""
-    for message in messages:
-        if message["role"] != "system":
-            if not turns or (message["role"] == "user" and before != "user"):
-                turns.append([])
-            turns[-1].append(message)
-            before = message["role"]
-    return [*turns[:-1], system + turns[-1]] if turns else [system]
 
 
 def _check_outputs(messages: list[Message]) -> None:

@@ -14,27 +14,25 @@ import asyncio
 import re
 import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
 
-from engine.base import Delta, Engine, GenerationRequest, InvalidRequest, Prepared
+from engine.base import Delta
 from gateway.access.auth import Principal
 from gateway.conversations.derived_sessions import DerivedSessions, belongs_to, derive_id, is_derived
 from gateway.conversations.retention import Retention, session_keys
 from gateway.conversations.turns import Message, Piece, least_bytes, pieces_of, text_of, turns_of, without_images
 from gateway.errors import BadRequest, NotFound, StoreUnavailable, WritesRefused
 from gateway.exchange.answers import Answer
-from gateway.exchange.events import Event
 from gateway.settings.config import SessionSettings
 from gateway.store.client import Lane, Script
 from gateway.store.pieces import PIECE_BYTES
 from gateway.telemetry.metrics import Metrics
 
-__all__ = ["Message", "Session", "Sessions", "derive_id", "prepare_with_history", "text_of", "without_images"]
+__all__ = ["Message", "Session", "Sessions", "derive_id", "text_of", "without_images"]
 
 _ID = re.compile(r"[A-Za-z0-9._:@/+=|~-]{1,128}")
 _OPEN, _READ = Script("session_turns", "session_open"), Script("session_turns", "session_read", reads=True)
@@ -78,6 +76,26 @@ class Session:
     """Whether there are more (0 or 1)."""
     opening: asyncio.Task[None] | None = None
     """The question to the store, while it is under way."""
+    answer: Answer = field(default_factory=Answer)
+    """The answer to this request, as far as it was generated."""
+    keep: Callable[[Session, list[Message]], Awaitable[None]] | None = None
+    """Stores a turn."""
+
+    async def opened(self) -> None:
+        """Wait until the id is known, which is sent ahead of the answer."""
+        if self.opening is not None:
+            await self.opening
+            self.opening = None
+
+    def note(self, delta: Delta) -> None:
+        """Add to the answer. Only the first choice is stored."""
+        if delta.index == 0:
+            self.answer.add(delta)
+
+    async def end_turn(self, messages: list[Message]) -> None:
+        """Store the request's `messages` and the complete answer as one turn."""
+        if self.number and self.keep is not None:
+            await self.keep(self, messages)
 
     def headers(self) -> dict[str, str]:
         headers = {"X-Session-ID": self.id} if self.announce else {}
@@ -106,93 +124,6 @@ class Session:
         return changed
 
 
-async def prepare_with_history(
-    engine: Engine, request: GenerationRequest, session: Session, max_input_tokens: int | None = None
-) -> Prepared:
-    """Prepare `request` behind as many of the newest stored turns as fit and leave room for an answer.
-
-    `max_input_tokens` bounds the prompt, and then the request's own oldest turns go where they must. System prompts
-    and the last turn stay, and a tool's result is never parted from its call. Raises what `Engine.prepare` raises,
-    about what can't be left out: that the history is too long is never the reason.
-    """
-    cuts = _cuts(request.messages, session.history, drops_own=max_input_tokens is not None)
-    least, most = 0, len(cuts) - 1
-    best: Prepared | None = None
-    at = most
-    while best is None or least < most:
-        start, turns = cuts[at]
-        own = [message for i, message in enumerate(request.messages) if i >= start or message["role"] == "system"]
-        shortened = replace(request, messages=session.messages(own, turns))
-        try:
-            prepared: Prepared | None = await _prepare_within(
-                engine, shortened, max_input_tokens, alone=at == 0 and len(cuts) > 1
-            )
-        except InvalidRequest as error:
-            if turns and session.drop_images():
-                continue  # too long, too many, or for a model that takes none: they are not what was asked for
-            if at == 0 or error.code != "context_length_exceeded" or (turns == 0 and error.param != "messages"):
-                raise
-            prepared = None
-        if prepared is not None and (at == 0 or turns == 0 or _leaves_room(prepared, request, engine.max_model_len)):
-            best, least = prepared, at
-        else:
-            most = at - 1
-        # All turns first, then the fewest, then bisect: most histories fit, and the search needs a result that does.
-        at = 0 if best is None else (least + most + 1) // 2
-    return best
-
-
-def _cuts(request: list[Message], history: list[list[Message]], *, drops_own: bool) -> list[tuple[int, int]]:
-    """Return what may be sent, from least to most, as (first of the request's messages, number of stored turns).
-
-    A turn begins with what a user says. Nothing may begin with the result of a tool: its call would be missing.
-    """
-    starts: list[int] = []
-    before = ""
-    for index, message in enumerate(request):
-        if message["role"] != "system":
-            if not starts or (message["role"] == "user" and before != "user"):
-                starts.append(index)
-            before = message["role"]
-    if not starts:
-        return [(0, 0)]
-    cuts = [(start, 0) for start in (reversed(starts) if drops_own else starts[:1])]
-    cuts += [(starts[0], turns) for turns in range(1, len(history) + 1)]
-    first = {turns: next((m for m in history[-turns] if m["role"] != "system"), {}) for _, turns in cuts if turns}
-    whole = [cut for cut in cuts if (first[cut[1]] if cut[1] else request[cut[0]]).get("role") != "tool"]
-    return whole or cuts[-1:]
-
-
-async def _prepare_within(
-    engine: Engine, request: GenerationRequest, max_input_tokens: int | None, *, alone: bool
-) -> Prepared:
-    """Prepare `request` if its prompt is within the bound. `alone`: nothing can be left out of it any more."""
-    try:
-        prepared = await engine.prepare(request)
-    except InvalidRequest as error:
-        if max_input_tokens is None or error.param != request.max_tokens_param or request.max_tokens is None:
-            raise
-        # What the client wants to hear is too long. Whether the prompt is as well shows only without it.
-        prepared = await engine.prepare(replace(request, max_tokens=None))
-        if prepared.prompt_tokens <= max_input_tokens:
-            raise
-    if max_input_tokens is None or prepared.prompt_tokens <= max_input_tokens:
-        return prepared
-    param = request.prompt_param
-    what = "system prompt and last turn alone are" if alone else "messages are" if request.messages else "prompt is"
-    raise InvalidRequest(
-        f"This model takes prompts of at most {max_input_tokens} tokens, but the {what} {prepared.prompt_tokens} "
-        f"tokens long. Shorten the {param}.",
-        param,
-        "context_length_exceeded",
-    )
-
-
-def _leaves_room(prepared: Prepared, request: GenerationRequest, max_model_len: int) -> bool:
-    wanted = request.max_tokens or request.default_max_tokens or max_model_len
-    return prepared.max_tokens >= min(wanted, max_model_len // 4)
-
-
 class Sessions:
     """All sessions."""
 
@@ -207,7 +138,7 @@ class Sessions:
         """Return the session that a request names which is to be answered later. Raises BadRequest as `open` does."""
         session = Session()
         if given is not None and self._settings.enabled:
-            session = Session(_check_id(given), principal.tenant, principal.key_id)
+            session = Session(_check_id(given), principal.tenant, principal.key_id, keep=self._keep)
             await self._open(session, wants_history=False)
         return session
 
@@ -224,7 +155,7 @@ class Sessions:
         if not self._settings.enabled:
             return Session()
         replaces = any(message["role"] == "assistant" for message in messages)
-        session = Session(given or "", principal.tenant, principal.key_id, replaces=replaces)
+        session = Session(given or "", principal.tenant, principal.key_id, replaces=replaces, keep=self._keep)
         if given is not None:
             await self._open(session, wants_history=not replaces, incarnation=incarnation)
             return session
@@ -330,25 +261,13 @@ class Sessions:
             found += zip(pieces[::2], pieces[1::2], strict=True)
         return created if created is None else int(created)
 
-    async def record(
-        self, events: AsyncGenerator[Event, None], session: Session, messages: list[Message]
-    ) -> AsyncGenerator[Event, None]:
-        """Pass `events` on; when they have ended well, store `messages` and the answer as one turn."""
-        answer = Answer()
-        async with aclosing(events):
-            async for event in events:
-                if session.opening is not None:
-                    await session.opening
-                    session.opening = None
-                if isinstance(event, Delta) and event.index == 0:
-                    answer.add(event)
-                yield event
-        if session.number:
-            try:
-                if session.may_store is None or await session.may_store():
-                    await self._append(session, [*messages, answer.remembered()])
-            except StoreUnavailable:
-                self._metrics.session("unavailable")
+    async def _keep(self, session: Session, messages: list[Message]) -> None:
+        """Store `messages` and the answer as one turn."""
+        try:
+            if session.may_store is None or await session.may_store():
+                await self._append(session, [*messages, session.answer.remembered()])
+        except StoreUnavailable:
+            self._metrics.session("unavailable")
 
     async def _append(self, session: Session, turn: list[Message]) -> None:
         if session.derived:

@@ -321,7 +321,8 @@ def check_for_agents(request: GenerationRequest) -> None:
 
 
 async def conduct(workflow: Workflow, run: Run) -> AsyncGenerator[Event, None]:
-    """Yield the events of `workflow` as they happen. Raises what it raises; closing cancels all that it started."""
+    """Yield the events of `workflow` as they happen, and store the turn. Raises what the workflow raises. Closing
+    cancels all that it started."""
     model_id = run.meter.model.id
 
     async def to_the_end() -> None:
@@ -353,19 +354,23 @@ async def conduct(workflow: Workflow, run: Run) -> AsyncGenerator[Event, None]:
     await run.meter.prepare(run.request, run.session)
     await run.read_along()
     run.emit("WORKFLOW_STARTED", ORCHESTRATOR, f"{model_id} has started.", deferrable=True, model=model_id)
+    await run.session.opened()
     task = asyncio.create_task(to_the_end(), name=f"workflow {run.meter.request_id}")
     try:
         while (event := await run._events.get()) is not None:
-            if not run.begun and isinstance(event, Delta):
-                await run.meter.count()  # said without asking a model, and a request all the same
-                run.begun = True
+            if isinstance(event, Delta):
+                run.session.note(event)
+                if not run.begun:
+                    await run.meter.count()  # written without a model, but a request all the same
+                    run.begun = True
             yield event
         await task
     finally:
         task.cancel()
         await asyncio.wait([task])
         if not task.cancelled():
-            task.exception()  # raised above, or by a client that left in nobody's interest any more
+            task.exception()  # raised above, or of no interest because the client has left
+    await run.session.end_turn(run.request.messages)
 
 
 async def _within_budget(workflow: Workflow, run: Run) -> None:

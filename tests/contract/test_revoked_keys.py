@@ -211,7 +211,7 @@ async def test_key_of_the_configuration_that_was_removed_is_void(start: Start) -
 
 async def test_later_generation_of_a_request_asks_again(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """As agents make one after the other: the key was revoked after the first."""
-    monkeypatch.setattr("gateway.meter._CHECK_EVERY_S", 0.0)
+    monkeypatch.setattr("gateway.access.account._CHECK_EVERY_S", 0.0)
     gateway = await start()
     key_id, _ = await key_of(gateway)
     principal = await gateway.services.authenticator.renewed(Principal(key_id))

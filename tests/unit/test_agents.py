@@ -414,7 +414,7 @@ STANDING = Standing(
 
 def limited(over: Metered, refusals: int, retry_after_s: float) -> ScriptedLimits:
     limits = ScriptedLimits(refusals, retry_after_s)
-    over.meter._limits = limits
+    over.meter.account._limits = limits
     return limits
 
 
@@ -435,14 +435,14 @@ async def test_agent_does_not_wait_for_room_that_was_made_while_it_was_refused(o
     """Another's generation ends between the engine's refusal and the agent that learns of it."""
     run = begun(over)
     over.engine.faults.append(Fault(error=EngineOverloaded("full", retry_after_s=60)))
-    settle = over.meter._settle
+    settle = over.meter.account.settle
 
-    async def slow(*arguments: Any) -> None:
+    async def slow(*arguments: Any, **more: Any) -> None:
         with run.generating():
             pass
-        await settle(*arguments)
+        await settle(*arguments, **more)
 
-    over.meter._settle = slow  # type: ignore[assignment, method-assign]
+    over.meter.account.settle = slow  # type: ignore[method-assign]
     async with over.meter.counted():
         assert await asyncio.wait_for(Agent(run, "Ueno", "researcher").write(NOTES, 50), 5) == "Noted [99]."
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,6 @@ from gateway.access.ledger import Entry, Ledger
 from gateway.access.limits import Allowance, Limits, allowance_of
 from gateway.conversations.sessions import Sessions
 from gateway.errors import NotFound, StoreUnavailable
-from gateway.exchange.events import Event
 from gateway.settings.config import LimiterSettings, ModelSettings, SessionSettings, StoreSettings
 from gateway.store.client import Store
 from gateway.telemetry.metrics import Metrics
@@ -95,8 +94,9 @@ async def _use_sessions(store: Store, principal: Principal) -> None:
     async def say(session_id: str | None, text: str) -> str:
         messages = [{"role": "user", "content": text}]
         session = await sessions.open(principal, session_id, messages)
-        events = sessions.record(_answer(), session, messages)
-        assert [event async for event in events]
+        await session.opened()
+        session.note(Delta("yes", finish_reason="stop"))
+        await session.end_turn(messages)
         assert not session.unavailable
         return session.id
 
@@ -109,10 +109,6 @@ async def _use_sessions(store: Store, principal: Principal) -> None:
     assert len((await sessions.show(principal, "large2"))["messages"]) == 2
     with pytest.raises(NotFound):
         await sessions.show(principal, "large1")
-
-
-async def _answer() -> AsyncGenerator[Event, None]:
-    yield Delta("yes", finish_reason="stop")
 
 
 async def test_cluster_without_a_node_is_a_store_that_is_away() -> None:

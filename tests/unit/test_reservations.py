@@ -87,9 +87,9 @@ class Bench:
     def settle(self, model: ModelSpec, reservation: Reservation, spent: int, lease: str = "") -> asyncio.Future[Any]:
         """Settle a reservation as the meter does."""
         meter = Meter(lease or "r", CALLER, model, self.limits, self.ledger, self.store.metrics)
-        entry = meter._entry(None)
+        entry = meter.account._entry(None)
         entry.completion_tokens = spent
-        meter._release(reservation, entry)
+        meter.account._release(reservation, entry)
         entry.lease = lease
         if lease:
             self.limits.end(lease)

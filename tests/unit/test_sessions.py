@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from engine.base import GenerationRequest, InvalidRequest
 from engine.mock import MockEngine
 from engine.supervisor import SupervisedEngine
-from gateway.conversations.sessions import Session, derive_id, prepare_with_history
+from gateway.conversations.fitting import fit_history
+from gateway.conversations.sessions import Session, derive_id
 
 pytestmark = pytest.mark.anyio
 
@@ -83,7 +84,7 @@ async def prepared_messages(session: Session, max_model_len: int, **fields: Any)
     engine = MockEngine(max_model_len=max_model_len)
     await engine.start()
     request = GenerationRequest(request_id="r1", messages=[message("user", "hi")], **fields)
-    prepared = await prepare_with_history(engine, request, session)
+    prepared = await fit_history(engine, request, session)
     chosen, _ = prepared.payload
     assert prepared.prompt_tokens + prepared.max_tokens <= max_model_len
     messages: list[dict[str, Any]] = chosen.messages
@@ -125,7 +126,7 @@ async def test_history_waits_for_an_engine_that_loads_at_the_first_request() -> 
     await engine.start()
     request = GenerationRequest(request_id="r1", messages=[message("user", "hi")])
     try:
-        prepared = await prepare_with_history(engine, request, Session(history=[turn(1), turn(2)]))
+        prepared = await fit_history(engine, request, Session(history=[turn(1), turn(2)]))
     finally:
         await engine.close()
 
@@ -140,7 +141,7 @@ async def bounded(
     engine = MockEngine(max_model_len=max_model_len)
     await engine.start()
     request = GenerationRequest(request_id="r1", messages=messages, **fields)
-    prepared = await prepare_with_history(engine, request, Session(history=list(history)), most)
+    prepared = await fit_history(engine, request, Session(history=list(history)), most)
     chosen, _ = prepared.payload
     assert prepared.prompt_tokens <= most
     assert chosen.max_tokens == request.max_tokens
