@@ -7,7 +7,6 @@ import contextlib
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -17,19 +16,15 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
-from engine.base import Engine, EngineError
-from engine.inspector.base import Inspector, Source
-from engine.inspector.transformers_inspector import TransformersInspector
-from engine.queue.admission import QueuedEngine
+from engine.base import EngineError
+from engine.inspector.base import Inspector
 from engine.supervisor import SupervisedEngine
-from engine.weights.cache import is_hub_id
 from gateway import __version__
 from gateway.access.address_limit import AddressLimit
 from gateway.access.allowance import DIMENSIONS
 from gateway.access.auth import Authenticator
 from gateway.access.cache_salts import CacheSalts
 from gateway.access.catalog import Catalog
-from gateway.access.configured_keys import own_keys
 from gateway.access.keys import Keys
 from gateway.access.ledger import Ledger
 from gateway.access.limits import Limits
@@ -52,6 +47,7 @@ from gateway.api import (
 )
 from gateway.api.schema import declare_bodies
 from gateway.clock import Clock
+from gateway.components import build_inspector
 from gateway.conversations.live_responses import LiveResponses
 from gateway.conversations.sessions import Sessions
 from gateway.conversations.stored_responses import StoredResponses
@@ -63,32 +59,23 @@ from gateway.errors import (
     GatewayError,
     MethodNotAllowed,
     NotFound,
-    StoreError,
     StoreUnavailable,
     from_store,
-    unknown_argument,
 )
 from gateway.exchange.bodies import Bodies
 from gateway.exchange.drain import Drain
 from gateway.exchange.error_response import ErrorResponse
 from gateway.images import Images
 from gateway.outbound.fetch import Fetcher
-from gateway.outbound.resolver import Resolver
 from gateway.services import Services
 from gateway.serving.middleware import RequestMiddleware
 from gateway.settings.config import (
-    AdmissionSettings,
     Config,
-    ConfigError,
-    EmbeddedSettings,
-    EngineSettings,
-    MockSettings,
-    RemoteSettings,
 )
 from gateway.store.client import Store
 from gateway.telemetry.logs import without_keys
 from gateway.telemetry.metrics import Metrics
-from gateway.telemetry.tracing import Tracing, build_tracing, traces_endpoint
+from gateway.telemetry.tracing import Tracing, build_tracing
 from gateway.tools.assembly import build_toolbox
 
 EXPOSED_HEADERS = [
@@ -168,131 +155,6 @@ def create_app(
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.openapi = _openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend the document
     return app
-
-
-def build_engines(config: Config, environment: Mapping[str, str] = os.environ) -> dict[str, SupervisedEngine]:
-    """Return the configured engines, unstarted. Raises ConfigError that names the engine."""
-    in_process = [settings for settings in config.engines.values() if isinstance(settings, EmbeddedSettings)]
-    if in_process:
-        from engine.local.async_llm import go_offline, local_path
-
-        if all(local_path(settings.model, settings.revision) for settings in in_process):
-            go_offline()
-    engines = {}
-    for name, settings in config.engines.items():
-        if isinstance(settings, EmbeddedSettings):
-            _check_model(name, settings)
-        try:
-            engines[name] = SupervisedEngine(
-                name,
-                _queued(_factory(name, settings, environment), settings.admission),
-                lazy=settings.lazy,
-                engine_stall_s=settings.engine_stall_s,
-                engine_busy_s=settings.engine_busy_s,
-                max_engine_restarts=settings.max_engine_restarts,
-                restart_window_s=settings.restart_window_s,
-            )
-        except TypeError as error:
-            raise ConfigError(f"engines.{name}: args: {_unknown_argument(error)}") from error
-        except EngineError as error:
-            raise ConfigError(f"engines.{name}: {error}") from error
-    return engines
-
-
-def _check_model(name: str, settings: EmbeddedSettings) -> None:
-    """Raise ConfigError where `model` is a path without a checkpoint. What a hub has, only it knows."""
-    path = Path(settings.model)
-    if settings.model == "demo" or is_hub_id(settings.model) or path.is_dir():
-        return
-    reason = "is a file, not a directory" if path.is_file() else "is neither a directory nor the id of a model on a hub"
-    raise ConfigError(f"engines.{name}.model: {settings.model!r} {reason}")
-
-
-def _unknown_argument(error: TypeError) -> str:
-    """Return which argument an engine does not take, without Python's words for it."""
-    name = unknown_argument(error)
-    return f"{name!r} is not an argument of this kind of engine" if name else str(error)
-
-
-def build_inspector(config: Config) -> Inspector | None:
-    """Return what looks into the models of this process, with nothing loaded yet; None where it is turned off."""
-    if not config.inspector.enabled:
-        return None
-    sources = {
-        name: Source(settings.model, settings.revision, settings.trust_remote_code, _max_model_len(settings))
-        for name, settings in config.engines.items()
-        if isinstance(settings, EmbeddedSettings) and settings.kind == "embedded"
-    }
-    return TransformersInspector(sources, **config.inspector.arguments())
-
-
-def _max_model_len(settings: EmbeddedSettings) -> int | None:
-    """Return the context length that was set. vLLM takes words for it as well, which leave it to the checkpoint."""
-    length = settings.args.get("max_model_len")
-    return length if isinstance(length, int) and length > 0 else None
-
-
-def build_store(config: Config, environment: Mapping[str, str] = os.environ) -> Store:
-    """Return the store, unconnected. Raises ConfigError."""
-    try:
-        return Store(config.store, environment, Metrics())
-    except StoreError as error:
-        raise ConfigError(f"{config.store.url_env}: {error}") from error
-
-
-def build_authenticator(config: Config, store: Store, environment: Mapping[str, str] = os.environ) -> Authenticator:
-    """Return what accepts the store's keys and those that the configuration names. Raises ConfigError."""
-    return Authenticator(
-        store,
-        own_keys(config.keys, environment),
-        cache_ttl_s=config.store.auth_cache_ttl_s,
-        failed_per_minute=config.limits.failed_auth_per_minute,
-    )
-
-
-def _queued(build: Callable[[], Engine], admission: AdmissionSettings) -> Callable[[], Engine]:
-    """Return what builds the engine behind its queue: both live and die together."""
-    if not admission.enabled:
-        return build
-    return lambda: QueuedEngine(
-        build(),
-        policy=admission.policy,
-        max_queued_requests=admission.max_queued_requests,
-        max_wait_s=admission.max_wait_s,
-        in_flight_per_flow=admission.in_flight_per_key,
-        max_in_flight=admission.max_in_flight,
-    )
-
-
-def _factory(name: str, settings: EngineSettings, environment: Mapping[str, str]) -> Callable[[], Engine]:
-    """Return what builds an engine of this kind. Only those with a model in this process import vllm."""
-    if isinstance(settings, MockSettings):
-        from engine.mock import MockEngine
-
-        return lambda: MockEngine(**settings.args)
-    if isinstance(settings, RemoteSettings):
-        from engine.remote.engine import RemoteEngine
-
-        api_key = environment.get(settings.api_key_env, "").strip() if settings.api_key_env else ""
-        if settings.api_key_env and not api_key:
-            raise EngineError(f"{settings.api_key_env} is not set.")
-        if not (api_key.isascii() and api_key.isprintable()):
-            raise EngineError(f"{settings.api_key_env} must be ASCII in one line, as HTTP headers are.")
-        return lambda: RemoteEngine(**settings.arguments(), api_key=api_key, resolve=Resolver())
-    # The engine's name on vLLM's metrics: two engines may well have the same model.
-    args: dict[str, Any] = {"served_model_name": [name]}
-    if endpoint := traces_endpoint(environment):
-        args["otlp_traces_endpoint"] = endpoint
-    args |= settings.args
-    more: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
-    if settings.kind == "pooling":
-        from engine.local.pooling import PoolingEngine
-
-        return lambda: PoolingEngine(settings.model, args, **more)
-    from engine.local.embedded import EmbeddedEngine
-
-    parsers: dict[str, Any] = {"tool_parser": settings.tool_parser, "reasoning_parser": settings.reasoning_parser}
-    return lambda: EmbeddedEngine(settings.model, args, **parsers, **more)
 
 
 @contextlib.asynccontextmanager

@@ -27,7 +27,8 @@ from gateway import __version__
 from gateway.access.configured_keys import BOOTSTRAP, BOOTSTRAP_FILE
 from gateway.access.keys import KeyLimits, KeyRecord, Keys, KeySpec, make_key
 from gateway.access.ledger import Ledger
-from gateway.app import build_authenticator, build_engines, build_store, create_app
+from gateway.app import create_app
+from gateway.components import build_authenticator, build_engines, build_store
 from gateway.download import download
 from gateway.errors import GatewayError, StoreError, StoreUnavailable, from_validation
 from gateway.outbound import event_loop

@@ -26,10 +26,11 @@ from engine.base import (
     Usage,
 )
 from gateway.access.account import Account, Outcome
+from gateway.access.allowance import Amounts, Standing
 from gateway.access.auth import Principal
 from gateway.access.catalog import ModelSpec
 from gateway.access.ledger import Ledger
-from gateway.access.limits import Amounts, Limits, Reservation, Standing
+from gateway.access.limits import Limits, Reservation
 from gateway.access.prompt_size import takes_work
 from gateway.conversations.fitting import fit, fit_first
 from gateway.conversations.sessions import Session

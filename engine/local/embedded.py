@@ -27,9 +27,10 @@ from engine.base import (
     resolve_max_tokens,
 )
 from engine.local.async_llm import AsyncLLMEngine
+from engine.local.choice_reader import ChoiceReader, Unreadable
 from engine.local.grammar_trials import GrammarTrials
 from engine.local.parsers import find_parsers
-from engine.local.rendering import ChoiceReader, Rendered, Renderer, Unreadable, is_long, keep_images, naming_constraint
+from engine.local.rendering import Rendered, Renderer, is_long, keep_images, naming_constraint
 from engine.local.whole_choices import WholeChoices
 from engine.queue.fair_slots import FairSlots
 

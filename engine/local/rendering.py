@@ -1,8 +1,7 @@
-"""Requests into vLLM's prompts, and its outputs into deltas: the parts of vLLM that move between releases.
+"""Requests to vLLM's prompts: the parts of vLLM that change between releases.
 
-`OnlineRenderer`, `ChatCompletionRequest`, `CompletionRequest` and the parsers of tool calls and reasoning are touched
-here and nowhere else. No parser is written here: vLLM's are run, one per choice, and only where a request needs one.
-Fails with InvalidRequest.
+Only this module uses `OnlineRenderer`, `ChatCompletionRequest` and `CompletionRequest`. It also makes vLLM's parsers of
+tool calls and reasoning, one per choice, where a request needs them. Raises InvalidRequest.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import logging
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,32 +20,18 @@ import orjson
 from pydantic import ValidationError
 
 from engine.base import (
-    Delta,
-    EngineDied,
-    FinishReason,
     GenerationRequest,
     InvalidRequest,
-    TokenLogprob,
-    ToolCallDelta,
-    Usage,
 )
 from engine.local.client_errors import client_errors
+from engine.local.surrogates import with_whole_characters
 from engine.sampling import PARAMETERS
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
-    from vllm.outputs import CompletionOutput
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
 
-log = logging.getLogger(__name__)
-
-_FINISH_REASONS: dict[str | None, FinishReason | None] = {
-    None: None,
-    "stop": "stop",
-    "length": "length",
-    "repetition": "stop",  # vLLM's own; OpenAI's clients know no such reason
-}
 _FIELDS = (*PARAMETERS, "request_id", "cache_salt", "priority", "stream", "structured_outputs", "response_format")
 """Fields that a GenerationRequest and both of vLLM's requests have in common."""
 _CHAT_FIELDS = ("tools", "tool_choice", "parallel_tool_calls", "reasoning_effort", "logprobs", "top_logprobs")
@@ -60,10 +44,6 @@ _MAX_WHITE_SPACE = 20
 """Characters in one place: a new line, and an indentation that nobody exceeds."""
 _SOURCE = re.compile(r"\[[\d:]+\] \S+:\d+: ")
 """Where in its own source a compiler of grammars gave up."""
-_ESCAPE = re.compile(
-    r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?P<half>\\u[dD][89a-fA-F][0-9a-fA-F]{2})|\\."
-)
-"""An escape in a JSON string, whole or half a surrogate pair."""
 
 
 def keep_images(llm: AsyncLLM, cache_gb: float | None) -> None:
@@ -172,7 +152,7 @@ class Renderer:
         if request.tools and not self._takes_tools:
             raise InvalidRequest("This model can't call tools. Leave 'tools' out.", "tools")
         fields = _given(request, (*_FIELDS, *_CHAT_FIELDS))
-        messages = _with_whole_characters(request.messages)
+        messages = with_whole_characters(request.messages)
         chat = _vllm_request(ChatCompletionRequest, contexts, messages=messages, **fields)
         # Into the cache of this process alone, see keep_images.
         rendered = await self._renderer.render_chat(chat, skip_mm_cache=True)
@@ -250,106 +230,6 @@ class Renderer:
             chat_template_kwargs=self._renderer.effective_chat_template_kwargs(chat),
             model_config=self._config,
         )
-
-
-class Unreadable(Exception):
-    """A parser failed on what the model wrote. The engine itself is well, and still writes."""
-
-
-class ChoiceReader:
-    """Turns the outputs of one choice into deltas, through its parser if it has one."""
-
-    def __init__(self, rendered: Rendered, top_logprobs: int | None, parser: Any, usage: Usage) -> None:
-        self._chat = rendered.request
-        self._constraint = rendered.constraint
-        self._thoughtless_parser = rendered.thoughtless_parser
-        self._top_logprobs = top_logprobs
-        self._parser = parser
-        self._usage = usage
-        self._token_ids: list[int] = []
-        self._called = False
-        self._thought = False
-
-    def read(self, choice: CompletionOutput, prompt_token_ids: list[int] | None, *, stream: bool) -> Delta:
-        """Return what `choice` brought. A delta may be empty: parsers hold back what may become a call."""
-        logprobs = _logprobs(choice, self._top_logprobs) if self._top_logprobs is not None else None
-        try:
-            finish_reason = _FINISH_REASONS[choice.finish_reason]
-        except KeyError:  # "abort" and "error": the core gave up on the request by itself
-            if self._constraint is not None and choice.finish_reason == "error":
-                what = f"Invalid value for '{self._constraint}': it is too complex to be compiled to a grammar."
-                raise InvalidRequest(what, self._constraint) from None
-            raise EngineDied("The engine failed during generation.") from None
-        if self._parser is None:
-            return Delta(choice.text, choice.index, finish_reason, logprobs, stop_reason=_stop_string(choice))
-        delta = Delta("", choice.index, finish_reason, logprobs, stop_reason=_stop_string(choice))
-        self._token_ids += choice.token_ids
-        try:
-            if stream:
-                self._parse_delta(delta, choice, prompt_token_ids)
-            else:
-                self._parse_whole(delta, choice, prompt_token_ids)
-        except Exception as error:  # what models write is anything, and so is what parsers make of it
-            log.exception("the parser failed on what the model wrote")
-            raise Unreadable from error
-        if self._chat.parallel_tool_calls is False:
-            delta.tool_calls = [call for call in delta.tool_calls if call.index == 0]
-        self._called = self._called or bool(delta.tool_calls)
-        if finish_reason is not None:
-            self._usage.reasoning_tokens += self._parser.count_reasoning_tokens(self._token_ids)
-            # OpenAI ends a forced call of one function with "stop".
-            if self._called and finish_reason == "stop" and isinstance(self._chat.tool_choice, (str, type(None))):
-                delta.finish_reason = "tool_calls"
-        return delta
-
-    def _parse_delta(self, delta: Delta, choice: CompletionOutput, prompt_token_ids: list[int] | None) -> None:
-        message = self._parser.parse_delta(
-            delta_text=choice.text,
-            delta_token_ids=list(choice.token_ids),
-            request=self._chat,
-            prompt_token_ids=prompt_token_ids,
-            finished=choice.finish_reason is not None,
-        )
-        if message is None:
-            return
-        delta.text = message.content or ""
-        delta.reasoning = message.reasoning or ""
-        if delta.reasoning and not self._thought:
-            # Where vLLM merged deltas, some of its parsers leave in what opens the thought.
-            self._thought = True
-            if (reasoning_parser := self._parser.reasoning_parser) is not None:
-                delta.reasoning = delta.reasoning.removeprefix(reasoning_parser.reasoning_start_str or "")
-        delta.tool_calls = [
-            ToolCallDelta(
-                call.index,
-                call.id,
-                call.function.name if call.function else None,
-                (call.function.arguments if call.function else None) or "",
-            )
-            for call in message.tool_calls
-        ]
-
-    def _parse_whole(self, delta: Delta, choice: CompletionOutput, prompt_token_ids: list[int] | None) -> None:
-        from vllm.renderers.chat_utils import make_tool_call_id
-
-        parser = self._parser
-        if (
-            self._thoughtless_parser is not None
-            and (parser.reasoning_parser.reasoning_end_str or "") not in choice.text
-        ):
-            # Streamed, vLLM sees this by itself; whole, some of its parsers call all of it a thought.
-            parser = self._thoughtless_parser()
-        if prompt_token_ids is not None:
-            parser.set_prompt_token_ids(prompt_token_ids)
-        reasoning, content, calls = parser.parse(
-            choice.text, self._chat, enable_auto_tools=True, model_output_token_ids=choice.token_ids
-        )
-        delta.text = content or ""
-        delta.reasoning = reasoning or ""
-        delta.tool_calls = [
-            ToolCallDelta(index, call.id or make_tool_call_id(), call.name, call.arguments)
-            for index, call in enumerate(calls or ())
-        ]
 
 
 @contextlib.contextmanager
@@ -437,31 +317,6 @@ def _bound_white_space(request: Any) -> None:
     request.structured_outputs = dataclasses.replace(bound, structural_tag=orjson.dumps(tag).decode())
 
 
-def _with_whole_characters(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return messages whose calls have no half surrogate pairs in their arguments.
-
-    Models write such escapes, and clients send back what the model wrote. vLLM reads the JSON and its tokenizer then
-    fails on what is no character.
-    """
-    whole = []
-    for message in messages:
-        calls = message.get("tool_calls")
-        if isinstance(calls, list) and any("\\ud" in _arguments(call).lower() for call in calls):
-            message = message | {"tool_calls": [_with_whole_arguments(call) for call in calls]}
-        whole.append(message)
-    return whole
-
-
-def _with_whole_arguments(call: dict[str, Any]) -> dict[str, Any]:
-    arguments = _ESCAPE.sub(lambda match: "\\ufffd" if match["half"] else match[0], _arguments(call))
-    return call | {"function": call["function"] | {"arguments": arguments}}
-
-
-def _arguments(call: dict[str, Any]) -> str:
-    arguments = call.get("function", {}).get("arguments")
-    return arguments if isinstance(arguments, str) else ""
-
-
 def _vllm_request(request_class: Any, contexts: int, **fields: Any) -> Any:
     """Return vLLM's form of a request. Raises InvalidRequest for a field that vLLM's own schema refuses."""
     try:
@@ -490,23 +345,3 @@ def _of_contexts(request_class: Any, contexts: int) -> Any:
 def _given(request: GenerationRequest, names: tuple[str, ...]) -> dict[str, Any]:
     """Return the named fields that are not None; vLLM's defaults apply to the others."""
     return {name: value for name in names if (value := getattr(request, name)) is not None}
-
-
-def _stop_string(choice: CompletionOutput) -> str | None:
-    return choice.stop_reason if isinstance(choice.stop_reason, str) else None  # else a token's id
-
-
-def _logprobs(choice: CompletionOutput, top: int) -> list[TokenLogprob]:
-    """Convert vLLM's per-step {token id: Logprob} maps, in which the sampled token stands beside the best ones."""
-    converted = []
-    for token_id, step in zip(choice.token_ids, choice.logprobs or (), strict=False):
-        assert step is not None  # None stands only for a prompt's first token
-        ranked = sorted(step.values(), key=lambda entry: entry.rank or 0)[:top]
-        converted.append(_token_logprob(step[token_id], tuple(_token_logprob(entry) for entry in ranked)))
-    return converted
-
-
-def _token_logprob(entry: Any, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
-    text = entry.decoded_token or ""
-    # JSON has no -inf; OpenAI's documentation gives -9999.0 for "very unlikely".
-    return TokenLogprob(text, max(entry.logprob, -9999.0), list(text.encode()), top)

@@ -4,11 +4,12 @@ Behind one `RemoteEngine` stand replicas of one model: bare `vllm serve`s, a rou
 anything that speaks the protocol.
 
     pool.py              which replica, when to leave one alone, when to try another
+    embeddings.py        texts as vectors
     upstream.py          HTTP to them
     wire.py              what is said to them, and what their refusals mean
     event_stream.py      the bytes of an answer as frames
     reply.py             the frames as deltas and token counts
-    remote_tokenizer.py  prompts counted by them
+    tokenizer.py         prompts counted by them
 
 Every generation is streamed from the replica, whatever the client asked for: leaving it closes the connection, which
 aborts it there, and tokens are counted as they come. Where the server tells the usage with each frame, as vLLM does,
@@ -52,21 +53,18 @@ from engine.base import (
     TaskEngine,
     resolve_max_tokens,
 )
+from engine.remote.embeddings import RemoteEmbeddings
 from engine.remote.event_stream import Frames
 from engine.remote.http1 import Resolve
 from engine.remote.pool import AttemptFailed, Attempts, Breaker, Choice, Pool, Replica, blame
-from engine.remote.reply import Reply, merge, read_vectors
+from engine.remote.reply import Reply, merge
 from engine.remote.tokenizer import RemoteTokenizer
-from engine.remote.upstream import MAX_EMBEDDINGS_BYTES, Patience, Upstream, read_some, transport_failures
+from engine.remote.upstream import Patience, Upstream, read_some, transport_failures
 from engine.remote.wire import (
     BYTES_PER_TOKEN,
     PreparedCall,
-    embedding_body,
     estimate_prompt_tokens,
-    estimate_tokens,
     generation_body,
-    is_error,
-    refuse,
     tokenize_body,
 )
 
@@ -75,8 +73,6 @@ log = logging.getLogger(__name__)
 _AFTER_DEFECT_S = 1.0
 _LINGER_S = 0.25
 """For the end of a response after [DONE]; without it the connection could not be used again."""
-_MAX_COUNTED_INPUTS = 32
-"""More embedding inputs than this are estimated: each would be a request of its own."""
 
 
 class RemoteEngine(TaskEngine):
@@ -136,6 +132,7 @@ class RemoteEngine(TaskEngine):
         breakers = [Breaker(breaker_failures, breaker_open_s, breaker_max_open_s, clock) for _ in urls]
         self._pool = Pool([Replica(url, breaker) for url, breaker in zip(urls, breakers, strict=True)], choice)
         self._tokenizer = RemoteTokenizer(self._pool, self._upstream)
+        self._embeddings = RemoteEmbeddings(self._pool, self._upstream, self._tokenizer, retries, first_token_timeout_s)
         self._watches: list[asyncio.Task[None]] = []
 
     @property
@@ -212,7 +209,7 @@ class RemoteEngine(TaskEngine):
         self._upstream.running()
         self._pool.check()
         if isinstance(request, EmbeddingRequest):
-            return await self._prepare_embedding(request)
+            return await self._embeddings.prepare(request)
         return await self._prepare_generation(request)
 
     async def _prepare_generation(self, request: GenerationRequest) -> Prepared:
@@ -241,28 +238,6 @@ class RemoteEngine(TaskEngine):
         prepared.usage.estimated = estimated
         return prepared
 
-    async def _prepare_embedding(self, request: EmbeddingRequest) -> Prepared:
-        model = self._upstream.model
-        counts: list[int | None] = [None]
-        if len(request.inputs) <= _MAX_COUNTED_INPUTS:
-            counts = await asyncio.gather(*map(self._count_input, request.inputs))
-        known = [count for count in counts if count is not None]
-        estimated = len(known) < len(request.inputs)
-        prepared = Prepared(
-            request_id=request.request_id,
-            prompt_tokens=sum(map(estimate_tokens, request.inputs)) if estimated else sum(known),
-            max_tokens=0,
-            flow=request.flow,
-            priority=request.priority,
-            payload=PreparedCall(request, embedding_body(request, model), estimated),
-        )
-        prepared.usage.estimated = estimated
-        return prepared
-
-    async def _count_input(self, text: str | list[int]) -> int | None:
-        body = {"model": self._upstream.model, "prompt": text}
-        return await self._tokenizer.count(body, "", BYTES_PER_TOKEN * estimate_tokens(text))
-
     async def tokenize(self, request: GenerationRequest) -> list[int]:
         if isinstance(request.prompt, list):
             return list(request.prompt)
@@ -275,42 +250,11 @@ class RemoteEngine(TaskEngine):
 
     async def embed(self, prepared: Prepared) -> list[list[float]]:
         self._upstream.running()
-        attempts = Attempts(self._pool, prepared.affinity, self._retries)
         self.unfinished_requests += 1
         try:
-            while True:
-                replica = await attempts.next()
-                try:
-                    with self._pool.occupy(replica):
-                        vectors = await self._embed_at(replica, prepared)
-                except AttemptFailed as failure:
-                    if self._upstream.closed:
-                        raise EngineDied("The engine failed during generation.") from failure
-                    attempts.fail(replica, failure)
-                else:
-                    attempts.succeed(replica)
-                    replica.breaker.succeed()
-                    return vectors
+            return await self._embeddings.embed(prepared)
         finally:
             self.unfinished_requests -= 1
-
-    async def _embed_at(self, replica: Replica, prepared: Prepared) -> list[list[float]]:
-        """Return the vectors as one replica makes them. Raises AttemptFailed, InvalidRequest."""
-        call: PreparedCall = prepared.payload
-        body = call.body | self._upstream.vllm_fields(replica, call.request)
-        status, answer, retry_after_s = await self._upstream.post(
-            f"{replica.url}/embeddings",
-            body,
-            self._first_token_timeout_s,
-            prepared,
-            max_bytes=MAX_EMBEDDINGS_BYTES,
-        )
-        if status != 200 or answer is None or is_error(answer):
-            refuse(status, answer, call.request, retry_after_s)
-        vectors, told = await asyncio.to_thread(read_vectors, answer, body["input"])
-        prepared.usage.prompt_tokens = told or prepared.prompt_tokens
-        prepared.usage.estimated = call.estimated and not told
-        return vectors
 
     async def generate(self, prepared: Prepared) -> AsyncGenerator[Delta, None]:
         """Yield deltas. As long as the client has seen nothing, a failure moves the generation to another replica."""

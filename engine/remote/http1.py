@@ -25,18 +25,14 @@ closes the connection.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import select
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import cast
 
 import httptools
 import httpx
-
-from engine.plain_file import read_plain_file
 
 _MAX_HEAD_BYTES = 65_536
 """Most bytes without any of a body: a head, trailers, chunk extensions. httptools would collect them for ever."""
@@ -389,16 +385,3 @@ class _Body(httpx.AsyncByteStream):
         connection, self._connection = self._connection, None
         if connection is not None:
             self._transport.give_back(connection, self._origin)
-
-
-def make_context(verify: bool, ca_file: str | None) -> ssl.SSLContext:
-    """Return what checks servers' certificates. Raises OSError when the authority's file can't be read."""
-    if ca_file:
-        read_plain_file(Path(ca_file))  # OpenSSL would wait for a pipe's writer
-    context = ssl.create_default_context(cafile=ca_file) if ca_file else httpx.create_ssl_context(trust_env=False)
-    if not verify:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    with contextlib.suppress(NotImplementedError):
-        context.set_alpn_protocols(["http/1.1"])
-    return context

@@ -19,9 +19,10 @@ import orjson
 
 from engine.base import EmbeddingRequest, EngineError, EngineUnavailable, GenerationRequest, Prepared
 from engine.remote.event_stream import Frames
-from engine.remote.http1 import Http1Transport, Resolve, make_context
+from engine.remote.http1 import Http1Transport, Resolve
 from engine.remote.pool import AttemptFailed, Outcome, Replica
 from engine.remote.reply import read_count
+from engine.remote.tls import make_context
 from engine.remote.wire import (
     CONTINUOUS_USAGE,
     MAX_TOKENS,

@@ -12,10 +12,11 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from engine.base import Usage
+from gateway.access.allowance import Amounts, Standing, allowance_of
 from gateway.access.auth import Principal
 from gateway.access.catalog import ModelSpec
 from gateway.access.ledger import Entry, Ledger
-from gateway.access.limits import Amounts, Limits, Reservation, Standing, allowance_of
+from gateway.access.limits import Limits, Reservation
 from gateway.errors import BadRequest, GatewayError, RateLimitExceeded
 
 _CHECK_EVERY_S = 1.0

@@ -19,17 +19,14 @@ from typing import Any, Protocol
 
 from gateway.access.allowance import (
     DIMENSIONS,
-    WINDOW_S,
     Allowance,
     Amounts,
     Standing,
     allowance_of,
     day_number,
-    day_of,
     encoded,
     limit_keys,
     standing_of,
-    today,
 )
 from gateway.access.auth import Principal
 from gateway.access.catalog import ModelSpec
@@ -48,19 +45,6 @@ from gateway.settings.config import LimiterSettings
 from gateway.store.client import Store
 from gateway.store.script import Script
 from gateway.telemetry.metrics import Metrics
-
-__all__ = [
-    "WINDOW_S",
-    "Allowance",
-    "Amounts",
-    "Limits",
-    "Reservation",
-    "Standing",
-    "allowance_of",
-    "day_of",
-    "standing_of",
-    "today",
-]
 
 LEASE_S = 120
 """What a gateway that is gone had under way stops counting after this; a gateway that lives renews it. Longer than a

@@ -6,7 +6,7 @@ import ipaddress
 import os
 import shutil
 
-from gateway.app import build_authenticator, build_engines, build_store
+from gateway.components import build_authenticator, build_engines, build_store
 from gateway.doctor.case import Case
 from gateway.doctor.finding import Finding
 from gateway.outbound.fetch import Fetcher

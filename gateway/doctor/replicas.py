@@ -11,8 +11,8 @@ from typing import Any
 
 import httpx
 
-from engine.remote.http1 import make_context
 from engine.remote.reply import read_count
+from engine.remote.tls import make_context
 from gateway.doctor.case import Case
 from gateway.doctor.finding import Finding
 from gateway.settings.config import RemoteSettings

@@ -20,7 +20,8 @@ from engine.base import EngineDied, EngineOverloaded, InvalidRequest
 from engine.inspector.base import InspectedToken, InspectionRequest, Reply, Shape
 from engine.mock import MockEngine
 from engine.supervisor import SupervisedEngine
-from gateway.app import build_authenticator, build_inspector, build_store, create_app
+from gateway.app import create_app
+from gateway.components import build_authenticator, build_inspector, build_store
 from gateway.serving.server import Server
 from gateway.settings.config import load_config, parse_config
 from tests.support.app import AUTHORIZATION, HELLO, KEY, NOW, ROOT, Gateway, Start

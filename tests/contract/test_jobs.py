@@ -701,9 +701,9 @@ async def test_client_that_leaves_while_the_store_is_silent_leaves_no_traceback(
         request = f"GET /api/v1/chat/stream/c HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {gateway.key}\r\n\r\n"
         _, writer = await asyncio.open_connection(host, int(port))
         writer.write(request.encode())
-        await until(lambda: bool(gateway.services.jobs._tasks))
+        await until(lambda: bool(gateway.services.jobs._clients._tasks))
         writer.close()
-        await until(lambda: gateway.requests_in_progress() == 0 and not gateway.services.jobs._tasks)
+        await until(lambda: gateway.requests_in_progress() == 0 and not gateway.services.jobs._clients._tasks)
     finally:
         store_server.send(signal.SIGCONT)
     assert "Traceback" not in caplog.text

@@ -16,7 +16,7 @@ from engine.base import EngineOverloaded
 from engine.mock import Fault, MockEngine
 from engine.queue.admission import QueuedEngine
 from gateway.access.keys import KeySpec, make_key, split_key
-from gateway.app import build_engines
+from gateway.components import build_engines
 from gateway.errors import from_engine
 from gateway.settings.config import parse_config
 from tests.support.app import HELLO, KEY_ID, Gateway, Start

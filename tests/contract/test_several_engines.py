@@ -17,7 +17,8 @@ import pytest
 from engine.base import EngineError
 from engine.mock import MockEngine
 from engine.supervisor import SupervisedEngine
-from gateway.app import build_authenticator, build_engines, build_store, create_app
+from gateway.app import create_app
+from gateway.components import build_authenticator, build_engines, build_store
 from gateway.services import Services
 from gateway.serving.server import Server
 from gateway.settings.config import parse_config

@@ -9,8 +9,8 @@ import pytest
 
 from engine.base import EngineDied
 from engine.mock import Fault
+from gateway.access.allowance import today
 from gateway.access.keys import KeySpec
-from gateway.access.limits import today
 from tests.support.app import HELLO, KEY_ID, Gateway
 
 pytestmark = pytest.mark.anyio

@@ -12,7 +12,8 @@ import pytest
 
 from engine.local.embedded import EmbeddedEngine
 from engine.supervisor import SupervisedEngine
-from gateway.app import build_authenticator, build_store, create_app
+from gateway.app import create_app
+from gateway.components import build_authenticator, build_store
 from gateway.services import Services
 from gateway.settings.config import parse_config
 from tests.engine.test_ledger import _Borrowed

@@ -15,7 +15,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from engine.local.async_llm import AsyncLLMEngine
-from gateway.app import build_engines
+from gateway.components import build_engines
 from gateway.settings.config import EmbeddedSettings, load_config
 from tests.support.app import ROOT
 

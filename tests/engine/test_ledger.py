@@ -14,7 +14,8 @@ from engine.demo import corpus
 from engine.local.embedded import EmbeddedEngine
 from engine.supervisor import SupervisedEngine
 from gateway.access.keys import make_key
-from gateway.app import build_authenticator, build_store, create_app
+from gateway.app import create_app
+from gateway.components import build_authenticator, build_store
 from gateway.services import Services
 from gateway.serving.server import Server
 from gateway.settings.config import parse_config

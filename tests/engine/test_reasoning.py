@@ -17,8 +17,8 @@ import pytest
 
 from engine.base import Usage
 from engine.demo import WEIGHTS, load
+from engine.local.choice_reader import ChoiceReader
 from engine.local.embedded import EmbeddedEngine
-from engine.local.rendering import ChoiceReader
 from tests.engine.test_embedded import request
 from tests.engine.test_tool_calls import both_ways, say
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from engine.base import EngineDied, EngineError, EngineOverloaded, InvalidRequest, Usage
+from engine.local.choice_reader import ChoiceReader
 from engine.local.embedded import EmbeddedEngine
 from engine.local.grammar_trials import GrammarTrials
-from engine.local.rendering import ChoiceReader
 from tests.engine.test_embedded import STORY, answer, request
 
 pytestmark = [pytest.mark.anyio, pytest.mark.vllm]

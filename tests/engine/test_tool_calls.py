@@ -11,8 +11,8 @@ import pytest
 from engine.base import Delta, EngineError, InvalidRequest, Usage
 from engine.demo import Exchange, ToolCall, corpus, load
 from engine.local import parsers
+from engine.local.choice_reader import ChoiceReader
 from engine.local.embedded import EmbeddedEngine
-from engine.local.rendering import ChoiceReader
 from tests.engine.test_embedded import counter, request
 
 pytestmark = [pytest.mark.anyio, pytest.mark.vllm]

@@ -23,7 +23,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from engine.base import Usage
 from engine.mock import MockEngine
 from engine.supervisor import SupervisedEngine
-from gateway.app import build_authenticator, build_store, create_app
+from gateway.app import create_app
+from gateway.components import build_authenticator, build_store
 from gateway.services import Services
 from gateway.serving.server import Server
 from gateway.settings.config import parse_config

@@ -6,11 +6,12 @@ import asyncio
 from dataclasses import dataclass
 
 from engine.mock import MockEngine
+from gateway.access.allowance import Standing
 from gateway.access.auth import Principal
 from gateway.access.catalog import ModelSpec
 from gateway.access.ledger import Entry, Ledger
-from gateway.access.limits import Limits, Standing
-from gateway.app import build_store
+from gateway.access.limits import Limits
+from gateway.components import build_store
 from gateway.meter import Meter
 from gateway.settings.config import LimiterSettings, ModelSettings, parse_config
 from gateway.telemetry.metrics import Metrics

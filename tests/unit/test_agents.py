@@ -15,9 +15,10 @@ from pydantic import Field
 
 from engine.base import Delta, EngineDied, EngineError, EngineOverloaded, GenerationRequest, InvalidRequest
 from engine.mock import Fault, MockEngine
+from gateway.access.allowance import Allowance, Amounts, Standing
 from gateway.access.auth import Principal
 from gateway.access.catalog import ModelSpec
-from gateway.access.limits import Allowance, Amounts, Limits, Reservation, Standing
+from gateway.access.limits import Limits, Reservation
 from gateway.errors import BadRequest, Overloaded, RateLimitExceeded, Unavailable
 from gateway.exchange.events import ShannonEvent
 from gateway.tools.base import Observation, Source, ToolError

@@ -16,7 +16,7 @@ from starlette.requests import HTTPConnection
 
 from gateway.access.auth import MIN_KEY_LENGTH, Authenticator
 from gateway.access.keys import Keys, KeySpec, digest, make_key, split_key
-from gateway.app import build_authenticator, build_store
+from gateway.components import build_authenticator, build_store
 from gateway.errors import InvalidApiKey
 from gateway.settings.config import Config, ConfigError, parse_config
 from gateway.store.client import Store

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gateway.access.cache_salts import CacheSalts
-from gateway.app import build_store
+from gateway.components import build_store
 from gateway.settings.config import ConfigError, PrefixCacheSettings, parse_config
 from tests.support.store_server import StoreServer
 

@@ -12,11 +12,12 @@ import pytest
 
 from engine.base import Delta
 from engine.mock import MockEngine
+from gateway.access.allowance import Allowance, allowance_of
 from gateway.access.auth import Principal
 from gateway.access.catalog import ModelSpec
 from gateway.access.keys import Keys, KeySpec
 from gateway.access.ledger import Entry, Ledger
-from gateway.access.limits import Allowance, Limits, allowance_of
+from gateway.access.limits import Limits
 from gateway.conversations.sessions import Sessions
 from gateway.errors import NotFound, StoreUnavailable
 from gateway.settings.config import LimiterSettings, ModelSettings, SessionSettings, StoreSettings

@@ -9,12 +9,12 @@ import pytest
 
 from engine.mock import MockEngine
 from gateway.access import limits as limits_module
-from gateway.access.allowance import DIMENSIONS, Allowance
+from gateway.access.allowance import DIMENSIONS, Allowance, Amounts
 from gateway.access.auth import Principal
 from gateway.access.catalog import ModelSpec
 from gateway.access.keys import KeyLimits
 from gateway.access.ledger import Entry, Ledger
-from gateway.access.limits import Amounts, Limits, Reservation
+from gateway.access.limits import Limits, Reservation
 from gateway.errors import BadRequest, RateLimitExceeded
 from gateway.settings.config import LimiterSettings, LimitSettings, ModelSettings, StoreSettings
 from gateway.store.client import Store

@@ -15,7 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from engine.remote.http1 import Http1Transport, make_context
+from engine.remote.http1 import Http1Transport
+from engine.remote.tls import make_context
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio

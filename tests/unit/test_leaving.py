@@ -19,10 +19,11 @@ import redis
 
 from engine.base import GenerationRequest, Prepared, Request
 from engine.mock import MockEngine
+from gateway.access.allowance import today
 from gateway.access.auth import Principal
 from gateway.access.catalog import ModelSpec
 from gateway.access.ledger import Ledger
-from gateway.access.limits import Limits, today
+from gateway.access.limits import Limits
 from gateway.conversations.sessions import Session
 from gateway.errors import GatewayError
 from gateway.exchange.events import Event

@@ -15,8 +15,8 @@ import orjson
 import pytest
 import redis
 
+from gateway.access.allowance import Allowance
 from gateway.access.ledger import _REPLAYED_AT_ONCE, Entry, Ledger
-from gateway.access.limits import Allowance
 from gateway.errors import StoreUnavailable
 from gateway.settings.config import StoreSettings
 from gateway.store.client import Store

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 
 from engine.base import GenerationRequest
 from engine.mock import MockEngine
-from gateway.access.allowance import DIMENSIONS
+from gateway.access.allowance import DIMENSIONS, Standing, allowance_of, today
 from gateway.access.auth import Principal
 from gateway.access.catalog import ModelSpec
 from gateway.access.ledger import Entry, Ledger
-from gateway.access.limits import LEASE_S, Limits, Reservation, Standing, allowance_of, today
+from gateway.access.limits import LEASE_S, Limits, Reservation
 from gateway.errors import BadRequest, RateLimitExceeded, Unavailable
 from gateway.meter import Meter
 from gateway.settings.config import LimiterSettings, LimitSettings, ModelSettings, StoreSettings

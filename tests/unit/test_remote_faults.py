@@ -20,7 +20,7 @@ from engine.remote.engine import RemoteEngine
 from engine.remote.event_stream import Frames
 from engine.remote.pool import RULES, AttemptFailed, Outcome
 from engine.remote.wire import refuse, retry_after_s
-from gateway.app import build_engines
+from gateway.components import build_engines
 from gateway.outbound.resolver import Resolver
 from gateway.settings.config import parse_config
 from tests.support.app import Start
@@ -461,7 +461,7 @@ async def test_names_that_nobody_answers_for_delay_no_other_server(monkeypatch: 
     async with run_name_server() as names, run_upstream(hello) as server:
         names.zones |= {f"dead-{number}.test": Zone(silent=NEVER) for number in range(8)}
         names.zones["well.test"] = Zone(["127.0.0.1"])
-        monkeypatch.setattr("gateway.app.Resolver", lambda: Resolver(servers=[names.address]))
+        monkeypatch.setattr("gateway.components.Resolver", lambda: Resolver(servers=[names.address]))
         urls = {name: f"http://{name}:{server.port}/v1" for name in names.zones}
         remote_engine = {"kind": "remote", "model": "demo", "max_model_len": 1000}
         tree: dict[str, Any] = {

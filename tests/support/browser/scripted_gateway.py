@@ -27,10 +27,11 @@ import yaml
 
 from engine.mock import MockEngine
 from engine.supervisor import SupervisedEngine
+from gateway.access.allowance import Allowance
 from gateway.access.keys import KeySpec
 from gateway.access.ledger import Entry
-from gateway.access.limits import Allowance
-from gateway.app import build_authenticator, build_engines, build_store, create_app
+from gateway.app import create_app
+from gateway.components import build_authenticator, build_engines, build_store
 from gateway.services import Services
 from gateway.serving.server import Server
 from gateway.settings.config import ConfigError, load_config

@@ -10,9 +10,10 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from engine.base import Delta, GenerationRequest, Usage
+from engine.local.choice_reader import ChoiceReader
 from engine.local.embedded import EmbeddedEngine
 from engine.local.parsers import find_parsers
-from engine.local.rendering import ChoiceReader, Rendered, Renderer, naming_constraint
+from engine.local.rendering import Rendered, Renderer, naming_constraint
 
 
 class Headless:
