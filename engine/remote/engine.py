@@ -56,7 +56,7 @@ from engine.base import (
 from engine.remote.embeddings import RemoteEmbeddings
 from engine.remote.event_stream import Frames
 from engine.remote.http1 import Resolve
-from engine.remote.pool import AttemptFailed, Attempts, Breaker, Choice, Pool, Replica, blame
+from engine.remote.pool import AttemptFailed, Attempts, Choice, Pool, Replica, ReplicaBreaker, blame
 from engine.remote.reply import Reply, merge
 from engine.remote.tokenizer import RemoteTokenizer
 from engine.remote.upstream import Patience, Upstream, read_some, transport_failures
@@ -129,7 +129,7 @@ class RemoteEngine(TaskEngine):
             resolve=resolve,
             transport=transport,
         )
-        breakers = [Breaker(breaker_failures, breaker_open_s, breaker_max_open_s, clock) for _ in urls]
+        breakers = [ReplicaBreaker(breaker_failures, breaker_open_s, breaker_max_open_s, clock) for _ in urls]
         self._pool = Pool([Replica(url, breaker) for url, breaker in zip(urls, breakers, strict=True)], choice)
         self._tokenizer = RemoteTokenizer(self._pool, self._upstream)
         self._embeddings = RemoteEmbeddings(self._pool, self._upstream, self._tokenizer, retries, first_token_timeout_s)

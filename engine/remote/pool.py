@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
 from engine.base import EngineError, EngineOverloaded, EngineUnavailable
+from engine.breaker import Breaker
 
 log = logging.getLogger(__name__)
 
@@ -103,79 +104,62 @@ class AttemptFailed(Exception):
         return RULES[self.outcome]
 
 
-class Breaker:
-    """When one replica is left alone. `clock` returns seconds."""
+class ReplicaBreaker(Breaker):
+    """When one replica is left alone. Failures are doubts or proofs; a probe decides about doubts and ends the time."""
 
     def __init__(self, failures: int, open_s: float, max_open_s: float, clock: Callable[[], float]) -> None:
-        """Act after `failures` in a row; stay open for `open_s`, twice as long each time up to `max_open_s`."""
-        self.state: Literal["closed", "open", "half_open"] = "closed"
+        super().__init__(failures, open_s, max_open_s, clock)
         self.needs_probe = asyncio.Event()
-        """Set while open or suspected, for whoever probes."""
+        """Set while open or suspected."""
         self.on_trial = False
         """Half open, and a request is under way that will decide."""
-        self.clock = clock
-        self._threshold = failures
-        self._open_s = open_s
-        self._max_open_s = max_open_s
         self._doubts = 0
-        self._proofs = 0
-        self._next_open_s = open_s
-        self._until = 0.0
-
-    @property
-    def wait_s(self) -> float:
-        """Seconds until an open breaker should be probed."""
-        return max(0.0, self._until - self.clock())
 
     @property
     def suspected(self) -> bool:
-        """A probe has to tell whether the replica is well."""
+        """Whether a probe has to find out if the replica is healthy."""
         return self.state != "open" and self.needs_probe.is_set()
 
     def doubt(self) -> None:
-        """Note a failed request, which may be the request's own fault. While open it changes nothing."""
+        """Record a failed request, which may be the request's own fault. No effect while open."""
         self._doubts += 1
         if self.state == "half_open" or (self.state == "closed" and self._doubts >= self._threshold):
             self.needs_probe.set()
 
-    def prove(self) -> None:
-        """Note that a request which failed here was served by another replica."""
-        self._proofs += 1
-        if self.state == "half_open" or (self.state == "closed" and self._proofs >= self._threshold):
+    def fail(self) -> None:
+        """Record a failed request that another replica served."""
+        self._failures += 1
+        if self.state == "half_open" or (self.state == "closed" and self._failures >= self._threshold):
             self.open()
 
     def clear(self) -> None:
-        """Note that a suspected replica answers its probe."""
+        """Record that a suspected replica answers its probe."""
         if self.state != "open":
             self._doubts = 0
             self.needs_probe.clear()
 
     def open(self) -> None:
-        """Leave the replica alone for a while, from now."""
-        self.state = "open"
+        super().open()
         self.needs_probe.set()
-        self._until = self.clock() + self._next_open_s
-        self._next_open_s = min(2 * self._next_open_s, self._max_open_s)
 
     def half_open(self) -> None:
-        """Note that an open replica answers its probe."""
+        """Record a successful probe. No effect unless the breaker is open."""
         if self.state == "open":
             self.state = "half_open"
-            self._doubts = self._proofs = 0
+            self._doubts = self._failures = 0
             self.needs_probe.clear()
 
     def answer(self) -> None:
-        """Note a first token: enough to send more requests, but one failure is enough to act again."""
+        """Record a first token: enough to send more requests, but one failure is enough to act again."""
         if self.state == "half_open":
             self.state = "closed"
-            self._doubts = self._proofs = self._threshold - 1
+            self._doubts = self._failures = self._threshold - 1
 
     def succeed(self) -> None:
-        """Note a request that was served to its end."""
+        """Record a request that was served to its end."""
         if self.state != "open":
-            self.state = "closed"
-            self._doubts = self._proofs = 0
-            self._next_open_s = self._open_s
+            super().succeed()
+            self._doubts = 0
             self.needs_probe.clear()
 
 
@@ -184,7 +168,7 @@ class Replica:
     """One upstream server, and what has been learned about it. `url` ends with /v1."""
 
     url: str
-    breaker: Breaker
+    breaker: ReplicaBreaker
     in_flight: int = 0
     """Requests of ours that it works on."""
     max_model_len: int | None = None
@@ -333,7 +317,7 @@ class Attempts:
         self._unproven = [pair for pair in self._unproven if pair not in proven]
         for other, _ in proven:
             if other is not replica:
-                other.breaker.prove()
+                other.breaker.fail()
 
     def _verdict(self) -> EngineError:
         failures = [failure for _, failure in self._failures]

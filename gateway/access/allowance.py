@@ -11,6 +11,7 @@ from typing import Any
 from gateway.access.auth import Principal
 from gateway.access.catalog import ModelSpec
 from gateway.settings.config import LimitSettings
+from gateway.store import layout
 
 WINDOW_S = 61
 """One second more than the promise: see lua/window.lua."""
@@ -108,15 +109,12 @@ def allowance_of(principal: Principal, model: ModelSpec) -> Allowance:
 
 
 def limit_keys(key_id: str, model_id: str, unix_s: float) -> list[str]:
-    """Return the store keys of one API key's limits on one model.
+    """The store's keys of one API key's limits on one model.
 
-    They are the window, the running requests of the model and of the key, the open reservations, their leases, and the
-    budgets of the day that `unix_s` falls on, with the day before in front of it and the day after behind it: which of
-    them counts is decided by the store's clock.
+    The last three are the budgets of the day before `unix_s`, of its day and of the day after. Which of them counts is
+    decided by the store's clock.
     """
-    head = f"sh:{{k:{key_id}}}:"
-    days = [f"{head}day:{day_of(unix_s + offset * DAY_S)}" for offset in (-1, 0, 1)]
-    return [f"{head}w:{model_id}", f"{head}run:{model_id}", f"{head}run", f"{head}open", f"{head}open:until", *days]
+    return layout.limits(key_id, model_id, [day_of(unix_s + offset * DAY_S) for offset in (-1, 0, 1)])
 
 
 def day_number(unix_s: float) -> int:

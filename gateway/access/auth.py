@@ -20,9 +20,11 @@ from types import MappingProxyType
 
 from starlette.requests import HTTPConnection
 
-from gateway.access.keys import VERSION_KEY, KeyRecord, Keys, digest, split_key
+from gateway.access.keys import KeyRecord, Keys, digest, split_key
+from gateway.access.token_bucket import ByAddress, TokenBucket
 from gateway.errors import InvalidApiKey, RateLimitExceeded, StoreUnavailable, Unavailable
 from gateway.settings.config import Priority
+from gateway.store import layout
 from gateway.store.client import Store
 
 MIN_KEY_LENGTH = 20
@@ -31,7 +33,6 @@ _WATCH_S = 0.5
 _REREAD_S = 60.0
 """A cached key is read again after this, should the announcement of a change to it have been lost."""
 _MAX_CACHED_KEYS = 10_000
-_MAX_ADDRESSES = 10_000
 _MAX_KNOWN = 1024
 """Keys remembered per address. Behind a proxy or a NAT many clients share one."""
 _NO_DIGEST = digest("")
@@ -96,12 +97,11 @@ class _Cached:
 
 @dataclass(slots=True)
 class _Address:
-    """How an address has behaved: a bucket of wrong guesses, and the keys it has used rightly."""
+    """The guesses that an address has left, and the valid keys that it has used."""
 
-    allowed: float
-    since: float
+    guesses: TokenBucket
     known: dict[str, None] = field(default_factory=dict)
-    """By hash, the one not used for longest first."""
+    """By hash, least recently used first."""
 
     def note_success(self, fingerprint: str) -> None:
         self.known.pop(fingerprint, None)
@@ -110,9 +110,9 @@ class _Address:
             del self.known[next(iter(self.known))]
 
     def note_failure(self, fingerprint: str, least: float) -> None:
-        """Count a wrong key. A key that was good here before is a guess like any other from now on."""
+        """Count a wrong key. A key that was valid before is treated as a guess from now on."""
         self.known.pop(fingerprint, None)
-        self.allowed = max(least, self.allowed - 1)
+        self.guesses.take(least)
 
 
 class Authenticator:
@@ -135,7 +135,7 @@ class Authenticator:
         self._generation = 0
         self._version: str | None = None
         self._confirmed_at = time.monotonic()
-        self._addresses: OrderedDict[str, _Address] = OrderedDict()
+        self._addresses = ByAddress[_Address]()
         self._watch: asyncio.Task[None] | None = None
 
     def accept(self, own: OwnKeys, *, failed_per_minute: int) -> None:
@@ -156,7 +156,7 @@ class Authenticator:
         """Void the cache when any key has changed, on whichever gateway."""
         while True:
             with contextlib.suppress(StoreUnavailable):
-                version = await self._store.run("GET", VERSION_KEY)
+                version = await self._store.run("GET", layout.API_KEYS_VERSION)
                 if version != self._version:
                     self._version = version
                     self._generation += 1
@@ -252,21 +252,13 @@ class Authenticator:
         return principal
 
     def _refuse_guessing(self, address: _Address) -> None:
-        now = time.monotonic()
         rate = self._failed_per_minute / 60
-        address.allowed = min(self._failed_per_minute, address.allowed + (now - address.since) * rate)
-        address.since = now
-        if address.allowed < 1:
-            wait_s = (1 - address.allowed) / rate
+        if wait_s := address.guesses.wait_s(self._failed_per_minute, rate, time.monotonic()):
             raise RateLimitExceeded("Too many requests with a wrong API key from this address.", retry_after_s=wait_s)
 
     def _address(self, host: str) -> _Address:
-        """Return what is known of an address; the one not heard of for longest is forgotten for it."""
-        address = self._addresses.setdefault(host, _Address(self._failed_per_minute, time.monotonic()))
-        self._addresses.move_to_end(host)
-        if len(self._addresses) > _MAX_ADDRESSES:
-            self._addresses.popitem(last=False)
-        return address
+        """The record of an address, evicting the least recently seen one when full."""
+        return self._addresses.seen(host, _Address(TokenBucket(self._failed_per_minute, time.monotonic())))
 
 
 def _presented_key(connection: HTTPConnection) -> str:

@@ -15,9 +15,8 @@ import secrets
 
 from gateway.errors import StoreUnavailable
 from gateway.settings.config import PrefixCacheSettings
+from gateway.store import layout
 from gateway.store.client import Lane
-
-_KEY = "sh:cache-salt"
 
 
 class CacheSalts:
@@ -36,9 +35,9 @@ class CacheSalts:
         """Agree on a secret with the other gateways of this store."""
         with contextlib.suppress(StoreUnavailable):
             # Read first: a full store takes no SET, not even of what is there.
-            if (secret := await self._store.run("GET", _KEY)) is None:
-                await self._store.run("SET", _KEY, self._secret, "NX")
-                secret = await self._store.run("GET", _KEY)
+            if (secret := await self._store.run("GET", layout.CACHE_SALT)) is None:
+                await self._store.run("SET", layout.CACHE_SALT, self._secret, "NX")
+                secret = await self._store.run("GET", layout.CACHE_SALT)
             self._secret = secret or self._secret
 
     def salt_of(self, tenant: str) -> str:

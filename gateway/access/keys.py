@@ -21,11 +21,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from gateway.errors import Conflict, NotFound
 from gateway.settings.config import Priority
+from gateway.store import layout
 from gateway.store.client import Lane
 from gateway.store.script import Script
 
-VERSION_KEY = "sh:keys:version"
-_INDEX_KEY = "sh:keys"
 _CREATE = Script("key_create")
 # A key that leaked must be revoked in a full store as well.
 _CHANGE = Script("key_change", when_full=True)
@@ -143,14 +142,14 @@ class Keys:
         key_id, secret = split_key(key)
         record = KeyRecord(**spec.model_dump(), id=key_id, secret_sha256=digest(secret), created_at=int(time.time()))
         # Listed first: an id without a record is not shown, a record that is not listed could not be found and revoked.
-        await self._store.run("SADD", _INDEX_KEY, key_id)
-        await self._store.run(*_CREATE.call([_record_key(key_id)], [record.model_dump_json()]))
+        await self._store.run("SADD", layout.API_KEYS, key_id)
+        await self._store.run(*_CREATE.call([layout.api_key(key_id)], [record.model_dump_json()]))
         await self._announce()
         return record, key
 
     async def find(self, key_id: str) -> KeyRecord | None:
         """Return the record, or None."""
-        text = await self._store.run("GET", _record_key(key_id))
+        text = await self._store.run("GET", layout.api_key(key_id))
         return KeyRecord.model_validate_json(text) if text else None
 
     async def get(self, key_id: str) -> KeyRecord:
@@ -159,11 +158,11 @@ class Keys:
 
     async def list(self) -> list[KeyRecord]:
         """Return all records, oldest first."""
-        ids = list(await self._store.run("SMEMBERS", _INDEX_KEY))
+        ids = list(await self._store.run("SMEMBERS", layout.API_KEYS))
         texts: list[str | None] = []
         for start in range(0, len(ids), _LISTED_AT_ONCE):
             part = ids[start : start + _LISTED_AT_ONCE]
-            texts += await self._store.run_in_order([("GET", _record_key(key_id)) for key_id in part])
+            texts += await self._store.run_in_order([("GET", layout.api_key(key_id)) for key_id in part])
         records = [KeyRecord.model_validate_json(text) for text in texts if text]
         return sorted(records, key=lambda record: (record.created_at, record.id))
 
@@ -194,20 +193,22 @@ class Keys:
 
     async def _read(self, key_id: str) -> tuple[str, KeyRecord]:
         """Return the record as it is stored, and as it reads. Raises NotFound."""
-        text = await self._store.run("GET", _record_key(key_id))
+        text = await self._store.run("GET", layout.api_key(key_id))
         if not text:
             raise NotFound(f"There is no API key with the id {key_id[:64]!r}.", "key_id")
         return text, KeyRecord.model_validate_json(text)
 
     async def _replace(self, text: str, record: KeyRecord) -> bool:
         """Write a record in place of the one that was read. Returns False if that is not there any more."""
-        changed: int = await self._store.run(*_CHANGE.call([_record_key(record.id)], [text, record.model_dump_json()]))
+        changed: int = await self._store.run(
+            *_CHANGE.call([layout.api_key(record.id)], [text, record.model_dump_json()])
+        )
         if changed:
             await self._announce()
         return bool(changed)
 
     async def _announce(self) -> None:
-        await self._store.run(*_RAISE.call([VERSION_KEY], []))
+        await self._store.run(*_RAISE.call([layout.API_KEYS_VERSION], []))
 
     @staticmethod
     def _refuse_dead(record: KeyRecord) -> None:
@@ -215,7 +216,3 @@ class Keys:
             raise Conflict(f"The API key {record.id!r} is revoked. Make another one.", "key_id", "key_revoked")
         if not record.usable(time.time()):
             raise Conflict(f"The API key {record.id!r} has expired. Make another one.", "key_id", "key_expired")
-
-
-def _record_key(key_id: str) -> str:
-    return f"sh:{{k:{key_id}}}:key"

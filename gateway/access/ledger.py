@@ -37,6 +37,7 @@ from gateway.access.allowance import (
     today,
 )
 from gateway.errors import StoreRefused, StoreUnavailable
+from gateway.store import layout
 from gateway.store.client import Lane, Store
 from gateway.store.script import Command, Script
 
@@ -45,7 +46,6 @@ log = logging.getLogger(__name__)
 KEEP_DAYS = 400
 _SETTLE = Script("window", "reservation", "settle", when_full=True)
 _LIST = Script("list", when_full=True)
-_KEYS_WITH_USAGE = "sh:keys:used"
 _BATCH = 128
 _REPLAYED_AT_ONCE = 32
 """Fewer: after an outage all gateways replay at once, and the server does nothing else meanwhile."""
@@ -114,12 +114,11 @@ class Entry:
 
         `after` is the number of the same key's entry in front of it, which must have been applied.
         """
-        head = f"sh:{{k:{self.key_id}}}:"
         now = time.time()
         # What is given back goes to the day it was taken from, which may have ended since.
         reserved_at = self.bucket or self.second or int(now)
         keys = limit_keys(self.key_id, self.model_id, reserved_at)
-        keys += [f"{head}applied", f"{head}applied:at", f"{head}u:{self.day}:{self.model_id}", f"{head}days"]
+        keys += layout.ledger(self.key_id, f"{self.day}:{self.model_id}")
         limits = self.allowance
         arguments: list[Any] = [process, self.number, after, self.lease, self.reservation]
         refund = {name: amount - self.counted.get(name, 0) for name, amount in self.reserved.items()}
@@ -249,7 +248,7 @@ class Ledger:
                 if entry.pending:
                     self.on_charged(entry)
         if unlisted := {entry.key_id for entry in entries} - self._listed:
-            await self._store.run(*_LIST.call([_KEYS_WITH_USAGE], sorted(unlisted)))
+            await self._store.run(*_LIST.call([layout.API_KEYS_WITH_USAGE], sorted(unlisted)))
             self._listed |= unlisted
         return answers
 
@@ -365,15 +364,14 @@ class Ledger:
 
     async def key_ids(self) -> list[str]:
         """Return the ids of all keys that ever spent anything. Raises StoreUnavailable."""
-        return sorted(await self._store.patient.run("SMEMBERS", _KEYS_WITH_USAGE))
+        return sorted(await self._store.patient.run("SMEMBERS", layout.API_KEYS_WITH_USAGE))
 
     async def totals(self, key_id: str) -> list[dict[str, Any]]:
         """Return usage of one key: one dict per day and model, in order. Raises StoreUnavailable."""
-        head = f"sh:{{k:{key_id}}}:"
-        days = sorted(await self._store.patient.run("SMEMBERS", f"{head}days"))
+        days = sorted(await self._store.patient.run("SMEMBERS", layout.usage_days(key_id)))
         rows: list[Any] = []
         for start in range(0, len(days), _ROWS):
-            asked: list[Command] = [("HGETALL", f"{head}u:{day}") for day in days[start : start + _ROWS]]
+            asked: list[Command] = [("HGETALL", layout.usage(key_id, day)) for day in days[start : start + _ROWS]]
             rows += await self._store.patient.run_in_order(asked)
         return [_row(day, row) for day, row in zip(days, rows, strict=True) if row]
 

@@ -21,8 +21,8 @@ from gateway import __version__
 from gateway.access.auth import Principal
 from gateway.api.dependencies import authenticate, identify, services
 from gateway.errors import MetricsNotAllowed, StoreUnavailable
-from gateway.exchange.drain import INTERRUPTED
 from gateway.services import Services
+from gateway.store import layout
 from gateway.telemetry.metrics import Metrics
 
 router = APIRouter()
@@ -65,7 +65,9 @@ async def get_metrics(services: AppServices) -> Response:
     metrics.draining.set(services.drain.draining)
     metrics.journal_bytes.set(services.ledger.journal_bytes)
     with contextlib.suppress(StoreUnavailable):
-        metrics.drain_interrupted.values[()] = int(await services.store.patient.run("GET", INTERRUPTED) or 0)
+        metrics.drain_interrupted.values[()] = int(
+            await services.store.patient.run("GET", layout.DRAIN_INTERRUPTED) or 0
+        )
     metrics.store.available.set(services.store.available)
     metrics.store_bulk.available.set(services.store.bulk.available)
     return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)

@@ -25,6 +25,7 @@ import orjson
 from gateway.conversations.turns import Message, least_bytes, text_of
 from gateway.errors import StoreUnavailable
 from gateway.settings.config import SessionSettings
+from gateway.store import layout
 from gateway.store.client import Lane, Script
 from gateway.store.pieces import PIECE_BYTES
 
@@ -128,7 +129,7 @@ class DerivedSessions:
         unrecorded = key_id in self._unrecorded
         arguments = [make_id(key_id), prompt, before, answered, *times, _MAX_PROMPTS, _MAX_SESSIONS, int(unrecorded)]
         try:
-            how, session_id = await self._store.run(*_OPEN.call(_keys(key_id), arguments))
+            how, session_id = await self._store.run(*_OPEN.call(layout.derived_sessions(key_id), arguments))
         except StoreUnavailable:
             self._unrecorded.add(key_id)
             raise
@@ -145,21 +146,16 @@ class DerivedSessions:
         if len(text.encode()) > self._kept_bytes:
             text = ""
         arguments = [session_id, text, self._ttl_ms, self._most_bytes, prompt, answered]
-        return bool(await self._store.run(*_KEEP.call(_keys(key_id)[:3], arguments)))
+        return bool(await self._store.run(*_KEEP.call(layout.derived_sessions(key_id)[:3], arguments)))
 
     async def show(self, key_id: str, session_id: str) -> tuple[int, list[Message]] | None:
         """Return when it was created and what was said, None if there is no such session.
 
         During its first turn nothing was said.
         """
-        there, text = await self._store.run(*_SHOW.call(_keys(key_id)[:2], [session_id]))
+        there, text = await self._store.run(*_SHOW.call(layout.derived_sessions(key_id)[:2], [session_id]))
         return tuple(orjson.loads(text)) if text else (0, []) if there else None
 
     async def delete(self, key_id: str, session_id: str) -> bool:
         """Forget a session. Returns whether there was one."""
-        return bool(await self._store.run(*_DELETE.call(_keys(key_id)[:3], [session_id])))
-
-
-def _keys(key_id: str) -> list[str]:
-    head = f"sh:{{k:{key_id}}}:derived"
-    return [head, f"{head}:at", f"{head}:prompts", f"{head}:seen"]
+        return bool(await self._store.run(*_DELETE.call(layout.derived_sessions(key_id)[:3], [session_id])))

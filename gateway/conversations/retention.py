@@ -5,8 +5,8 @@ A member of a key's account is `s:<session id>` or `r:<response id>`. Raises Sto
 
 from __future__ import annotations
 
+from gateway.store import layout
 from gateway.store.client import Lane, Script
-from gateway.store.pieces import places
 from gateway.store.stored_bytes import MEMBER_BYTES, StoredBytes
 
 _EVICT = Script("kept_evict")
@@ -34,20 +34,6 @@ def _keys_of(member: str) -> list[str]:
     """Return the store's keys of a member, first the hash that names the API key that pays."""
     kind, _, id_ = member.partition(":")
     if kind == "s":
-        return session_keys(id_)
-    response, state, *rest = response_keys(id_)
+        return layout.session(id_)
+    response, state, *rest = layout.response(id_)
     return [state, response, *rest]
-
-
-def session_keys(session_id: str) -> list[str]:
-    """Return the store's keys of a session: itself and its turns."""
-    head = f"sh:{{s:{session_id}}}"
-    return [head, f"{head}:t"]
-
-
-def response_keys(response_id: str) -> list[str]:
-    """Return the store's keys of a response: itself, its state, its turn, its lease, the mark of its deletion, and
-    those that may hold pieces of the first and the third."""
-    head = f"sh:{{r:{response_id}}}"
-    turn = f"{head}:t"
-    return [head, f"{head}:h", turn, f"{head}:l", f"{head}:x", *places(head), places(turn)[0]]

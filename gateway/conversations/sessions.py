@@ -23,11 +23,12 @@ import orjson
 from engine.base import Delta
 from gateway.access.auth import Principal
 from gateway.conversations.derived_sessions import DerivedSessions, belongs_to, derive_id, is_derived
-from gateway.conversations.retention import Retention, session_keys
+from gateway.conversations.retention import Retention
 from gateway.conversations.turns import Message, Piece, least_bytes, pieces_of, text_of, turns_of, without_images
 from gateway.errors import BadRequest, NotFound, StoreUnavailable, WritesRefused
 from gateway.exchange.answers import Answer
 from gateway.settings.config import SessionSettings
+from gateway.store import layout
 from gateway.store.client import Lane, Script
 from gateway.store.pieces import PIECE_BYTES
 from gateway.telemetry.metrics import Metrics
@@ -233,7 +234,7 @@ class Sessions:
     ) -> str:
         arguments = [session.tenant, self._settings.ttl_s, int(wants_history), secrets.token_hex(8), int(may_be_new)]
         arguments += [seed, PIECE_BYTES, session.key_id, incarnation]
-        keys = [*session_keys(session.id), _gone_key(session.id)]
+        keys = [*layout.session(session.id), layout.deleted_session(session.id)]
         answer = await self._store.run(*_OPEN.call(keys, arguments))
         outcome, session.number, session.incarnation, found, session.more, payer = answer
         member, ttl_s = f"s:{session.id}", self._settings.ttl_s
@@ -254,7 +255,7 @@ class Sessions:
         while more:
             last = found[-1][1] if found else "+inf"
             skip = sum(number == last for _, number in found)
-            answer = await self._store.run(*_READ.call(session_keys(session_id), [tenant, last, skip, PIECE_BYTES]))
+            answer = await self._store.run(*_READ.call(layout.session(session_id), [tenant, last, skip, PIECE_BYTES]))
             if not answer:
                 return None
             created, pieces, more = answer
@@ -287,7 +288,7 @@ class Sessions:
         for number, piece in enumerate(pieces):
             arguments = [session.tenant, session.incarnation, self._settings.ttl_s, session.number, piece]
             arguments += [int(session.replaces), int(number == 0), self._settings.max_turns, most, session.key_id]
-            stored, size_bytes, payer = await self._store.run(*_APPEND.call(session_keys(session.id), arguments))
+            stored, size_bytes, payer = await self._store.run(*_APPEND.call(layout.session(session.id), arguments))
             if not stored:
                 return
         await self._kept.keep(session.key_id, f"s:{session.id}", size_bytes, self._settings.ttl_s)
@@ -311,7 +312,7 @@ class Sessions:
         """Forget a session. Raises NotFound, as `show` does."""
         _check_id(session_id)
         derived = belongs_to(session_id, principal.key_id) and await self._derived.delete(principal.key_id, session_id)
-        keys = [*session_keys(session_id), _gone_key(session_id)]
+        keys = [*layout.session(session_id), layout.deleted_session(session_id)]
         there, payer = await self._store.run(*_DELETE.call(keys, [principal.tenant, _DELETED_S if derived else 0]))
         there = there or derived
         if payer:
@@ -323,10 +324,6 @@ class Sessions:
 
 def _shown(session_id: str, created: int, messages: list[Message]) -> dict[str, Any]:
     return {"id": session_id, "object": "session", "created": created, "messages": messages}
-
-
-def _gone_key(session_id: str) -> str:
-    return f"sh:{{s:{session_id}}}:x"
 
 
 def _check_id(session_id: str) -> str:

@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 import orjson
 
 from gateway.access.auth import Principal
-from gateway.conversations.retention import Retention, response_keys
+from gateway.conversations.retention import Retention
 from gateway.conversations.sessions import IMAGES_SHARE
 from gateway.conversations.turns import Message, least_bytes, without_images
 from gateway.errors import BadRequest, NotFound, WritesRefused
 from gateway.exchange.frames.responses import RUNNING
 from gateway.settings.config import SessionSettings
-from gateway.store import pieces
+from gateway.store import layout, pieces
 from gateway.store.client import Command, Lane, Script
 from gateway.telemetry.metrics import Metrics
 
@@ -144,7 +144,7 @@ class StoredResponses:
 
     async def _read_turns(self, response_ids: list[str]) -> list[str | None]:
         """Return what was said in some responses, which is a use of it."""
-        keys = [response_keys(response_id) for response_id in response_ids]
+        keys = [layout.response(response_id) for response_id in response_ids]
         look: list[Command] = [("GET", own[2]) for own in keys] + [("HGET", own[1], "payer") for own in keys]
         found = await self._store.run_in_order(look)
         payers = dict(zip(response_ids, found[len(keys) :], strict=True))
@@ -183,7 +183,7 @@ class StoredResponses:
         size = len(text.encode()) + record.turn_bytes
         if size > self._settings.max_bytes_per_key:
             return False
-        keys = response_keys(record.id)
+        keys = layout.response(record.id)
         text = await pieces.write(self._store, keys[0], text, int(record.status == "in_progress"))
         said = None if said is None else await pieces.write(self._store, _turn_key(record.id), said)
         arguments = [record.tenant, self._process, int(not record.known), self._settings.ttl_s, record.status]
@@ -205,7 +205,7 @@ class StoredResponses:
     async def find(self, principal: Principal, response_id: str) -> StoredResponse:
         """Return a response to its owner. Raises NotFound, for another tenant's just as for none."""
         found = await self._find(principal, response_id, whole=True)
-        text = found and await pieces.read(self._store, response_keys(response_id)[0], found.text)
+        text = found and await pieces.read(self._store, layout.response(response_id)[0], found.text)
         if found is None or text is None:
             raise _not_found(response_id)
         record = StoredResponse(**orjson.loads(text))
@@ -217,7 +217,7 @@ class StoredResponses:
     async def _find(self, principal: Principal, response_id: str, *, whole: bool = False) -> _Found | None:
         if not _ID.fullmatch(response_id):
             return None
-        response, state, turn, lease, _, *places = response_keys(response_id)
+        response, state, turn, lease, _, *places = layout.response(response_id)
         answer = await self._store.run(*_FIND.call([response, state, lease], [principal.tenant, int(whole)]))
         if not answer:
             return None
@@ -231,7 +231,7 @@ class StoredResponses:
         if not _ID.fullmatch(response_id):
             raise _not_found(response_id)
         arguments = [principal.tenant, _DELETED_S, *RUNNING]
-        outcome, payer = await self._store.run(*_DELETE.call(response_keys(response_id), arguments))
+        outcome, payer = await self._store.run(*_DELETE.call(layout.response(response_id), arguments))
         if outcome == "absent":
             raise _not_found(response_id)
         if outcome == "running":
@@ -241,20 +241,20 @@ class StoredResponses:
 
     async def forget(self, record: StoredResponse) -> None:
         """Remove a response that nobody knows of."""
-        await self._store.run("DEL", *response_keys(record.id))
+        await self._store.run("DEL", *layout.response(record.id))
         await self._kept.release(record.key_id, f"r:{record.id}")
 
     async def ask_to_cancel(self, response_id: str) -> None:
         """Tell the gateway that is making a response, whichever it is, to end it."""
-        process = await self._store.run("HGET", response_keys(response_id)[1], "process")
+        process = await self._store.run("HGET", layout.response(response_id)[1], "process")
         if process is not None:
-            key = _cancelled_key(process)
+            key = layout.process(process, "cancelled")
             await self._store.run_in_order([_CANCEL.call([key], [response_id]), ("EXPIRE", key, _CANCELLED_S)])
 
     async def renew(self, response_ids: list[str]) -> set[str]:
         """Renew the leases of responses that are being made here. Returns those that are to be cancelled."""
-        leases = [_RENEW.call([response_keys(id_)[3]], [LEASE_S]) for id_ in response_ids]
-        look = ("SPOP", _cancelled_key(self._process), _CANCELLED_AT_ONCE)
+        leases = [_RENEW.call([layout.response(id_)[3]], [LEASE_S]) for id_ in response_ids]
+        look = ("SPOP", layout.process(self._process, "cancelled"), _CANCELLED_AT_ONCE)
         asked, *_ = await self._store.run_in_order([look, *leases])
         return set(asked)
 
@@ -274,8 +274,4 @@ def _after_last_gap(texts: list[str | None]) -> list[str]:
 
 
 def _turn_key(response_id: str) -> str:
-    return response_keys(response_id)[2]
-
-
-def _cancelled_key(process: str) -> str:
-    return f"sh:{{p:{process}}}:cancelled"
+    return layout.response(response_id)[2]

@@ -16,8 +16,9 @@ from collections.abc import AsyncGenerator
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from gateway.durable.log_writer import LEAST_ROOM_BYTES, Account, LogWriter, Reader, log_keys
+from gateway.durable.log_writer import LEAST_ROOM_BYTES, Account, LogWriter, Reader
 from gateway.errors import StoreUnavailable, WritesRefused
+from gateway.store import layout
 from gateway.store.client import Command, Lane, Script
 from gateway.store.pieces import PIECE_BYTES
 from gateway.store.stored_bytes import StoredBytes
@@ -114,7 +115,7 @@ class EventLogs:
         arguments = [reader.owner, token, process, reader.token, reader.after, *times_ms]
         arguments += ["" if held is None else held.token, PIECE_BYTES]
         began = asyncio.get_running_loop().time()
-        keys = log_keys(reader.log_id)
+        keys = layout.log(reader.log_id)
         try:
             opened = Opened(*await self._store.run(*_OPEN.call(keys, [*arguments, 1])))
         except WritesRefused:
@@ -242,7 +243,7 @@ class EventLogs:
             await asyncio.sleep(_RETRY_S)
 
     async def _ask(self, reader: Reader, number: int, parts: int) -> list[Any]:
-        keys, present_ms = log_keys(reader.log_id), round(PRESENT_S * 1000)
+        keys, present_ms = layout.log(reader.log_id), round(PRESENT_S * 1000)
         arguments = [reader.owner, number, parts, PIECE_BYTES // 2, reader.token, present_ms]
         answer: list[Any] = await self._store.run(*_READ.call(keys[:2], arguments))
         *found, due = answer
@@ -260,7 +261,7 @@ class EventLogs:
         """
         began = writer.clock()
         arguments = [writer.token, round(lease_s * 1000), round(ttl_s * 1000), known, PIECE_BYTES]
-        commands: list[Command] = [_RENEW.call(log_keys(writer.log_id), arguments)]
+        commands: list[Command] = [_RENEW.call(layout.log(writer.log_id), arguments)]
         if writer.account is not None:
             commands.append(self._bytes.renewal(writer.account.key_id, writer.log_id, ttl_s))
         answer, *_ = await self._store.run_in_order(commands)
@@ -273,7 +274,7 @@ class EventLogs:
 
     async def leave(self, reader: Reader) -> str | None:
         """Note that a reader has left. Returns the process that writes the log. Raises StoreUnavailable."""
-        process: str | None = await self._store.run(*_LEAVE.call(log_keys(reader.log_id)[:1], [reader.token]))
+        process: str | None = await self._store.run(*_LEAVE.call(layout.log(reader.log_id)[:1], [reader.token]))
         return process
 
     async def close_log(self, log_id: str, reason: str, writer: LogWriter | None = None) -> str | None:
@@ -282,7 +283,7 @@ class EventLogs:
         Returns the process that writes it, None if there is no such log. Raises StoreUnavailable.
         """
         token, keep_ms = ("", 0) if writer is None else (writer.token, round(PRESENT_S * 1000))
-        process: str | None = await self._store.run(*_CLOSE.call(log_keys(log_id), [token, reason, keep_ms]))
+        process: str | None = await self._store.run(*_CLOSE.call(layout.log(log_id), [token, reason, keep_ms]))
         return process
 
     async def release_bytes(self, writer: LogWriter) -> None:
@@ -292,7 +293,7 @@ class EventLogs:
 
     async def forget(self, log_id: str) -> None:
         """Remove a log that nobody knows of."""
-        await self._store.run("DEL", *log_keys(log_id))
+        await self._store.run("DEL", *layout.log(log_id))
 
 
 async def _wait(reader: Reader, seconds: float) -> None:

@@ -19,6 +19,7 @@ from gateway.durable.log_writer import Reader
 from gateway.errors import StoreUnavailable, Unavailable
 from gateway.exchange.drain import Drain
 from gateway.settings.config import JobSettings
+from gateway.store import layout
 from gateway.store.client import Lane
 from gateway.store.stored_bytes import StoredBytes
 
@@ -55,7 +56,7 @@ class JobClients:
         if process == self.process and queue is not None:
             self.spawn(self.look(queue))
             return
-        key = _pokes_key(process)
+        key = layout.process(process, "pokes")
         with suppress(StoreUnavailable):
             await self._store.run_in_order([("SADD", key, log_id), ("EXPIRE", key, _POKES_S)])
 
@@ -90,7 +91,7 @@ class JobClients:
         if due:
             self._renewed_at = now
         with suppress(StoreUnavailable):
-            due |= set(await self._store.run("SPOP", _pokes_key(self.process), _POKED_AT_ONCE))
+            due |= set(await self._store.run("SPOP", layout.process(self.process, "pokes"), _POKED_AT_ONCE))
         await asyncio.gather(*(self.look(queue) for log_id in due if (queue := self.queues.get(log_id))))
 
     async def look(self, queue: ClientQueue) -> None:
@@ -210,7 +211,3 @@ class JobClients:
         for reader in list(self.readers.values()):
             reader.stop("shutdown")
         await asyncio.gather(*self._tasks, return_exceptions=True)
-
-
-def _pokes_key(process: str) -> str:
-    return f"sh:{{p:{process}}}:pokes"

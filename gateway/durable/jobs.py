@@ -31,10 +31,11 @@ from gateway.durable.event_log import (
 )
 from gateway.durable.job_clients import JobClients
 from gateway.durable.job_queue import ClientQueue, Job, RunJob, event_frame
-from gateway.durable.log_writer import Reader, log_keys
+from gateway.durable.log_writer import Reader
 from gateway.errors import GatewayError, NotFound, RateLimitExceeded, StoreUnavailable, from_store
 from gateway.exchange.drain import Drain
 from gateway.settings.config import JobSettings
+from gateway.store import layout
 from gateway.store.client import Lane, Script
 from gateway.telemetry.metrics import Metrics
 
@@ -198,7 +199,7 @@ class Jobs:
         """
         self._drain.admit()
         key_id, log_id = job.principal.key_id, _log_id(job.principal, client_id)
-        log, _, queue = log_keys(log_id)
+        log, _, queue = layout.log(log_id)
         most, text = self._settings.max_queued_per_client, job.text()
         size_bytes = len(text.encode())
         if not await self._clients.queued.add(key_id, log_id, size_bytes, self._clients.ttl_s):

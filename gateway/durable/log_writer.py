@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gateway.errors import GatewayError, StoreUnavailable
+from gateway.store import layout
 from gateway.store.client import Lane, Script
 from gateway.store.pieces import PIECE_BYTES, split
 from gateway.store.stored_bytes import StoredBytes
@@ -136,7 +137,7 @@ class LogWriter:
         """Renew the lease. Returns whether the log is still this writer's. Raises StoreUnavailable."""
         began = self.clock()
         arguments = [self.token, round(self._lease_s * 1000), self._ttl_ms, _NO_JOBS, 0]
-        if not await self._store.run(*_RENEW.call(log_keys(self.log_id), arguments)):
+        if not await self._store.run(*_RENEW.call(layout.log(self.log_id), arguments)):
             self.lost = True
             self._wake()
             return False
@@ -269,7 +270,7 @@ class LogWriter:
                 await self._make_room(size)
                 arguments = [self.token, *frames, self._room_bytes, self._ttl_ms, *changes]
                 script = _APPEND if size else _NOTE
-                kept = await self._store.run(*script.call(log_keys(self.log_id), arguments))
+                kept = await self._store.run(*script.call(layout.log(self.log_id), arguments))
             except StoreUnavailable:
                 await asyncio.sleep(_RETRY_S)
                 continue
@@ -300,9 +301,3 @@ class LogWriter:
             self.lost = self.lost or self._first > self._stored
             self._bytes -= len(self._frames.popleft())
             self._first += 1
-
-
-def log_keys(log_id: str) -> list[str]:
-    """Return the keys of a log: itself, its entries, its queue."""
-    head = f"sh:{{l:{log_id}}}"
-    return [head, f"{head}:e", f"{head}:q"]

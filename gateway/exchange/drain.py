@@ -12,10 +12,6 @@ from typing import Protocol
 
 from gateway.errors import GatewayError, Unavailable
 
-INTERRUPTED = "sh:drain:interrupted"
-"""The store's count of exchanges that were interrupted, at all gateways: the page of the one that drains is not read
-again."""
-
 
 class Interruptible(Protocol):
     """A running exchange that can be ended with an error for its client."""

@@ -19,7 +19,6 @@ import uvicorn
 from fastapi import FastAPI
 
 from gateway.errors import StoreUnavailable
-from gateway.exchange.drain import INTERRUPTED
 from gateway.services import Services
 from gateway.serving import listeners
 from gateway.serving.connection import Connection
@@ -27,6 +26,7 @@ from gateway.serving.connection_limit import ConnectionLimit, most_connections
 from gateway.serving.lifespan import Lifespan
 from gateway.serving.refused_heads import RefusedHeads
 from gateway.settings.config import ConfigError
+from gateway.store import layout
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ class Server(uvicorn.Server):
         log.info("drained, %d interrupted", interrupted)
         if interrupted:
             with contextlib.suppress(StoreUnavailable):
-                await self._services.store.patient.run("INCRBY", INTERRUPTED, interrupted)
+                await self._services.store.patient.run("INCRBY", layout.DRAIN_INTERRUPTED, interrupted)
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

@@ -5,43 +5,7 @@ There are three. `Store` itself is the fast lane, for the small commands that a 
 streams, jobs. The server runs one command at a time, so few bulk commands are under way at once, and each has to be
 cheap. `Store.patient` is for what may wait, where a late answer is better than none: administration and start-up.
 
-Keys, all under `sh:`; the braces are hash tags, so that what one script touches lies in one cluster slot:
-
-    sh:schema                        version of this layout
-    sh:keys                          set of API key ids
-    sh:keys:version                  counter, raised after every change to a key
-    sh:keys:used                     set of API key ids that have usage, those from the environment included
-    sh:{k:<key id>}:key              the API key's record as JSON, its secret as SHA-256
-    sh:{k:<key id>}:w:<model>        hash: sliding window, see lua/window.lua; for a minute
-    sh:{k:<key id>}:run:<model>      sorted set: running requests by lease expiry in ms
-    sh:{k:<key id>}:run              the same over all models
-    sh:{k:<key id>}:day:<date>       tokens reserved or spent on that day, where the key has a daily budget; two days
-    sh:{k:<key id>}:open             hash: reservations that are not settled, see lua/reservation.lua; two days
-    sh:{k:<key id>}:open:until       sorted set: the same by lease expiry in ms
-    sh:{k:<key id>}:applied          hash: gateway process -> number of its last ledger entry, for 30 days
-    sh:{k:<key id>}:applied:at       sorted set: the same processes by the Unix second of that entry
-    sh:{k:<key id>}:u:<date>:<model> hash: usage of that day (UTC), for 400 days
-    sh:{k:<key id>}:days             set of "<date>:<model>" that have usage, for 400 days
-    sh:{k:<key id>}:derived          hash: sessions of requests that named none, by id, as JSON; `:at` by expiry,
-                                     `:prompts` and `:seen` digests of their prompts, see derived_sessions.py
-    sh:{k:<key id>}:kept             sorted set: sessions and responses that the key pays for, by expiry in ms; `:b`
-                                     hash: their bytes. `:logs`, `:jobs`: the same of event logs and waiting jobs
-    sh:cache-salt                    secret that the gateways of this store salt cached prompts with
-    sh:drain:interrupted             how many exchanges shutdowns have cut short
-    sh:{s:<session id>}              hash: owner, creation time, incarnation, turns begun, bytes, API key that pays
-    sh:{s:<session id>}:t            sorted set: turns as JSON, by turn number, see lua/session_turns.lua
-    sh:{s:<session id>}:x            there for a minute after a derived session was deleted
-    sh:{r:<response id>}             a response as JSON: its owner, object, input items, and the ids before it
-    sh:{r:<response id>}:h           hash: its owner and state, for scripts
-    sh:{r:<response id>}:t           what was said in it, as JSON; large values are in `:0` and `:1`, see pieces.py
-    sh:{r:<response id>}:l           there while a gateway is making it
-    sh:{r:<response id>}:x           there for an hour after one was deleted whose gateway had lost its lease
-    sh:{l:<log id>}                  hash: an event log's owner, writer, newest reader, and how far it is; the id is a
-                                     completion's, or <key id>:<client id>
-    sh:{l:<log id>}:e                stream: its frames in batches, under the number of the last of each
-    sh:{l:<log id>}:q                list: a client's jobs as JSON, the one that runs first
-    sh:{p:<gateway process>}:pokes   set of log ids that this process is to look at, for a minute
-    sh:{p:<gateway process>}:cancelled  set of response ids that this process is to cancel, for a minute
+The names of all keys are in `gateway.store.layout`.
 """
 
 from __future__ import annotations

@@ -21,7 +21,9 @@ from typing import Any, TypeVar
 import redis.asyncio as redis
 from redis.exceptions import ClusterCrossSlotError, RedisClusterException, RedisError, ResponseError
 
+from engine.breaker import Breaker
 from gateway.errors import StoreRefused, StoreUnavailable, WritesRefused
+from gateway.store import layout
 from gateway.store.script import Command, Script
 from gateway.store.server_state import REFUSALS, StoreState, refusal_of
 from gateway.store.url import Client, close, reconnect
@@ -33,7 +35,7 @@ _T = TypeVar("_T")
 
 SCHEMA = 1
 """Version of the layout that `gateway.store.client` describes."""
-SCHEMA_CHECK: list[Command] = [Script("schema").call(["sh:schema"], [SCHEMA]), ("GET", "sh:schema")]
+SCHEMA_CHECK: list[Command] = [Script("schema").call([layout.SCHEMA], [SCHEMA]), ("GET", layout.SCHEMA)]
 """A script: a server that runs none for this gateway, by its ACL, is of no use to it."""
 _LAG_S = 0.005  # a timer that fires this late says that the loop was busy
 _MAX_WAITS = 5
@@ -97,6 +99,7 @@ class Lane:
         """Longest wait for a pipeline."""
         self._patience_s = patience_s
         self._breaker_s = breaker_s
+        self._breaker = Breaker(1, breaker_s)
         self._revive = revive
         self._in_flight = in_flight
         self._max_batch = max_batch
@@ -106,10 +109,13 @@ class Lane:
         self._queue: deque[_Group] = deque()
         self._flushers: set[asyncio.Task[None]] = set()
         self._probe: asyncio.Task[None] | None = None
-        self.available = True
-        """False while the breaker is open."""
         self.on_back: list[Callable[[], None]] = []
         """Called when the breaker closes."""
+
+    @property
+    def available(self) -> bool:
+        """False while the breaker is open."""
+        return self._breaker.state == "closed"
 
     async def run(self, *command: Any) -> Any:
         """Run one command. Raises StoreUnavailable."""
@@ -298,7 +304,7 @@ class Lane:
         self._queue.clear()
         if not self.available:
             return
-        self.available = False
+        self._breaker.fail()
         self._metrics.openings.inc()
         reason = "no answer in time" if isinstance(error, TimeoutError) else str(error)
         log.error("the store %s (%s); continuing without it", self._away, reason)
@@ -306,7 +312,7 @@ class Lane:
 
     async def _probe_until_back(self) -> None:
         while True:
-            await asyncio.sleep(self._breaker_s)
+            await asyncio.sleep(self._breaker.wait_s)
             try:
                 if self._revive is not None:
                     await self._revive()
@@ -314,13 +320,15 @@ class Lane:
                 # A new connection, with TLS or by way of a Sentinel, takes longer than a command may.
                 await self._within_timeout(self._send([("PING",)]), self._patience_s)
                 _, found = await self._within_timeout(self._send(SCHEMA_CHECK), self.timeout_s)
-            except Exception as error:  # whatever it is, nobody else would look again
+            except Exception as error:  # of any kind, because only this task looks again
                 log.debug("the store is still away: %r", error)
+                self._breaker.fail()
                 continue
             if not speaks(found):
+                self._breaker.fail()
                 log.error("the store is back with layout version %s, not %s; not using it", found, SCHEMA)
                 continue
-            self.available = True
+            self._breaker.succeed()
             log.warning("the store %s", self._back)
             for callback in self.on_back:
                 callback()

@@ -8,6 +8,7 @@ string is written last, so readers see the value before or the value after.
 
 from __future__ import annotations
 
+from gateway.store import layout
 from gateway.store.client import Lane
 
 PIECE_BYTES = 262_144
@@ -36,11 +37,6 @@ def split(text: str, most_bytes: int = PIECE_BYTES) -> list[str]:
     return pieces
 
 
-def places(key: str) -> list[str]:
-    """Return the keys beside a value's own that may hold its pieces."""
-    return [f"{key}:0", f"{key}:1"]
-
-
 async def write(store: Lane, key: str, text: str, place: int = 0) -> str:
     """Write the pieces of a value that is too large for a string, and return the string to put under its key.
 
@@ -50,7 +46,7 @@ async def write(store: Lane, key: str, text: str, place: int = 0) -> str:
     if len(text.encode()) <= _INLINE_BYTES:
         return text
     pieces = split(text)
-    beside = places(key)[place]
+    beside = layout.places(key)[place]
     await store.run("DEL", beside)
     for number, piece in enumerate(pieces):
         await store.run_in_order([("HSET", beside, number, piece), ("EXPIRE", beside, _WRITING_S)])
@@ -67,7 +63,7 @@ async def read(store: Lane, key: str, text: str | None = None) -> str | None:
         if text is None or not text.startswith("~"):
             return text
         place, _, count = text[1:].partition("/")
-        pieces = [await store.run("HGET", places(key)[int(place)], number) for number in range(int(count))]
+        pieces = [await store.run("HGET", layout.places(key)[int(place)], number) for number in range(int(count))]
         if None not in pieces:
             return "".join(pieces)
         text = None  # it was replaced meanwhile

@@ -7,6 +7,7 @@ expires. Raises StoreUnavailable.
 
 from __future__ import annotations
 
+from gateway.store import layout
 from gateway.store.client import Command, Lane, Script
 
 MEMBER_BYTES = 1024
@@ -39,32 +40,30 @@ class StoredBytes:
     async def take(self, key_id: str, member: str, size_bytes: int, ttl_s: float) -> None:
         """Take from the size of a member, in a full store as well."""
         arguments = [member, f"{-size_bytes:+d}", round(ttl_s * 1000), self.most_bytes, "note"]
-        await self._store.run(*_NOTE.call(self._keys(key_id), arguments))
+        await self._store.run(*_NOTE.call(layout.stored_bytes(key_id, self._kind), arguments))
 
     async def note(self, key_id: str, member: str, size_bytes: int, ttl_s: float) -> None:
         """Set the size of a member to that of what is stored of it, in a full store as well."""
         arguments = [member, size_bytes + MEMBER_BYTES, round(ttl_s * 1000), self.most_bytes, "note"]
-        await self._store.run(*_NOTE.call(self._keys(key_id), arguments))
+        await self._store.run(*_NOTE.call(layout.stored_bytes(key_id, self._kind), arguments))
 
     async def _charge(
         self, key_id: str, member: str, size_bytes: int | str, ttl_s: float, how: str
     ) -> tuple[bool, list[str]]:
         arguments = [member, size_bytes, round(ttl_s * 1000), self.most_bytes, how]
-        granted, _, leaving = await self._store.run(*_CHARGE.call(self._keys(key_id), arguments))
+        granted, _, leaving = await self._store.run(*_CHARGE.call(layout.stored_bytes(key_id, self._kind), arguments))
         return bool(granted), leaving
 
     def renewal(self, key_id: str, member: str, ttl_s: float) -> Command:
         """Return the command that renews the expiry of a member, if the account has it."""
-        return _NOTE.call(self._keys(key_id), [member, "", round(ttl_s * 1000), self.most_bytes, "refuse"])
+        return _NOTE.call(
+            layout.stored_bytes(key_id, self._kind), [member, "", round(ttl_s * 1000), self.most_bytes, "refuse"]
+        )
 
     async def release(self, key_id: str, member: str, expiry: str = "") -> None:
         """Take a member out of the account; with `expiry`, only if it was not renewed since it had that one."""
-        await self._store.run(*_RELEASE.call(self._keys(key_id), [member, expiry]))
+        await self._store.run(*_RELEASE.call(layout.stored_bytes(key_id, self._kind), [member, expiry]))
 
     async def total(self, key_id: str) -> int:
         """Return the bytes that a key keeps."""
-        return int(await self._store.run("HGET", self._keys(key_id)[1], "") or 0)
-
-    def _keys(self, key_id: str) -> list[str]:
-        head = f"sh:{{k:{key_id}}}:{self._kind}"
-        return [head, f"{head}:b"]
+        return int(await self._store.run("HGET", layout.stored_bytes(key_id, self._kind)[1], "") or 0)

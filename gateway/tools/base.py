@@ -20,6 +20,8 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ValidationError
 
+from engine.breaker import Breaker
+
 log = logging.getLogger(__name__)
 
 MAX_OBSERVATION_CHARS = 20_000
@@ -117,29 +119,6 @@ class Resource(Protocol):
         """Free everything. Idempotent."""
 
 
-@dataclass(slots=True)
-class _Breaker:
-    """Leaves a tool alone that failed several times in a row, and then lets one call find out how it is."""
-
-    failures: int = 0
-    open_until: float = 0.0
-
-    def admits(self, now: float) -> bool:
-        if now < self.open_until:
-            return False
-        if self.failures >= _BREAKER_FAILURES:
-            self.open_until = now + _BREAKER_S  # for all but this call
-        return True
-
-    def succeed(self) -> None:
-        self.failures, self.open_until = 0, 0.0
-
-    def fail(self, now: float) -> None:
-        self.failures += 1
-        if self.failures >= _BREAKER_FAILURES:
-            self.open_until = now + _BREAKER_S
-
-
 class Toolbox:
     """Tools by name. One instance serves all runs; `only` gives a run its share of it."""
 
@@ -148,7 +127,7 @@ class Toolbox:
         tools: Iterable[Tool] = (),
         *,
         clock: Callable[[], float] = time.monotonic,
-        breakers: dict[str, _Breaker] | None = None,
+        breakers: dict[str, Breaker] | None = None,
         resources: Sequence[Resource] = (),
         backoff_s: float = _BACKOFF_S,
     ) -> None:
@@ -198,12 +177,12 @@ class Toolbox:
             first = error.errors(include_url=False, include_input=False)[0]
             where = ".".join(map(str, first["loc"])) or "arguments"
             return Observation(f"{name}: {where}: {first['msg'].removeprefix('Value error, ')}.", ok=False)
-        breaker = self._breakers.setdefault(name, _Breaker())
-        if not breaker.admits(self._clock()):
+        breaker = self._breakers.setdefault(name, Breaker(_BREAKER_FAILURES, _BREAKER_S, clock=self._clock))
+        if not breaker.admits():
             return Observation(f"{name} has failed repeatedly and is not available at the moment.", ok=False)
         return await self._attempt(tool, checked, breaker)
 
-    async def _attempt(self, tool: Tool, arguments: BaseModel, breaker: _Breaker) -> Observation:
+    async def _attempt(self, tool: Tool, arguments: BaseModel, breaker: Breaker) -> Observation:
         for attempt in range(ATTEMPTS):
             try:
                 async with asyncio.timeout(tool.timeout_s):
@@ -225,9 +204,9 @@ class Toolbox:
                 break
             await asyncio.sleep(wait_s)
         if failure.out_of_order:
-            breaker.fail(self._clock())
+            breaker.fail()
         else:
-            breaker.succeed()  # it worked well enough to say what was wrong with the call
+            breaker.succeed()  # it worked well enough to report what was wrong with the call
         return Observation(_bounded(message), ok=False)
 
     async def close(self) -> None:

@@ -483,7 +483,7 @@ async def test_job_that_can_not_be_read_disturbs_no_other_client(
     async with bad.connected(gateway), good.connected(gateway):
         await store.run("RPUSH", "sh:{l:TestKey00001:bad}:q", json.dumps({"id": "job_x", "from": "tomorrow"}))
         await submit(gateway, "bad")
-        await until(lambda: "can't be looked after" in caplog.text)
+        await until(lambda: "could not be checked" in caplog.text)
         for _ in range(3):
             await submitted(gateway, "good")
         await until(lambda: len([name for name, *_ in good.events if name == "done"]) == 3)
@@ -534,7 +534,7 @@ async def test_number_of_another_time_is_not_taken_for_one_of_this_log(serve: St
 async def test_store_that_forgot_a_client_ends_its_stream(
     serve: Start, store_server: StoreServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.durable.jobs.RENEW_S", 0.05)
+    monkeypatch.setattr("gateway.durable.job_clients.RENEW_S", 0.05)
     gateway = await serve(mock=slow)
     client = JobClient("c")
     async with client.connected(gateway):

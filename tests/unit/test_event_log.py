@@ -14,9 +14,10 @@ import pytest
 from hypothesis import strategies
 
 from gateway.durable.event_log import EventLogs, LogClosed, LogGone, LogOrphaned, Opened, split_frames
-from gateway.durable.log_writer import LogWriter, Reader, log_keys
+from gateway.durable.log_writer import LogWriter, Reader
 from gateway.errors import InternalError, StoreUnavailable
 from gateway.settings.config import StoreSettings
+from gateway.store import layout
 from gateway.store.client import Store
 from gateway.telemetry.metrics import Metrics
 from tests.support.store_server import StoreServer, opened_cluster, run_store
@@ -111,7 +112,7 @@ async def test_writer_without_a_lease_is_taken_over(store: Store) -> None:
     writer = await written(former)
     writer.append(FRAME % 1, running="a")
     await writer.flush(5)
-    await store.run("RPUSH", log_keys("log")[2], "a", "b")
+    await store.run("RPUSH", layout.log("log")[2], "a", "b")
     told, none = await open_log(later, Reader("log", "me", 0))
     assert (told.how, told.number, none) == ("attached", 1, None)
     following = asyncio.create_task(read(later, Reader("log", "me")))
@@ -125,18 +126,18 @@ async def test_writer_without_a_lease_is_taken_over(store: Store) -> None:
     assert told == Opened("taken over", "p", 3, 0, "a", ["a", "b"]), "behind what the client has seen"
     heir.append(FRAME % 4, done=1)
     await heir.flush(5)
-    assert await store.run("LRANGE", log_keys("log")[2], 0, -1) == ["b"]
+    assert await store.run("LRANGE", layout.log("log")[2], 0, -1) == ["b"]
     writer.append(FRAME % 2)
     await writer.flush(5)
     assert writer.lost
     assert await former.renew(writer, 60) is None
-    assert await store.run("XLEN", log_keys("log")[1]) == 2
+    assert await store.run("XLEN", layout.log("log")[1]) == 2
 
 
 async def test_writer_learns_what_others_do(store: Store) -> None:
     logs, others = EventLogs(store), EventLogs(store)
     writer = await written(logs)
-    queue = log_keys("log")[2]
+    queue = layout.log("log")[2]
     await store.run("RPUSH", queue, "a", "b", "c")
     newest = Reader("log", "me", token="newest")
     await open_log(others, newest)
@@ -192,7 +193,7 @@ async def test_log_is_bounded_and_says_so(store: Store) -> None:
     await writer.release()
     logs.release(writer)
 
-    assert await store.run("XLEN", log_keys("log")[1]) == 19
+    assert await store.run("XLEN", layout.log("log")[1]) == 19
     for reader in (logs, elsewhere):
         with pytest.raises(LogGone, match="oldest"):
             await read(reader, Reader("log", "me"))
@@ -202,7 +203,7 @@ async def test_log_is_bounded_and_says_so(store: Store) -> None:
 async def test_batch_that_is_sent_twice_is_stored_once(one: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     logs = EventLogs(one)
     writer = await written(logs)
-    await one.run("RPUSH", log_keys("log")[2], "a", "b")
+    await one.run("RPUSH", layout.log("log")[2], "a", "b")
     run = one.run
     lost = 2
 
@@ -223,7 +224,7 @@ async def test_batch_that_is_sent_twice_is_stored_once(one: Store, monkeypatch: 
 
     assert not lost
     assert await read(logs, Reader("log", "me")) == [FRAME % 1, FRAME % 2]
-    assert await one.run("LRANGE", log_keys("log")[2], 0, -1) == ["b"]
+    assert await one.run("LRANGE", layout.log("log")[2], 0, -1) == ["b"]
 
 
 async def test_frames_travel_in_batches(one: Store) -> None:
@@ -234,7 +235,7 @@ async def test_frames_travel_in_batches(one: Store) -> None:
     writer.end()
     await writer.release()
 
-    assert await one.run("XLEN", log_keys("log")[1]) == 1
+    assert await one.run("XLEN", layout.log("log")[1]) == 1
 
 
 async def test_end_is_stored_even_if_the_last_frame_went_before(one: Store) -> None:

@@ -20,11 +20,12 @@ import gateway
 from engine.mock import MockEngine
 from gateway.access.auth import Authenticator, Principal
 from gateway.access.catalog import ModelSpec
-from gateway.access.keys import VERSION_KEY, Keys, KeySpec
+from gateway.access.keys import Keys, KeySpec
 from gateway.access.ledger import Entry, Ledger
 from gateway.access.limits import Limits
 from gateway.errors import InvalidApiKey, StoreUnavailable, Unavailable, WritesRefused
 from gateway.settings.config import LimiterSettings, LimitSettings, ModelSettings, StoreSettings
+from gateway.store import layout
 from gateway.store.client import Store
 from gateway.store.script import Script
 from gateway.telemetry.metrics import Metrics
@@ -146,10 +147,10 @@ async def test_keys_are_checked_rotated_and_revoked_in_a_full_store(own: StoreSe
         await become_full(store, own)
         authenticator = Authenticator(store)
         assert (await authenticator.authenticate(sending(seen))).name == "a"
-        version = int(await store.run("GET", VERSION_KEY))
+        version = int(await store.run("GET", layout.API_KEYS_VERSION))
         _, new = await keys.rotate(rotated.id)
         await keys.revoke(revoked.id)
-        assert int(await store.run("GET", VERSION_KEY)) == version + 2, "other gateways learn of it"
+        assert int(await store.run("GET", layout.API_KEYS_VERSION)) == version + 2, "other gateways learn of it"
         assert (await authenticator.authenticate(sending(new))).name == "b"
         with pytest.raises(InvalidApiKey):
             await authenticator.authenticate(sending(dead))

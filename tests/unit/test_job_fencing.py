@@ -11,10 +11,11 @@ import pytest
 from gateway.access.auth import Principal
 from gateway.durable.event_log import LEASE_S, EventLogs
 from gateway.durable.job_queue import ClientQueue, Job, JobEvent
-from gateway.durable.log_writer import LogWriter, Reader, log_keys
+from gateway.durable.log_writer import LogWriter, Reader
 from gateway.errors import StoreUnavailable
 from gateway.exchange.drain import Drain
 from gateway.settings.config import JobSettings, StoreSettings
+from gateway.store import layout
 from gateway.store.client import Store
 from gateway.telemetry.metrics import Metrics
 from tests.support.store_server import StoreServer
@@ -61,12 +62,12 @@ class Gateway:
 
     async def submit(self, *numbers: int) -> None:
         texts = [job(number).text() for number in numbers]
-        await self.store.run("RPUSH", log_keys("k:c")[2], *texts)
+        await self.store.run("RPUSH", layout.log("k:c")[2], *texts)
         self.queue.add(texts)
 
     async def expire(self) -> None:
         """Let the lease end, in the store and by this gateway's clock."""
-        await self.store.run("HSET", log_keys("k:c")[0], "lease_until", 1)
+        await self.store.run("HSET", layout.log("k:c")[0], "lease_until", 1)
         self.clock.advance(LEASE_S + 1)
 
 
@@ -137,9 +138,9 @@ async def test_job_whose_start_was_stored_is_lost_and_does_not_start_later(
     assert (former.ran, later.ran) == ([], [])
     assert later.queue.finished == 1
     await later.writer.flush(5)
-    (*_, (_, fields)) = await later.store.run("XRANGE", log_keys("k:c")[1], "-", "+")
+    (*_, (_, fields)) = await later.store.run("XRANGE", layout.log("k:c")[1], "-", "+")
     assert "server_gone" in fields["frames"], "it is told"
-    assert await later.store.run("LLEN", log_keys("k:c")[2]) == 0
+    assert await later.store.run("LLEN", layout.log("k:c")[2]) == 0
 
 
 async def test_running_job_ends_at_its_next_event(pair: tuple[Gateway, Gateway]) -> None:
@@ -155,7 +156,7 @@ async def test_running_job_ends_at_its_next_event(pair: tuple[Gateway, Gateway])
 
     assert former.finished == []
     assert (former.ran, later.ran) == (["job_1"], ["job_2"])
-    frames = await later.store.run("XRANGE", log_keys("k:c")[1], "-", "+")
+    frames = await later.store.run("XRANGE", layout.log("k:c")[1], "-", "+")
     assert sum(fields["frames"].count("event: started") for _, fields in frames) == 2, "each once"
 
 
@@ -214,7 +215,7 @@ async def test_former_writer_changes_nothing(pair: tuple[Gateway, Gateway]) -> N
     await former.open()
     await former.expire()
     await later.open()
-    before = await later.store.run("HGETALL", log_keys("k:c")[0])
+    before = await later.store.run("HGETALL", layout.log("k:c")[0])
     former.writer.append(b"data: late\n\n", done=1, running="job_1")
     former.writer.end()
     await former.writer.flush(5)
@@ -222,5 +223,5 @@ async def test_former_writer_changes_nothing(pair: tuple[Gateway, Gateway]) -> N
     assert await former.logs.renew(former.writer, 60) is None
     assert await former.logs.close_log("k:c", "closed", former.writer) is None
 
-    assert await later.store.run("HGETALL", log_keys("k:c")[0]) == before
-    assert await later.store.run("XLEN", log_keys("k:c")[1]) == 0
+    assert await later.store.run("HGETALL", layout.log("k:c")[0]) == before
+    assert await later.store.run("XLEN", layout.log("k:c")[1]) == 0

@@ -13,9 +13,10 @@ from pydantic import ValidationError
 from starlette.requests import HTTPConnection
 
 from gateway.access.auth import Authenticator
-from gateway.access.keys import _CHANGE, _RAISE, VERSION_KEY, KeyLimits, KeyRecord, Keys, KeySpec, digest, split_key
+from gateway.access.keys import _CHANGE, _RAISE, KeyLimits, KeyRecord, Keys, KeySpec, digest, split_key
 from gateway.errors import Conflict, InvalidApiKey, NotFound, RateLimitExceeded, StoreUnavailable, Unavailable
 from gateway.settings.config import StoreSettings
+from gateway.store import layout
 from gateway.store.client import Script, Store
 from gateway.telemetry.metrics import Metrics
 
@@ -61,13 +62,13 @@ async def test_record_keeps_everything_but_the_secret(keys: Keys) -> None:
 
 
 async def test_every_change_raises_the_version(store: Store, keys: Keys) -> None:
-    versions = [await store.run("GET", VERSION_KEY)]
+    versions = [await store.run("GET", layout.API_KEYS_VERSION)]
     record, _ = await keys.create(KeySpec(name="ci"))
-    versions.append(await store.run("GET", VERSION_KEY))
+    versions.append(await store.run("GET", layout.API_KEYS_VERSION))
     await keys.rotate(record.id)
-    versions.append(await store.run("GET", VERSION_KEY))
+    versions.append(await store.run("GET", layout.API_KEYS_VERSION))
     await keys.revoke(record.id)
-    versions.append(await store.run("GET", VERSION_KEY))
+    versions.append(await store.run("GET", layout.API_KEYS_VERSION))
 
     assert versions == [None, "1", "2", "3"]
 
@@ -177,10 +178,10 @@ async def test_revoking_again_announces_it_again(store: Store, keys: Keys) -> No
     """The first announcement may not have reached the store."""
     record, _ = await keys.create(KeySpec(name="ci"))
     await keys.revoke(record.id)
-    before = await store.run("GET", VERSION_KEY)
+    before = await store.run("GET", layout.API_KEYS_VERSION)
     await keys.revoke(record.id)
 
-    assert int(await store.run("GET", VERSION_KEY)) == int(before) + 1
+    assert int(await store.run("GET", layout.API_KEYS_VERSION)) == int(before) + 1
 
 
 async def test_change_is_announced_after_it_is_written(store: Store, keys: Keys) -> None:
@@ -191,7 +192,7 @@ async def test_change_is_announced_after_it_is_written(store: Store, keys: Keys)
 
     async def poll() -> None:
         while not done.is_set():
-            version = await store.run("GET", VERSION_KEY)
+            version = await store.run("GET", layout.API_KEYS_VERSION)
             seen.append((version, (await keys.get(record.id)).revoked_at is not None))
 
     polling = asyncio.create_task(poll())
@@ -300,12 +301,12 @@ async def test_cached_key_needs_no_store(store: Store, keys: Keys) -> None:
     _, unseen = await keys.create(KeySpec(name="other"))
     authenticator = Authenticator(store)
     await authenticator.authenticate(sending(key))
-    store.available = False
+    store._breaker.open()
 
     assert (await authenticator.authenticate(sending(key))).name == "ci"
     with pytest.raises(Unavailable):
         await authenticator.authenticate(sending(unseen))
-    store.available = True
+    store._breaker.succeed()
 
 
 async def test_cached_key_is_good_for_its_time_to_live_only(
@@ -314,14 +315,14 @@ async def test_cached_key_is_good_for_its_time_to_live_only(
     _, key = await keys.create(KeySpec(name="ci"))
     authenticator = Authenticator(store, cache_ttl_s=300)
     await authenticator.authenticate(sending(key))
-    store.available = False
+    store._breaker.open()
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 299)
     await authenticator.authenticate(sending(key))
     monkeypatch.setattr(time, "monotonic", lambda: now + 301)
     with pytest.raises(Unavailable):
         await authenticator.authenticate(sending(key))
-    store.available = True
+    store._breaker.succeed()
 
 
 async def test_guesses_of_one_address_do_not_slow_another(store: Store, keys: Keys) -> None:

@@ -16,7 +16,8 @@ from gateway.conversations.turns import pieces_of, turns_of
 from gateway.settings.config import StoreSettings
 from gateway.store import pieces
 from gateway.store.client import Store
-from gateway.store.pieces import PIECE_BYTES, places, split
+from gateway.store.layout import places
+from gateway.store.pieces import PIECE_BYTES, split
 from gateway.telemetry.metrics import Metrics
 from tests.support.store_server import StoreServer
 

@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from engine.base import EngineOverloaded, EngineUnavailable, InvalidRequest, not_offered
-from engine.remote.pool import RULES, AttemptFailed, Attempts, Breaker, Choice, Outcome, Pool, Replica, blame
+from engine.remote.pool import RULES, AttemptFailed, Attempts, Choice, Outcome, Pool, Replica, ReplicaBreaker, blame
 from tests.support.waiting import FakeClock
 
 pytestmark = pytest.mark.anyio
@@ -19,15 +19,15 @@ GONE = AttemptFailed("unreachable", "could not be reached")
 FULL = AttemptFailed("overloaded", "answered 429", retry_after_s=7.0)
 
 
-def breaker(clock: FakeClock | None = None) -> Breaker:
-    return Breaker(failures=3, open_s=1.0, max_open_s=4.0, clock=clock or FakeClock())
+def breaker(clock: FakeClock | None = None) -> ReplicaBreaker:
+    return ReplicaBreaker(failures=3, open_s=1.0, max_open_s=4.0, clock=clock or FakeClock())
 
 
 def pool(count: int = 2, choice: Choice = "least_loaded", clock: FakeClock | None = None) -> Pool:
     return Pool([Replica(f"http://replica-{number}/v1", breaker(clock)) for number in range(count)], choice)
 
 
-def opened(clock: FakeClock | None = None) -> Breaker:
+def opened(clock: FakeClock | None = None) -> ReplicaBreaker:
     one = breaker(clock)
     one.open()
     return one
@@ -54,13 +54,13 @@ def test_failures_in_a_row_ask_for_a_probe_and_open_nothing_by_themselves() -> N
 def test_requests_that_others_served_open_the_breaker_without_a_probe() -> None:
     one = breaker()
     for _ in range(2):
-        one.prove()
+        one.fail()
     one.succeed()
     for _ in range(2):
-        one.prove()
+        one.fail()
     assert one.state == "closed"
 
-    one.prove()
+    one.fail()
 
     assert (one.state, one.suspected, one.needs_probe.is_set()) == ("open", False, True)
 
@@ -84,7 +84,7 @@ def test_failures_of_an_open_breakers_past_do_not_prolong_it() -> None:
     one = opened()
     for _ in range(10):
         one.doubt()
-        one.prove()
+        one.fail()
 
     assert one.wait_s == 1.0
 
@@ -103,7 +103,7 @@ def test_half_open_breaker_acts_at_its_first_failure() -> None:
     one.doubt()
     assert (one.state, one.suspected) == ("half_open", True)
 
-    one.prove()
+    one.fail()
 
     assert (one.state, one.wait_s) == ("open", 2.0)
 
@@ -116,7 +116,7 @@ def test_first_token_closes_a_half_open_breaker_on_probation() -> None:
 
     one.doubt()
     assert one.suspected
-    one.prove()
+    one.fail()
 
     assert (one.state, one.wait_s) == ("open", 2.0)
 
@@ -127,9 +127,9 @@ def test_served_request_ends_probation() -> None:
     one.answer()
     one.succeed()
     for _ in range(2):
-        one.prove()
+        one.fail()
     assert one.state == "closed"
-    one.prove()
+    one.fail()
 
     assert (one.state, one.wait_s) == ("open", 1.0)
 

@@ -1227,7 +1227,7 @@ async def test_long_embeddings_are_read_beside_the_event_loop(monkeypatch: pytes
         readers.append(threading.current_thread())
         return read_vectors(*args)
 
-    monkeypatch.setattr("engine.remote.engine.read_vectors", read)
+    monkeypatch.setattr("engine.remote.embeddings.read_vectors", read)
     rows = [{"index": number, "embedding": packed(*[0.5] * 1024)} for number in range(64)]
     routes = {"/v1/embeddings": refusing(200, {"data": rows})}
     async with run_upstream(hello, routes=routes) as server, remote(server) as engine:
