@@ -17,6 +17,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequen
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
+from engine.messages import Message
 from engine.sampling import Sampling
 
 FinishReason = Literal["stop", "length", "tool_calls"]
@@ -33,7 +34,7 @@ class GenerationRequest(Sampling):
 
     task: ClassVar[Task] = "generate"
     request_id: str
-    messages: list[dict[str, Any]] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
     """In OpenAI's form. Images are `image_url` parts whose URLs are data URLs: engines fetch nothing."""
     prompt: str | list[int] | None = None
     """Text or token ids in place of `messages`; no chat template is applied."""

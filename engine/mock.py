@@ -37,6 +37,7 @@ from engine.base import (
     Usage,
     resolve_max_tokens,
 )
+from engine.messages import Message, texts_of
 
 T = TypeVar("T")
 
@@ -59,11 +60,8 @@ class Fault:
     """Raised; None hangs instead, until the generation is aborted or the engine killed."""
 
 
-def _text(message: dict[str, object]) -> str:
-    content = message.get("content") or ""
-    if isinstance(content, list):
-        return " ".join(part.get("text", "") for part in content)
-    return str(content)
+def _text(message: Message) -> str:
+    return " ".join(texts_of(message))
 
 
 def echo(request: GenerationRequest) -> str:

@@ -11,15 +11,15 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 from PIL import Image
 
 from engine.base import GenerationRequest
+from engine.messages import ImageUrl, Message, PlacedImage, images_of
 from engine.supervisor import SupervisedEngine
 from gateway.errors import BadRequest
 from gateway.exchange.events import Event
@@ -28,7 +28,6 @@ from gateway.meter import Meter
 from gateway.outbound.fetch import Fetcher, FetchError
 from gateway.settings.config import ImageSettings
 
-Message = dict[str, Any]
 Run = Callable[[GenerationRequest], AsyncGenerator[Event, None]]
 Check = Callable[[], Awaitable[None]]
 
@@ -52,24 +51,19 @@ _DECODERS = 2
 
 @dataclass(slots=True)
 class _Picture:
-    """One image part: where it stands, and what is known of it so far."""
+    """An image of the request, and what is known of it so far."""
 
-    message: int
-    part: int
+    image: PlacedImage
     url: str
     content: bytes = b""
     pixels: int = 0
-
-    @property
-    def place(self) -> str:
-        return f"messages[{self.message}].content[{self.part}]"
 
     @property
     def is_data(self) -> bool:
         return self.url[:5].lower() == "data:"
 
     def refusal(self, reason: str) -> BadRequest:
-        param = f"{self.place}.image_url.url"
+        param = f"{self.image.place}.image_url.url"
         return BadRequest(f"Invalid value for '{param}': {reason}.", param)
 
 
@@ -78,7 +72,7 @@ def with_images(run: Run, request: GenerationRequest, meter: Meter, images: Imag
 
     Before its first event it raises what `inlined` raises.
     """
-    return _run_with_images(run, request, meter, images) if _has_pictures(request) else run(request)
+    return _run_with_images(run, request, meter, images) if any(images_of(request.messages)) else run(request)
 
 
 async def _run_with_images(
@@ -97,16 +91,16 @@ async def inlined(request: GenerationRequest, meter: Meter, images: Images) -> G
 
     Raises BadRequest, and what is raised for an engine that can't be loaded.
     """
-    if not _has_pictures(request):
+    first = next(images_of(request.messages), None)
+    if first is None:
         return request
     async with meter.noting_refusal():
         engine = meter.model.engine
         if isinstance(engine, SupervisedEngine):
             await engine.load()  # only a loaded engine knows whether it takes images
         if not engine.takes_images:
-            place = next(_pictures(request.messages)).place
-            message = f"The model {meter.model.id!r} does not take images, and '{place}' is one. Send text only."
-            raise BadRequest(message, place)
+            message = f"The model {meter.model.id!r} does not take images, and '{first.place}' is one. Send text only."
+            raise BadRequest(message, first.place)
         with working_for(meter.principal.key_id):
             return replace(request, messages=await images.inline(request.messages, meter.count, meter.note_work))
 
@@ -134,7 +128,7 @@ class Images:
         Images given by URL are fetched after `before_fetching`, and only if that doesn't raise. `before_work` is called
         before many pixels are decoded, however few bytes they are in.
         """
-        pictures = list(_pictures(messages))
+        pictures = [_Picture(image, image.url) for image in images_of(messages)]
         if len(pictures) > self._settings.max_images:
             count = f"a request can hold at most {self._settings.max_images} images, and this one holds {len(pictures)}"
             raise BadRequest(f"Invalid value for 'messages': {count}.", "messages")
@@ -219,18 +213,6 @@ class Images:
         return picture.refusal(f"a request's images can have at most {self._settings.max_pixels} pixels together")
 
 
-def _has_pictures(request: GenerationRequest) -> bool:
-    return next(_pictures(request.messages), None) is not None
-
-
-def _pictures(messages: list[Message]) -> Iterator[_Picture]:
-    for number, message in enumerate(messages):
-        content = message.get("content")
-        for part_number, part in enumerate(content if isinstance(content, list) else ()):
-            if part["type"] == "image_url":
-                yield _Picture(number, part_number, part["image_url"]["url"])
-
-
 def _decode(picture: _Picture) -> None:
     try:
         with Image.open(io.BytesIO(picture.content), formats=_FORMATS) as image:
@@ -247,12 +229,14 @@ def _write_data_url(picture: _Picture) -> None:
 
 
 def _replaced(messages: list[Message], pictures: list[_Picture]) -> list[Message]:
-    """Return `messages` with the pictures' URLs in place of those they came with."""
+    """`messages` with the pictures' URLs in place of those they came with."""
     replaced = list(messages)
     for picture in pictures:
-        message = replaced[picture.message]
-        parts = list(message["content"])
-        image = parts[picture.part]["image_url"] | {"url": picture.url}
-        parts[picture.part] = {"type": "image_url", "image_url": image}
-        replaced[picture.message] = message | {"content": parts}
+        image = picture.image
+        message = replaced[image.message]
+        content = message.get("content")
+        parts = list(content) if isinstance(content, list) else []
+        url: ImageUrl = {**image.content["image_url"], "url": picture.url}
+        parts[image.part] = {"type": "image_url", "image_url": url}
+        replaced[image.message] = {**message, "content": parts}
     return replaced

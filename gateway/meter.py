@@ -25,6 +25,7 @@ from engine.base import (
     QueuePosition,
     Usage,
 )
+from engine.messages import Message
 from gateway.access.account import Account, Outcome
 from gateway.access.allowance import Amounts, Standing
 from gateway.access.auth import Principal
@@ -34,7 +35,6 @@ from gateway.access.limits import Limits, Reservation
 from gateway.access.prompt_size import takes_work
 from gateway.conversations.fitting import fit, fit_first
 from gateway.conversations.sessions import Session
-from gateway.conversations.turns import Message
 from gateway.errors import GatewayError, InternalError, from_engine
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.tracing import Tracing

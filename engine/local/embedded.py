@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import importlib
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +32,7 @@ from engine.local.grammar_trials import GrammarTrials
 from engine.local.parsers import find_parsers
 from engine.local.rendering import Rendered, Renderer, is_long, keep_images, naming_constraint
 from engine.local.whole_choices import WholeChoices
+from engine.messages import images_of
 from engine.queue.fair_slots import FairSlots
 
 if TYPE_CHECKING:
@@ -173,17 +174,17 @@ class EmbeddedEngine(AsyncLLMEngine):
         One that takes long, by its images or its length, waits for its turn among those of all keys, and keeps the
         place until it is done: nothing ends it. Raises InvalidRequest, EngineOverloaded.
         """
-        places = list(_image_parts(request))
-        if not places:
+        images = list(images_of(request.messages))
+        if not images:
             if not is_long(request):
                 return await render(request)
             async with _in_time("Long prompts"):
                 return await self._long_places.run_for(render(request), request.flow)
         if not self.takes_images:
-            raise InvalidRequest("This model does not take images. Send text only.", places[0][0])
-        for where, url in places:
-            if not url.startswith("data:"):  # vLLM would fetch it, from wherever it is
-                raise InvalidRequest("Images must be data URLs here.", f"{where}.image_url.url")
+            raise InvalidRequest("This model does not take images. Send text only.", images[0].place)
+        for image in images:
+            if not image.url.startswith("data:"):  # vLLM would fetch it, from any address
+                raise InvalidRequest("Images must be data URLs here.", f"{image.place}.image_url.url")
         async with _in_time("Images"):
             return await self._image_places.run_for(render(request), request.flow)
 
@@ -281,12 +282,3 @@ class EmbeddedEngine(AsyncLLMEngine):
     async def detokenize(self, token_ids: list[int]) -> str:
         with self._while_running():
             return await self._renderer.detokenize(token_ids)
-
-
-def _image_parts(request: GenerationRequest) -> Iterator[tuple[str, str]]:
-    """Yield where the request's images stand, and their URLs."""
-    for number, message in enumerate(request.messages):
-        content = message.get("content")
-        for part_number, part in enumerate(content if isinstance(content, list) else ()):
-            if part["type"] == "image_url":
-                yield f"messages[{number}].content[{part_number}]", part["image_url"]["url"]

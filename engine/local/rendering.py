@@ -25,6 +25,7 @@ from engine.base import (
 )
 from engine.local.client_errors import client_errors
 from engine.local.surrogates import with_whole_characters
+from engine.messages import texts_of
 from engine.sampling import PARAMETERS
 
 if TYPE_CHECKING:
@@ -270,15 +271,14 @@ def naming_constraint(param: str | None) -> Iterator[None]:
 
 
 def is_long(request: GenerationRequest) -> bool:
-    """Tell whether rendering takes so long that it must not hold up the event loop, without its images."""
+    """Whether rendering takes too long for the event loop, even without the images."""
     if request.prompt is not None:
         return len(request.prompt) > _LONG_CHARS
     left = _LONG_CHARS
     for message in request.messages:
-        content = message.get("content") or ""
-        parts = (part.get("text") or "" for part in content) if isinstance(content, list) else (content,)
         calls = message.get("tool_calls") or ()
-        left -= sum(map(len, parts)) + sum(_CALL_CHARS + len(call["function"].get("arguments") or "") for call in calls)
+        left -= sum(map(len, texts_of(message)))
+        left -= sum(_CALL_CHARS + len(call["function"].get("arguments") or "") for call in calls)
     return left < 0
 
 

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 import orjson
 
 from engine.base import EmbeddingRequest, GenerationRequest, InvalidRequest, not_offered
+from engine.messages import images_of, texts_of
 from engine.remote.pool import AttemptFailed, Outcome
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ RESPONSE_FORMAT = "response_format"
 
 BYTES_PER_TOKEN = 4  # English prose and code; other scripts differ by half in either direction
 _MESSAGE_TOKENS = 4  # the role and the marks around a message
-_PART_TOKENS = 1024  # an image of ordinary size
+_IMAGE_TOKENS = 1024  # an image of ordinary size
 _ADDED_TOKENS = 64  # begin, end, and an instruction that a server may put before an input
 _MILLISECONDS = re.compile(r"[0-9]{1,9}")
 _SECONDS = re.compile(r"[0-9]{1,6}(\.[0-9]{1,9})?")
@@ -152,11 +153,10 @@ def estimate_prompt_tokens(request: GenerationRequest) -> int:
     if request.prompt is not None:
         return estimate_tokens(request.prompt)
     tokens = _MESSAGE_TOKENS  # the generation prompt
+    tokens += _IMAGE_TOKENS * sum(1 for _ in images_of(request.messages))
     for message in request.messages:
         tokens += _MESSAGE_TOKENS
-        content = message.get("content") or ""
-        for part in content if isinstance(content, list) else [{"type": "text", "text": content}]:
-            tokens += estimate_tokens(part.get("text") or "") if part.get("type") == "text" else _PART_TOKENS
+        tokens += sum(map(estimate_tokens, texts_of(message)))
         if message.get("tool_calls"):
             tokens += math.ceil(len(orjson.dumps(message["tool_calls"])) / BYTES_PER_TOKEN)
     if request.tools:

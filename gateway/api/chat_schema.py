@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from engine.base import GenerationRequest
+from engine.messages import Message
 from gateway.api.content import Content, check_images
 from gateway.api.function_calling import NamedToolChoice, ToolCalls, ToolChoice, Tools, check_tool_choice
 from gateway.api.generation_schema import CompletionFields
@@ -58,14 +59,16 @@ class ChatMessage(Schema):
     tool_call_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     """Id of the call whose result a tool message has."""
 
-    def for_engine(self) -> dict[str, Any]:
+    def for_engine(self) -> Message:
         """Return the message as chat templates expect it; `developer` is OpenAI's newer name for `system`."""
         role = "system" if self.role == "developer" else self.role
-        message: dict[str, Any] = {"role": role, "content": self.content or ""}
+        content: Any = self.content or ""  # checked by Content
+        message: Message = {"role": role, "content": content}
         if self.name:
             message["name"] = self.name
         if self.tool_calls:
-            message["tool_calls"] = self.tool_calls
+            calls: Any = self.tool_calls  # checked by ToolCalls
+            message["tool_calls"] = calls
         if self.tool_call_id:
             message["tool_call_id"] = self.tool_call_id
         return message

@@ -1,21 +1,20 @@
-"""Errors about the messages that an engine was given, put into the words of the request that they were made of."""
+"""Engines' errors about messages, with the parameters of the request that the messages were made of."""
 
 from __future__ import annotations
 
 import re
-from typing import Any
 
+from engine.messages import Message, images_of
 from gateway.errors import GatewayError
 
 _IMAGE = re.compile(r"messages\[(\d+)\]\.content\[(\d+)\]")
 
 
-def reword(
-    error: GatewayError, messages: list[dict[str, Any]], image_places: list[str], prompt_param: str
-) -> GatewayError:
-    """Let `error` name the client's own fields, where it names one of `messages`.
+def reword(error: GatewayError, messages: list[Message], image_places: list[str], prompt_param: str) -> GatewayError:
+    """Name the client's own field in an error about one of `messages`.
 
-    `image_places` tell where the request's own images stand, in order; `messages` may hold earlier ones before them.
+    `image_places` are the paths of the request's own images, in order. `messages` may have images of earlier turns in
+    front of them.
     """
     param = error.param or ""
     if not param.startswith("messages"):
@@ -23,15 +22,9 @@ def reword(
     error.param = prompt_param
     if found := _IMAGE.match(param):
         number, part = map(int, found.groups())
-        images = [(n, p) for n, message in enumerate(messages) for p in _image_parts(message)]
+        images = [(image.message, image.part) for image in images_of(messages)]
         own = images[len(images) - len(image_places) :]
         if (number, part) in own:
             error.param = image_places[own.index((number, part))]
     error.args = (str(error).replace(f"'{param}'", f"'{error.param}'"),)
     return error
-
-
-def _image_parts(message: dict[str, Any]) -> list[int]:
-    content = message.get("content")
-    parts = content if isinstance(content, list) else []
-    return [number for number, part in enumerate(parts) if part["type"] == "image_url"]

@@ -16,6 +16,7 @@ from fastapi.routing import APIRoute
 from starlette.responses import Response
 
 from engine.base import GenerationRequest
+from engine.messages import Message
 from gateway.api.call import Call, call
 from gateway.api.error_params import reword
 from gateway.api.messages_schema import CountTokensRequest, MessagesRequest
@@ -92,7 +93,7 @@ def _parse(schema: type[Body], data: bytes, request_id: str) -> tuple[Body, Gene
     return body, body.for_engine(request_id), places
 
 
-def _renderer(places: list[str], messages: list[dict[str, Any]]) -> RenderError:
+def _renderer(places: list[str], messages: list[Message]) -> RenderError:
     """Return what renders errors about `messages` in the words of the body, whose images are at `places`."""
     return lambda error, in_stream: render_error(reword(error, messages, places, "messages"), in_stream)
 

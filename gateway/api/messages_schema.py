@@ -13,6 +13,7 @@ import orjson
 from pydantic import Field, model_validator
 
 from engine.base import GenerationRequest
+from engine.messages import Message, Part, ToolCall, images_of, texts_of
 from gateway.api.function_calling import (
     MAX_TOOLS,
     FunctionDefinition,
@@ -31,8 +32,6 @@ from gateway.api.shannon_options import ShannonOptions
 from gateway.api.structured_outputs import JsonSchemaObject
 from gateway.errors import BadRequest
 from gateway.settings.config import DefaultSettings
-
-Message = dict[str, Any]
 
 _NOT_OFFERED = {
     "mcp_servers": "MCP servers",
@@ -137,13 +136,15 @@ class InputMessage(Schema):
     def _said(self) -> list[Message]:
         calls = [_call(block) for block in self.blocks if block["type"] == "tool_use"]
         message: Message = {"role": "assistant", "content": self.text or (None if calls else "")}
-        return [message | ({"tool_calls": calls} if calls else {})]
+        if calls:
+            message["tool_calls"] = calls
+        return [message]
 
     def _asked(self) -> list[Message]:
         """Return results of tools first, then what the user says. Images in results go with the latter: templates
         know them in no other place."""
         results: list[Message] = []
-        parts: list[dict[str, Any]] = []
+        parts: list[Part] = []
         for block in self.blocks:
             if block["type"] != "tool_result":
                 parts.append(_part(block))
@@ -154,9 +155,10 @@ class InputMessage(Schema):
             parts += [_part(one) for one in returned if one["type"] == "image"]
         if not parts:
             return results
-        if all(part["type"] == "text" for part in parts):
-            return [*results, {"role": "user", "content": "".join(part["text"] for part in parts)}]
-        return [*results, {"role": "user", "content": parts}]
+        said: Message = {"role": "user", "content": parts}
+        if next(images_of([said]), None) is None:
+            said = {"role": "user", "content": "".join(texts_of(said))}
+        return [*results, said]
 
 
 class SystemBlock(Schema):
@@ -319,7 +321,7 @@ class MessagesRequest(CountTokensRequest, SamplingSchema):
         return fields
 
 
-def _part(block: ParsedBlock) -> dict[str, Any]:
+def _part(block: ParsedBlock) -> Part:
     if block["type"] != "image":
         return {"type": "text", "text": block.get("text") or ""}
     source = block["source"]
@@ -327,7 +329,7 @@ def _part(block: ParsedBlock) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-def _call(block: ParsedBlock) -> dict[str, Any]:
+def _call(block: ParsedBlock) -> ToolCall:
     arguments = orjson.dumps(block["input"]).decode()
     return {"id": block["id"], "type": "function", "function": {"name": block["name"], "arguments": arguments}}
 

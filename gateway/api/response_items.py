@@ -13,11 +13,11 @@ from typing import Annotated, Any, Literal
 import orjson
 from pydantic import Field, model_validator
 
+from engine.messages import FunctionCall, Message, ToolCall, texts_of
+from engine.messages import Part as EnginePart
 from gateway.api.content import misplaced_image
 from gateway.api.function_calling import Arguments, FunctionName
 from gateway.api.schema import Plain, Schema
-
-Message = dict[str, Any]
 
 MAX_ITEMS = 4096
 
@@ -86,13 +86,13 @@ class InputItem(Schema):
         if self.type == "reasoning":
             return None
         if self.type == "function_call":
-            function = {"name": self.name, "arguments": self.arguments or "{}"}
-            call = {"id": self.call_id, "type": "function", "function": function}
+            function: FunctionCall = {"name": self.name or "", "arguments": self.arguments or "{}"}
+            call: ToolCall = {"id": self.call_id or "", "type": "function", "function": function}
             return {"role": "assistant", "content": None, "tool_calls": [call]}
         if self.type == "function_call_output":
-            return {"role": "tool", "tool_call_id": self.call_id, "content": _content(self.output)}
+            return {"role": "tool", "tool_call_id": self.call_id or "", "content": _content(self.output)}
         role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": _content(self.content)}
+        return {"role": role or "", "content": _content(self.content)}
 
     def shown(self) -> dict[str, Any]:
         """Return the item as it is kept and listed: under an id, and without the data of its images."""
@@ -147,10 +147,12 @@ def image_places(items: list[InputItem]) -> list[str]:
 
 
 def _joined(run: list[Message]) -> Message:
-    text = "".join(message["content"] for message in run if message["content"])
+    text = "".join(text for message in run for text in texts_of(message))
     calls = [call for message in run for call in message.get("tool_calls", ())]
     message: Message = {"role": "assistant", "content": text or (None if calls else "")}
-    return message | ({"tool_calls": calls} if calls else {})
+    if calls:
+        message["tool_calls"] = calls
+    return message
 
 
 def _parts(content: Content | None) -> list[Part]:
@@ -161,7 +163,7 @@ def _is_image(part: Part) -> bool:
     return bool(part["type"] == "input_image")
 
 
-def _part_for_engine(part: Part) -> Part:
+def _part_for_engine(part: Part) -> EnginePart:
     if _is_image(part):
         return {"type": "image_url", "image_url": {"url": part["image_url"]}}
     return {"type": "text", "text": _text(part)}
@@ -171,7 +173,7 @@ def _text(part: Part) -> str:
     return part.get("text") or part.get("refusal") or ""
 
 
-def _content(content: Content | None) -> str | list[dict[str, Any]]:
+def _content(content: Content | None) -> str | list[EnginePart]:
     """Return text joined to one string, which every chat template takes, and parts only where they hold an image."""
     if not isinstance(content, list):
         return content or ""

@@ -16,11 +16,12 @@ from fastapi import APIRouter, Depends, Query
 from starlette.responses import Response
 
 from engine.base import GenerationRequest
+from engine.messages import Message
 from gateway.access.auth import Principal
 from gateway.api.call import Call, call
 from gateway.api.dependencies import authenticate, services
 from gateway.api.error_params import reword
-from gateway.api.response_items import InputItem, Message, image_places, messages_of
+from gateway.api.response_items import InputItem, image_places, messages_of
 from gateway.api.responses_schema import ResponseRequest
 from gateway.api.schema import JsonBody, parse_body
 from gateway.conversations.fitting import split_turns

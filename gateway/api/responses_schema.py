@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from engine.base import GenerationRequest
+from engine.messages import Message
 from engine.sampling import max_entries
 from gateway.api.function_calling import (
     MAX_TOOLS,
@@ -24,7 +25,7 @@ from gateway.api.function_calling import (
     check_tool_choice,
 )
 from gateway.api.generation_schema import GenerationFields, MaxTokens, refuse_not_offered
-from gateway.api.response_items import Input, InputItem, Message, check_images, items_of
+from gateway.api.response_items import Input, InputItem, check_images, items_of
 from gateway.api.sampling import accepts_sampling
 from gateway.api.schema import Schema
 from gateway.api.shannon_options import ShannonOptions

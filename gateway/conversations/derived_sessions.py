@@ -22,7 +22,8 @@ from dataclasses import dataclass
 
 import orjson
 
-from gateway.conversations.turns import Message, least_bytes, text_of
+from engine.messages import Message
+from gateway.conversations.turns import least_bytes, text_of
 from gateway.errors import StoreUnavailable
 from gateway.settings.config import SessionSettings
 from gateway.store import layout

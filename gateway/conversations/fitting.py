@@ -10,9 +10,9 @@ from dataclasses import replace
 from itertools import pairwise
 
 from engine.base import EmbeddingRequest, Engine, GenerationRequest, InvalidRequest, Prepared, Request
+from engine.messages import Message
 from gateway.access.catalog import ModelSpec
 from gateway.conversations.sessions import Session
-from gateway.conversations.turns import Message
 
 TOO_LONG = "context_length_exceeded"
 
@@ -124,8 +124,10 @@ def _cuts(request: list[Message], history: list[list[Message]], *, drops_own: bo
         return [(0, 0)]
     cuts = [(start, 0) for start in (reversed(starts) if drops_own else starts[:1])]
     cuts += [(starts[0], turns) for turns in range(1, len(history) + 1)]
-    first = {turns: next((m for m in history[-turns] if m["role"] != "system"), {}) for _, turns in cuts if turns}
-    whole = [cut for cut in cuts if (first[cut[1]] if cut[1] else request[cut[0]]).get("role") != "tool"]
+    first = {
+        turns: next((m["role"] for m in history[-turns] if m["role"] != "system"), "") for _, turns in cuts if turns
+    }
+    whole = [(start, turns) for start, turns in cuts if (first[turns] if turns else request[start]["role"]) != "tool"]
     return whole or cuts[-1:]
 
 

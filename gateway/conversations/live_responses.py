@@ -15,8 +15,9 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from engine.messages import Message
 from gateway.access.auth import Principal
-from gateway.conversations.sessions import Message, Session
+from gateway.conversations.sessions import Session
 from gateway.conversations.stored_responses import Path, StoredResponse, StoredResponses
 from gateway.errors import (
     BadRequest,

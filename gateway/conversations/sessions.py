@@ -21,10 +21,11 @@ from typing import Any
 import orjson
 
 from engine.base import Delta
+from engine.messages import Message
 from gateway.access.auth import Principal
 from gateway.conversations.derived_sessions import DerivedSessions, belongs_to, derive_id, is_derived
 from gateway.conversations.retention import Retention
-from gateway.conversations.turns import Message, Piece, least_bytes, pieces_of, text_of, turns_of, without_images
+from gateway.conversations.turns import Piece, least_bytes, pieces_of, text_of, turns_of, without_images
 from gateway.errors import BadRequest, NotFound, StoreUnavailable, WritesRefused
 from gateway.exchange.answers import Answer
 from gateway.settings.config import SessionSettings
@@ -33,7 +34,7 @@ from gateway.store.client import Lane, Script
 from gateway.store.pieces import PIECE_BYTES
 from gateway.telemetry.metrics import Metrics
 
-__all__ = ["Message", "Session", "Sessions", "derive_id", "text_of", "without_images"]
+__all__ = ["Session", "Sessions", "derive_id", "text_of", "without_images"]
 
 _ID = re.compile(r"[A-Za-z0-9._:@/+=|~-]{1,128}")
 _OPEN, _READ = Script("session_turns", "session_open"), Script("session_turns", "session_read", reads=True)

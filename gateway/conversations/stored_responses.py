@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from engine.messages import Message
 from gateway.access.auth import Principal
 from gateway.conversations.retention import Retention
 from gateway.conversations.sessions import IMAGES_SHARE
-from gateway.conversations.turns import Message, least_bytes, without_images
+from gateway.conversations.turns import least_bytes, without_images
 from gateway.errors import BadRequest, NotFound, WritesRefused
 from gateway.exchange.frames.responses import RUNNING
 from gateway.settings.config import SessionSettings

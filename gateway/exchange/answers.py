@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import orjson
 
 from engine.base import Delta, FinishReason, TokenLogprob
+from engine.messages import Message, ToolCall
 
 
 @dataclass(slots=True)
@@ -55,7 +55,7 @@ class Answer:
         return "".join(self.reasonings)
 
     @property
-    def tool_calls(self) -> list[dict[str, Any]]:
+    def tool_calls(self) -> list[ToolCall]:
         """The calls in OpenAI's form."""
         return [
             {
@@ -66,15 +66,15 @@ class Answer:
             for _, call in sorted(self.calls.items())
         ]
 
-    def message(self) -> dict[str, Any]:
+    def message(self) -> Message:
         """Return the answer as an assistant's message."""
-        message: dict[str, Any] = {"role": "assistant", "content": self.text or (None if self.calls else "")}
+        message: Message = {"role": "assistant", "content": self.text or (None if self.calls else "")}
         if self.calls:
             message["tool_calls"] = self.tool_calls
         return message
 
-    def remembered(self) -> dict[str, Any]:
-        """Return the answer as a message that may stand in a later request: without calls that were cut off."""
+    def remembered(self) -> Message:
+        """The answer as a message for later requests, without calls that were cut off."""
         whole = {index: call for index, call in self.calls.items() if _is_object("".join(call.arguments) or "{}")}
         return replace(self, calls=whole).message()
 

@@ -21,6 +21,7 @@ from pydantic import Field
 
 from engine.base import Delta
 from gateway.clock import Clock
+from gateway.conversations.turns import text_of
 from gateway.exchange.events import ORCHESTRATOR
 from gateway.tools.base import Observation, nested_deeper
 from gateway.tools.mcp_servers import MAX_DEPTH, SEPARATOR
@@ -190,7 +191,7 @@ class _Analysis:
             tried = f" Tried: {run.shown('; '.join(self._failed))}." if self._failed else ""
             run.send(Delta(_NO_REPORTS + tried, finish_reason="stop"))
             return
-        users = [turn["content"] for turn in run.earlier_turns if turn["role"] == "user"]
+        users = [text_of(turn) for turn in run.earlier_turns if turn["role"] == "user"]
         said = "\n".join((run.question, run.system_prompt, run.context, *users))
         await asyncio.to_thread(self._figures.add_all, said)
         titles = "; ".join(f"[R{report.number}] {report.title}" for report in self._reports)

@@ -12,8 +12,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from engine.messages import ImagePart, Message
 from gateway.tools.base import Source
 from gateway.workflows.prompts import preamble, render
 
@@ -68,13 +68,13 @@ class Prompt:
     name: str
     fields: Mapping[str, str]
     material: Sequence[str] = ()
-    turns: Sequence[Mapping[str, Any]] = ()
+    turns: Sequence[Message] = ()
     system: str = ""
-    images: Sequence[Mapping[str, Any]] = ()
+    images: Sequence[ImagePart] = ()
     form: str = ""
     """What the answer must look like, where the model can't be held to it."""
 
-    def messages(self, share: float, fields_share: float = 1.0, *, context: str = "") -> list[dict[str, Any]]:
+    def messages(self, share: float, fields_share: float = 1.0, *, context: str = "") -> list[Message]:
         """Return the messages with `share` (0 to 1) of the material, of the earlier turns and of the client's context.
 
         `fields_share` cuts long fields, for where the prompt does not fit even without material.
@@ -96,7 +96,7 @@ class Prompt:
         kept = self.turns[len(self.turns) - int(len(self.turns) * share) :]
         return [
             {"role": "system", "content": "\n\n".join(system)},
-            *map(dict, kept),
+            *kept,
             {"role": "user", "content": [{"type": "text", "text": task}, *self.images] if self.images else task},
         ]
 

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import orjson
 
 from engine.base import Delta, GenerationRequest
+from engine.messages import ImagePart, Message, images_of
 from gateway.clock import Clock
 from gateway.conversations.sessions import Session, text_of
 from gateway.errors import BadRequest, Overloaded, Unavailable
@@ -104,7 +105,7 @@ class Run:
         self._settled = asyncio.Event()
 
     @property
-    def messages(self) -> list[dict[str, Any]]:
+    def messages(self) -> list[Message]:
         """The conversation: what the session remembers, then what the client sent."""
         return self.session.messages(self.request.messages, len(self.session.history))
 
@@ -119,18 +120,17 @@ class Run:
         return text_of(self._last_message)
 
     @property
-    def images(self) -> list[dict[str, Any]]:
+    def images(self) -> list[ImagePart]:
         """The images that came with the question."""
-        content = self._last_message.get("content")
-        return [part for part in content if part["type"] == "image_url"] if isinstance(content, list) else []
+        return [image.content for image in images_of([self._last_message])]
 
     @property
-    def _last_message(self) -> dict[str, Any]:
+    def _last_message(self) -> Message:
         users = [message for message in self.messages if message["role"] == "user"]
         return (users or self.messages)[-1]
 
     @cached_property
-    def earlier_turns(self) -> list[dict[str, Any]]:
+    def earlier_turns(self) -> list[Message]:
         """The conversation before the question, as text. Sources of earlier answers are left out: they are numbered
         otherwise."""
         turns = [message for message in self.messages if message["role"] in ("user", "assistant")]
@@ -146,8 +146,7 @@ class Run:
     @property
     def _has_files(self) -> bool:
         """Whether the user sent something other than text."""
-        contents = (message.get("content") for message in self.messages)
-        return any(part["type"] != "text" for content in contents if isinstance(content, list) for part in content)
+        return any(images_of(self.messages))
 
     @cached_property
     def addresses(self) -> Addresses:
@@ -380,6 +379,6 @@ async def _within_budget(workflow: Workflow, run: Run) -> None:
         raise Unavailable(f"The request ended before it could be answered: {error}.") from error
 
 
-def _said_in(turn: dict[str, Any]) -> str:
+def _said_in(turn: Message) -> str:
     text = text_of(turn)
     return text if turn["role"] == "user" else without_sources(text)

@@ -25,7 +25,7 @@ from tests.support.gateway_process import ENVIRONMENT, ROOT, UNLIMITED, GatewayP
 
 STREAMS = 50
 TOKENS = 300
-HELLO = [{"role": "user", "content": "hello there"}]
+HELLO: list[Any] = [{"role": "user", "content": "hello there"}]
 LONG = {"messages": HELLO, "stream": True, "ignore_eos": True, "max_tokens": TOKENS}
 LIMIT = "x-ratelimit-limit-requests"
 

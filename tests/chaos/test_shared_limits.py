@@ -15,7 +15,7 @@ from gateway.access.keys import make_key
 from tests.support.gateway_process import GatewayProcess, serve
 from tests.support.store_server import StoreServer, run_store
 
-HELLO = [{"role": "user", "content": "hello there"}]
+HELLO: list[Any] = [{"role": "user", "content": "hello there"}]
 
 
 @pytest.fixture(params=["valkey", "redis"])

@@ -67,7 +67,7 @@ async def away(*_: object) -> Any:
     raise StoreUnavailable("away")
 
 
-def prompted(gateway: Gateway) -> list[dict[str, Any]]:
+def prompted(gateway: Gateway) -> list[Any]:
     return gateway.mock.requests[-1].messages
 
 

@@ -17,7 +17,7 @@ from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 
-HELLO = [{"role": "user", "content": "hello there"}]
+HELLO: list[Any] = [{"role": "user", "content": "hello there"}]
 TOOL = {
     "name": "get_weather",
     "description": "Tell the weather.",
@@ -70,7 +70,7 @@ def read(raw: bytes) -> list[dict[str, Any]]:
     return events
 
 
-def prompted(gateway: Gateway) -> list[dict[str, Any]]:
+def prompted(gateway: Gateway) -> list[Any]:
     """Return the messages that the engine last saw."""
     return gateway.mock.requests[-1].messages
 

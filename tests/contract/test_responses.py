@@ -93,7 +93,7 @@ def events_of(raw: bytes) -> list[dict[str, Any]]:
     return [json.loads(frame.partition("\ndata: ")[2]) for frame in frames]
 
 
-def prompted(gateway: Gateway) -> list[dict[str, Any]]:
+def prompted(gateway: Gateway) -> list[Any]:
     """Return the messages that the engine last saw."""
     return gateway.mock.requests[-1].messages
 

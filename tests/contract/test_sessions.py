@@ -64,7 +64,7 @@ async def key_of(gateway: Gateway, tenant: str) -> str:
     return (await gateway.services.keys.create(KeySpec(name=tenant, tenant=tenant)))[1]
 
 
-def prompted(gateway: Gateway) -> list[dict[str, Any]]:
+def prompted(gateway: Gateway) -> list[Any]:
     """Return the messages that the engine last saw."""
     return gateway.mock.requests[-1].messages
 

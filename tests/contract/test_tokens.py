@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from engine.base import EngineUnavailable, GenerationRequest
+from engine.messages import images_of
 from engine.mock import MockEngine
 from tests.support.app import HELLO, Gateway, Start
 from tests.support.pictures import asking, data_url, picture
@@ -97,8 +98,8 @@ async def test_image_reaches_the_engine_as_data_that_was_checked(start: Start) -
     gateway = await start(mock=noting)
     url = data_url(picture("red"))
     assert (await tokenize(gateway, messages=asking(url))).status_code == 200
-    (message,) = engines[0].tokenized[-1].messages
-    assert message["content"][-1]["image_url"]["url"] == url
+    (image,) = images_of(engines[0].tokenized[-1].messages)
+    assert image.url == url
 
     for bad in ("http://127.0.0.1:9/secret.png", "file:///etc/passwd", "data:image/png;base64,AAAA"):
         response = await tokenize(gateway, messages=asking(bad))

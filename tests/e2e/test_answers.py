@@ -14,7 +14,7 @@ from engine.demo import Exchange, corpus
 from tests.support.event_grammar import check_events
 from tests.support.gateway_process import GatewayProcess
 
-HELLO = [{"role": "user", "content": "Say hello."}]
+HELLO: list[Any] = [{"role": "user", "content": "Say hello."}]
 SAID = "Hello! I am the Shannon demo model."
 
 PLAIN = [exchange for conversation in corpus() for exchange in conversation.exchanges() if not exchange.tools]

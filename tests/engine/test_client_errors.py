@@ -25,7 +25,7 @@ from tests.support.pictures import asking, data_url, image_part, picture
 
 pytestmark = [pytest.mark.anyio, pytest.mark.vllm]
 
-HI = [{"role": "user", "content": "hi"}]
+HI: list[Any] = [{"role": "user", "content": "hi"}]
 PYTHON = (
     "Traceback",
     " at 0x",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY
@@ -17,7 +18,7 @@ from tests.support.waiting import until
 pytestmark = [pytest.mark.anyio, pytest.mark.vllm, pytest.mark.slow]
 
 NAME = "parallel"
-HELLO = [{"role": "user", "content": "Say hello."}]
+HELLO: list[Any] = [{"role": "user", "content": "Say hello."}]
 
 
 def by_rank(name: str) -> dict[str, float]:

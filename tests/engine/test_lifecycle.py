@@ -22,7 +22,7 @@ from tests.support.waiting import until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.vllm]
 
-HELLO = [{"role": "user", "content": "Say hello."}]
+HELLO: list[Any] = [{"role": "user", "content": "Say hello."}]
 STALL_S = 2.0
 HANG_S = 15.0
 """Only a wait that nobody ends lasts so long; a core's own end takes a tenth of a second."""

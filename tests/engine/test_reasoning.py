@@ -24,7 +24,7 @@ from tests.engine.test_tool_calls import both_ways, say
 
 pytestmark = [pytest.mark.anyio, pytest.mark.vllm]
 
-HELLO = [{"role": "user", "content": "Say hello."}]
+HELLO: list[Any] = [{"role": "user", "content": "Say hello."}]
 THOUGHT, SAID = "!", " am the Shannon demo model."
 LIKE = {"<think>": "Hello", "</think>": " I"}
 """The new tokens, and the one that each is taken for."""

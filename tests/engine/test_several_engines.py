@@ -21,7 +21,7 @@ from tests.engine.test_pooling import embed
 
 pytestmark = [pytest.mark.anyio, pytest.mark.vllm]
 
-HELLO = [{"role": "user", "content": "Say hello."}]
+HELLO: list[Any] = [{"role": "user", "content": "Say hello."}]
 SAID = "Hello! I am the Shannon demo model."
 WEATHER = load().tools["get_weather"]
 

@@ -49,7 +49,7 @@ REPORT = {
 }
 REPORT_BY_NAME = {"type": "function", "function": {"name": "report"}}
 PARIS = [{"role": "user", "content": "What is the weather in Paris?"}]
-HELLO = [{"role": "user", "content": "Say hello."}]
+HELLO: list[Any] = [{"role": "user", "content": "Say hello."}]
 TWO_CALLS = {
     "structured_outputs": {
         "regex": "".join(

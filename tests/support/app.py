@@ -39,7 +39,7 @@ AUTHORIZATION = {"Authorization": f"Bearer {KEY}"}
 ROOT = Path(__file__).parents[2]
 NOW = 1_700_000_000
 """The Unix time that every app in the tests lives at."""
-HELLO = [{"role": "user", "content": "hello there"}]
+HELLO: list[Any] = [{"role": "user", "content": "hello there"}]
 """Three prompt tokens for the mock engine, which counts words and messages, and four in its reply."""
 
 

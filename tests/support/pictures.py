@@ -27,6 +27,6 @@ def image_part(url: str, **fields: Any) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url} | fields}
 
 
-def asking(*urls: str, text: str = "what is this?") -> list[dict[str, Any]]:
-    """Return the messages of a question about images, which come after the text."""
+def asking(*urls: str, text: str = "what is this?") -> list[Any]:
+    """The messages of a question about images, which come after the text."""
     return [{"role": "user", "content": [{"type": "text", "text": text}, *(image_part(url) for url in urls)]}]

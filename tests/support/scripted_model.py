@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from engine.base import Delta, GenerationRequest
+from engine.messages import texts_of
 from gateway.conversations.sessions import Session
 from gateway.exchange.encoder import event_fields
 from gateway.exchange.events import Event, ShannonEvent
@@ -58,9 +59,8 @@ def kind_of(request: GenerationRequest) -> str:
 
 
 def text_of(request: GenerationRequest, number: int = -1) -> str:
-    """Return what one message of a request says."""
-    content = request.messages[number]["content"]
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+    """The text of one message of a request."""
+    return "".join(texts_of(request.messages[number]))
 
 
 def outside_fences(text: str) -> str:

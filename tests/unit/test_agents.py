@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pydantic import Field
 
 from engine.base import Delta, EngineDied, EngineError, EngineOverloaded, GenerationRequest, InvalidRequest
+from engine.messages import ImagePart, Message, texts_of
 from engine.mock import Fault, MockEngine
 from gateway.access.allowance import Allowance, Amounts, Standing
 from gateway.access.auth import Principal
@@ -97,7 +98,7 @@ def test_marks_of_prompts_and_templates_are_made_harmless(attack: str) -> None:
 
 def test_instructions_that_all_agents_share_come_first() -> None:
     prompts = [Prompt("notes", {"task": "A?"}), Prompt("verify", {"claim": "B."}, ["material"], system="Be brief.")]
-    systems = [prompt.messages(1.0)[0]["content"] for prompt in prompts]
+    systems = ["".join(texts_of(prompt.messages(1.0)[0])) for prompt in prompts]
     start = systems[0].partition("You take notes")[0]
     assert "never an instruction" in start
     assert systems[1].startswith(start)
@@ -112,7 +113,7 @@ def test_what_differs_between_agents_of_a_kind_comes_last() -> None:
         for task in ("First part.", "Second part.")
     )
     assert one[0] == other[0]
-    said, also = one[1]["content"], other[1]["content"]
+    (said,), (also,) = texts_of(one[1]), texts_of(other[1])
     shared = next(place for place, pair in enumerate(zip(said, also, strict=False)) if pair[0] != pair[1])
     assert "The whole task." in said[:shared]
     assert "same" in said[:shared]
@@ -122,18 +123,20 @@ def test_cut_material_keeps_its_fence_closed() -> None:
     piece = quoted(3, Source("https://a.example", "A"), "word " * 400)
     for share in (0.9, 0.5, 0.1, 0.03, 0.0):
         messages = Prompt("notes", {"task": "What?"}, [piece, "loose " * 100]).messages(share)
-        text = messages[-1]["content"]
+        (text,) = texts_of(messages[-1])
         assert text.count("<source") == text.count("</source>")
         assert "Sub-question: What?" in outside_fences(text)
-    assert "(nothing)" in Prompt("notes", {"task": "What?"}, [piece]).messages(0.0)[-1]["content"]
+    (text,) = texts_of(Prompt("notes", {"task": "What?"}, [piece]).messages(0.0)[-1])
+    assert "(nothing)" in text
 
 
 def test_turns_context_and_images_have_their_places() -> None:
-    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
-    turns = [{"role": "user", "content": "Before?"}, {"role": "assistant", "content": "Then."}]
+    picture: ImagePart = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
+    turns: list[Message] = [{"role": "user", "content": "Before?"}, {"role": "assistant", "content": "Then."}]
     prompt = Prompt("answer", {"question": "Now?", "form": "Brief."}, ["notes"], turns, "Speak plainly.", [picture])
 
-    system, before, then, task = prompt.messages(1.0, context="We sell tea.")
+    messages: list[Any] = prompt.messages(1.0, context="We sell tea.")
+    system, before, then, task = messages
     assert system["content"].endswith("follow these instructions as well:\nSpeak plainly.")
     assert [before, then] == turns
     text, image = task["content"]
@@ -145,10 +148,11 @@ def test_turns_context_and_images_have_their_places() -> None:
 
 def test_long_fields_are_cut_in_the_middle_when_nothing_else_helps() -> None:
     question = "Begin. " + "filler " * 400 + "End?"
-    text = Prompt("plan", {"question": question, "conversation": "", "least": "1", "most": "3"}).messages(0.0, 0.2)
-    assert "Question: Begin. " in text[-1]["content"]
-    assert "End?" in text[-1]["content"]
-    assert len(text[-1]["content"]) < len(question) / 2
+    prompt = Prompt("plan", {"question": question, "conversation": "", "least": "1", "most": "3"})
+    (text,) = texts_of(prompt.messages(0.0, 0.2)[-1])
+    assert "Question: Begin. " in text
+    assert "End?" in text
+    assert len(text) < len(question) / 2
 
 
 # Generations

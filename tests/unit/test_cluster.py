@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -93,7 +94,7 @@ async def _use_sessions(store: Store, principal: Principal) -> None:
     sessions = Sessions(SessionSettings(max_bytes=600_000, max_bytes_per_key=700_000), store, store.metrics)
 
     async def say(session_id: str | None, text: str) -> str:
-        messages = [{"role": "user", "content": text}]
+        messages: list[Any] = [{"role": "user", "content": text}]
         session = await sessions.open(principal, session_id, messages)
         await session.opened()
         session.note(Delta("yes", finish_reason="stop"))

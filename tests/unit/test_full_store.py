@@ -17,6 +17,7 @@ import pytest
 import redis
 
 import gateway
+from engine.messages import texts_of
 from engine.mock import MockEngine
 from gateway.access.auth import Authenticator, Principal
 from gateway.access.catalog import ModelSpec
@@ -183,7 +184,7 @@ async def test_gateway_over_a_full_store_serves(own: StoreServer, start: Start) 
 
 
 def prompted(gateway: Gateway) -> list[str]:
-    return [message["content"] for message in gateway.mock.requests[-1].messages]
+    return [text for message in gateway.mock.requests[-1].messages for text in texts_of(message)]
 
 
 async def stored_of_each_kind(gateway: Gateway) -> tuple[str, str]:

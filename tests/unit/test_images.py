@@ -61,13 +61,13 @@ def images(shelf: Shelf) -> Iterator[Images]:
     images.close()
 
 
-def content_of(message: dict[str, Any], part: int = 1) -> bytes:
+def content_of(message: Any, part: int = 1) -> bytes:
     head, _, body = message["content"][part]["image_url"]["url"].partition(",")
     assert head.startswith("data:image/")
     return base64.b64decode(body)
 
 
-async def refusal(images: Images, messages: list[dict[str, Any]], param: str | None = URL) -> str:
+async def refusal(images: Images, messages: list[Any], param: str | None = URL) -> str:
     with pytest.raises(BadRequest) as caught:
         await images.inline(messages)
     assert caught.value.param == param
@@ -83,13 +83,13 @@ async def test_image_is_named_by_its_content(images: Images, image_format: str, 
     content = picture(image_format=image_format)
 
     for label in ("image/png", "image/jpeg", "application/octet-stream", "text/html;charset=utf-8", ""):
-        (message,) = await images.inline(asking(data_url(content, label)))
+        message: Any = (await images.inline(asking(data_url(content, label))))[0]
         assert message["content"][1] == image_part(data_url(content, media_type))
 
 
 async def test_messages_keep_everything_else(images: Images) -> None:
     url = data_url(picture())
-    messages: list[dict[str, Any]] = [
+    messages: list[Any] = [
         {"role": "system", "content": "be brief"},
         {"role": "user", "name": "ann", "content": [image_part(url, detail="low"), {"type": "text", "text": "hi"}]},
         {"role": "assistant", "content": "red"},
@@ -109,7 +109,7 @@ async def test_animation_and_telephone_photograph_are_taken(images: Images) -> N
     for image_format, media_type in (("GIF", "gif"), ("WEBP", "webp"), ("PNG", "png"), ("MPO", "jpeg")):
         file = io.BytesIO()
         frames[0].save(file, image_format, save_all=True, append_images=frames[1:])
-        (message,) = await images.inline(asking(data_url(file.getvalue())))
+        message: Any = (await images.inline(asking(data_url(file.getvalue()))))[0]
         assert message["content"][1]["image_url"]["url"].startswith(f"data:image/{media_type};")
 
 
@@ -241,7 +241,7 @@ async def test_images_by_url_are_fetched_all_at_once_and_become_data() -> None:
     shelf = Shelf(red=picture("red"), blue=picture("blue", "JPEG"))
     images = Images(ImageSettings(), shelf)
 
-    (message,) = await images.inline(asking("https://red.test/", "https://blue.test/"))
+    message: Any = (await images.inline(asking("https://red.test/", "https://blue.test/")))[0]
 
     assert [content_of(message, part) for part in (1, 2)] == [picture("red"), picture("blue", "JPEG")]
     assert message["content"][2]["image_url"]["url"].startswith("data:image/jpeg;base64,")

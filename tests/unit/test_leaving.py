@@ -52,7 +52,7 @@ KEY_ID = "TestKey00001"
 HEAD = f"sh:{{k:{KEY_ID}}}:"
 CALLER = Principal(KEY_ID, max_concurrent_requests=100, tokens_per_day=100_000)
 LIMITS = LimitSettings(requests_per_minute=1000, tokens_per_minute=50_000, concurrent_requests=100)
-HELLO = [{"role": "user", "content": "hello there"}]
+HELLO: list[Any] = [{"role": "user", "content": "hello there"}]
 
 
 class Unhurried(MockEngine):

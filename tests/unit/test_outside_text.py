@@ -11,6 +11,7 @@ import pytest
 from pydantic import BaseModel, Field
 
 from engine.base import Delta, GenerationRequest, InvalidRequest
+from engine.messages import texts_of
 from engine.mock import MockEngine
 from gateway.tools.base import Observation, Source, ToolError
 from gateway.workflows.agents import Agent
@@ -119,11 +120,7 @@ class Parrot:
 
 def _texts(request: GenerationRequest) -> Iterator[tuple[str, str]]:
     for message in request.messages or ():
-        content = message["content"]
-        yield (
-            message["role"],
-            content if isinstance(content, str) else "".join(part.get("text", "") for part in content),
-        )
+        yield message["role"], "".join(texts_of(message))
 
 
 def _schema_in_words(request: GenerationRequest) -> Any:
@@ -257,8 +254,9 @@ def test_earlier_answers_keep_their_code() -> None:
 
 def test_a_line_with_text_from_outside_is_fenced_as_a_whole() -> None:
     (_, message) = Prompt("verify", {"claim": Outside("x </source> y")}, ["material"]).messages(1.0)
-    assert "Claim" not in outside_fences(message["content"])
-    assert "Claim: x (/source› y" in message["content"]
+    (text,) = texts_of(message)
+    assert "Claim" not in outside_fences(text)
+    assert "Claim: x (/source› y" in text
     with pytest.raises(ValueError, match="instructions"):
         Prompt("answer", {"question": "Q", "form": Outside("x")}).messages(1.0)
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from engine.base import EngineDied, EngineOverloaded, GenerationRequest
+from engine.messages import ToolCall
 from engine.mock import Fault, MockEngine
 from gateway.conversations.sessions import Session
 from gateway.errors import BadRequest, Unavailable
@@ -23,6 +24,8 @@ from tests.support.scripted_model import FakeTool, ScriptedModel, make_run, outc
 from tests.support.waiting import FakeClock, until
 
 pytestmark = pytest.mark.anyio
+
+CALL: ToolCall = {"id": "x", "type": "function", "function": {"name": "look_up", "arguments": "{}"}}
 
 NOTES = Prompt("notes", {"task": "What?"}, ["material"])
 
@@ -84,7 +87,7 @@ async def test_conversation_is_what_the_session_remembers_and_the_client_says(ov
             ],
             [
                 {"role": "user", "content": "Call it."},
-                {"role": "assistant", "content": None, "tool_calls": [{"id": "x"}]},
+                {"role": "assistant", "content": None, "tool_calls": [CALL]},
                 {"role": "tool", "tool_call_id": "x", "content": "called"},
                 {"role": "assistant", "content": "Called: a[1]."},
             ],

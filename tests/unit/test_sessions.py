@@ -21,11 +21,11 @@ from gateway.conversations.sessions import Session, derive_id
 pytestmark = pytest.mark.anyio
 
 
-def message(role: str, content: str) -> dict[str, Any]:
+def message(role: str, content: str) -> Any:
     return {"role": role, "content": content}
 
 
-def turn(number: int) -> list[dict[str, Any]]:
+def turn(number: int) -> list[Any]:
     """Return a turn of four mock tokens and the roles' two."""
     return [message("user", f"question {number}"), message("assistant", f"answer {number}")]
 
@@ -80,14 +80,14 @@ def test_messages_come_behind_the_last_stored_turns() -> None:
     assert session.messages(request, 2) == [*turn(2), *turn(3), *request]
 
 
-async def prepared_messages(session: Session, max_model_len: int, **fields: Any) -> list[dict[str, Any]]:
+async def prepared_messages(session: Session, max_model_len: int, **fields: Any) -> list[Any]:
     engine = MockEngine(max_model_len=max_model_len)
     await engine.start()
     request = GenerationRequest(request_id="r1", messages=[message("user", "hi")], **fields)
     prepared = await fit_history(engine, request, session)
     chosen, _ = prepared.payload
     assert prepared.prompt_tokens + prepared.max_tokens <= max_model_len
-    messages: list[dict[str, Any]] = chosen.messages
+    messages: list[Any] = chosen.messages
     return messages
 
 
@@ -135,8 +135,8 @@ async def test_history_waits_for_an_engine_that_loads_at_the_first_request() -> 
 
 
 async def bounded(
-    messages: list[dict[str, Any]], most: int, *, history: Any = (), max_model_len: int = 1024, **fields: Any
-) -> list[dict[str, Any]]:
+    messages: list[Any], most: int, *, history: Any = (), max_model_len: int = 1024, **fields: Any
+) -> list[Any]:
     """Return the messages that are left of a prompt bounded to `most` tokens."""
     engine = MockEngine(max_model_len=max_model_len)
     await engine.start()
@@ -145,7 +145,7 @@ async def bounded(
     chosen, _ = prepared.payload
     assert prepared.prompt_tokens <= most
     assert chosen.max_tokens == request.max_tokens
-    left: list[dict[str, Any]] = chosen.messages
+    left: list[Any] = chosen.messages
     return left
 
 
@@ -239,7 +239,7 @@ async def test_turns_are_dropped_for_the_bound_though_the_maximum_does_not_fit()
 async def test_bounded_prompt_is_the_longest_that_fits(roles: list[str], most: int) -> None:
     messages = [message(role, "w " * (3 * number % 5)) for number, role in enumerate(roles)]
     sizes = [1 + len(m["content"].split()) for m in messages]
-    left: list[dict[str, Any]] = []
+    left: list[Any] = []
     with contextlib.suppress(InvalidRequest):
         left = await bounded(messages, most)
     dropped = [m for m in messages if all(m is not other for other in left)]

@@ -19,7 +19,7 @@ from tests.support.store_server import opened_cluster, run_store
 pytestmark = pytest.mark.anyio
 
 OURS, THEIRS = Principal("KeyOne000001", tenant="ours"), Principal("KeyTwo000001", tenant="theirs")
-TURN: list[dict[str, Any]] = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "yes"}]
+TURN: list[Any] = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "yes"}]
 
 
 @pytest.fixture(params=["valkey", "redis", "cluster"])

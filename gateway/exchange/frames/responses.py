@@ -12,6 +12,7 @@ from typing import Any, Literal
 import orjson
 
 from engine.base import Delta, TokenLogprob, ToolCallDelta, Usage
+from engine.messages import Message
 from gateway.clock import Clock
 from gateway.errors import BadRequest, Cancelled, GatewayError, RateLimitExceeded
 from gateway.exchange.answers import Answer, make_call_id
@@ -119,12 +120,12 @@ class ResponseFrames:
             fields["shannon_events"] = [event_fields(event) for event in self._seen]
         return fields
 
-    def message(self) -> dict[str, Any]:
-        """Return the answer as a message that may stand in a later request."""
+    def message(self) -> Message:
+        """The answer as a message for later requests."""
         # A call that the length cut off would keep templates from reading what comes after it.
         calls = [item for item in self._items if item.kind == "function_call" and _is_object(item.text or "{}")]
         text = "".join(item.text for item in self._items if item.kind == "message")
-        message: dict[str, Any] = {"role": "assistant", "content": text or (None if calls else "")}
+        message: Message = {"role": "assistant", "content": text or (None if calls else "")}
         if calls:
             message["tool_calls"] = [
                 {
