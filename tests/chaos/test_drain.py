@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.chaos.test_engine_failure import BODY, Client
+from tests.support.chaos.streaming_client import BODY, Client
 from tests.support.gateway_process import serve, wait_until
 
 pytest.importorskip("vllm", reason="this drains a real engine; `make setup` installs vllm")

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import signal
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import httpx
 import psutil
 import pytest
 
+from tests.support.chaos.streaming_client import Client
 from tests.support.gateway_process import GatewayProcess, serve
 
 pytest.importorskip("vllm", reason="this kills a real engine; `make setup` installs vllm")
@@ -29,32 +28,6 @@ TREE = {
         }
     }
 }
-BODY = {
-    "messages": [{"role": "user", "content": "Tell me a story."}],
-    "stream": True,
-    "ignore_eos": True,
-    "max_tokens": 4000,
-}
-
-
-class Client(threading.Thread):
-    """A client that reads one stream to its end and notes when it ended and with what."""
-
-    def __init__(self, gateway: GatewayProcess) -> None:
-        super().__init__(daemon=True)
-        self._gateway = gateway
-        self.streaming = threading.Event()
-        self.frames: list[str] = []
-        self.ended_at = 0.0
-
-    def run(self) -> None:
-        url = f"{self._gateway.url}/v1/chat/completions"
-        with httpx.stream("POST", url, json=BODY, headers=self._gateway.authorization, timeout=60) as response:
-            for line in response.iter_lines():
-                if line:
-                    self.frames.append(line)
-                    self.streaming.set()
-        self.ended_at = time.monotonic()
 
 
 def _break_engine(gateway: GatewayProcess, number: signal.Signals) -> tuple[list[Client], float]:

@@ -16,10 +16,10 @@ import httpx
 import pytest
 
 from gateway.access.keys import make_key
-from tests.contract.test_jobs import JobClient, submitted
-from tests.contract.test_resume import Taken
 from tests.support.gateway_process import UNLIMITED, GatewayProcess, serve
+from tests.support.job_client import JobClient, submitted
 from tests.support.store_server import StoreServer, run_store
+from tests.support.taken import Taken
 from tests.support.waiting import until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from engine.base import EngineDied
 from engine.mock import Fault, MockEngine
 from gateway.access.keys import KeySpec
 from tests.support.app import Gateway, Start
+from tests.support.rate_limits import SIX, assert_six, remaining
 from tests.support.store_server import run_store
 
 pytestmark = pytest.mark.anyio
-
-SIX = [f"x-ratelimit-{kind}-{of}" for kind in ("limit", "remaining", "reset") for of in ("requests", "tokens")]
 
 
 def models(**limits: int) -> dict[str, Any]:
@@ -30,20 +27,6 @@ def models(**limits: int) -> dict[str, Any]:
             "shannon-complex": {"description": "Multi-agent orchestration", "limits": limits},
         }
     }
-
-
-def remaining(response: httpx.Response) -> tuple[int, int]:
-    return tuple(int(response.headers[f"x-ratelimit-remaining-{of}"]) for of in ("requests", "tokens"))  # type: ignore[return-value]
-
-
-def assert_six(response: httpx.Response) -> None:
-    assert [name for name in SIX if name not in response.headers] == []
-    assert all(response.headers.get_list(name) == [response.headers[name]] for name in SIX), "each only once"
-    for of in ("requests", "tokens"):
-        reset = response.headers[f"x-ratelimit-reset-{of}"]
-        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", reset)
-        away_s = datetime.fromisoformat(reset).timestamp() - datetime.now(UTC).timestamp()
-        assert -2 < away_s < 63
 
 
 async def test_whole_response_has_the_six(gateway: Gateway) -> None:

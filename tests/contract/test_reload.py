@@ -14,9 +14,9 @@ import yaml
 from engine.mock import MockEngine
 from gateway.access.keys import make_key
 from gateway.serving.reload import Reload
-from tests.contract.test_jobs import JobClient
 from tests.support.app import KEY, Gateway, Start
 from tests.support.frames import chunks
+from tests.support.job_client import JobClient
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio

@@ -18,8 +18,8 @@ from gateway.access.auth import Authenticator, Principal
 from gateway.access.keys import KeySpec
 from gateway.api.call import Caller
 from gateway.errors import GatewayError, InvalidApiKey, StoreUnavailable, Unavailable
-from tests.contract.test_jobs import JobClient, submitted
 from tests.support.app import HELLO, Gateway, Start
+from tests.support.job_client import JobClient, submitted
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from engine.base import Delta
-from tests.contract.test_workflows import AGENTS, content, place
+from tests.support.agent_models import AGENTS, content, place
 from tests.support.app import Start
 from tests.support.frames import chunks
+from tests.support.markdown_links import unsafe
 from tests.support.scripted_model import Address, FakeTool, tokens
-from tests.unit.test_links import unsafe
 
 pytestmark = pytest.mark.anyio
 

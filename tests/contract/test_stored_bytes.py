@@ -18,8 +18,8 @@ from gateway.store.client import Store
 from gateway.store.pieces import PIECE_BYTES
 from gateway.store.stored_bytes import MEMBER_BYTES, StoredBytes
 from gateway.telemetry.metrics import Metrics
-from tests.contract.test_jobs import JobClient, submit, submitted
 from tests.support.app import KEY_ID, ROOT, Gateway, Start
+from tests.support.job_client import JobClient, submit, submitted
 from tests.support.store_commands import watch_store
 from tests.support.store_server import StoreServer
 from tests.support.waiting import until

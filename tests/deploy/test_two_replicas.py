@@ -9,9 +9,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.contract.test_resume import Taken
 from tests.support.deploy.cluster import Cluster, run_cluster
 from tests.support.gateway_process import UNLIMITED
+from tests.support.taken import Taken
 
 pytestmark = pytest.mark.slow
 

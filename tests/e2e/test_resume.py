@@ -9,9 +9,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.contract.test_jobs import JobClient, submitted
-from tests.contract.test_resume import Taken
 from tests.support.gateway_process import GatewayProcess
+from tests.support.job_client import JobClient, submitted
+from tests.support.taken import Taken
 from tests.support.waiting import until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("books")]

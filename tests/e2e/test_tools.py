@@ -18,7 +18,7 @@ from langchain_openai import ChatOpenAI
 from pydantic import BaseModel, SecretStr
 
 from engine.demo import corpus, load
-from tests.e2e.test_clients import _run, node_client  # noqa: F401  # a fixture
+from tests.support.client_scripts import run_client
 from tests.support.gateway_process import GatewayProcess
 
 CITY, ANSWER = "Paris", "It is sunny in Paris, 18 degrees."
@@ -136,11 +136,11 @@ for (const stream of [false, true]) {
 
 def test_node_sdk_runs_the_tool_whole_and_streamed(
     gateway: GatewayProcess,
-    node_client: tuple[str, Path],  # noqa: F811  # the imported fixture
+    node_client: tuple[str, Path],  # the imported fixture
 ) -> None:
     node, folder = node_client
     told = {"TOOLS": json.dumps(TOOLS), "QUESTION": QUESTION}
-    output = _run(gateway, node, "--input-type=module", "--eval", NODE, cwd=folder, **told)
+    output = run_client(gateway, node, "--input-type=module", "--eval", NODE, cwd=folder, **told)
 
     assert output.splitlines() == [ANSWER, ANSWER]
 

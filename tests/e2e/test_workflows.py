@@ -21,13 +21,13 @@ import openai
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from tests.e2e.test_clients import CLIENTS, _run
+from tests.support.client_scripts import CLIENTS, run_client
 from tests.support.documents import pdf
 from tests.support.event_grammar import check_events
+from tests.support.ga4 import METADATA, REPORT, account
 from tests.support.gateway_process import ROOT, UNLIMITED, GatewayProcess, serve, wait_until
+from tests.support.mcp_command import MCP_STUB
 from tests.support.upstream_server import Connection, UpstreamServer, run_upstream_beside
-from tests.unit.test_analytics_workflow import MCP_STUB
-from tests.unit.test_ga4 import METADATA, REPORT, account
 
 pytestmark = pytest.mark.slow
 
@@ -217,7 +217,7 @@ def test_json_answers_stay_json(gateway: GatewayProcess) -> None:
 
 def test_live_view_shows_agents_answer_and_sources(gateway: GatewayProcess) -> None:
     script = CLIENTS / "live_research.py"
-    output = _run(gateway, sys.executable, str(script), QUESTION, COLUMNS="120")
+    output = run_client(gateway, sys.executable, str(script), QUESTION, COLUMNS="120")
     assert "Ryogoku" in output
     assert "synthesis" in output
     assert "harbour.md" in output

@@ -16,7 +16,7 @@ from gateway.app import create_app
 from gateway.components import build_authenticator, build_store
 from gateway.services import Services
 from gateway.settings.config import parse_config
-from tests.engine.test_ledger import _Borrowed
+from tests.support.engine.borrowed import Borrowed
 
 pytestmark = [pytest.mark.anyio, pytest.mark.vllm]
 
@@ -44,7 +44,7 @@ async def client(engine: EmbeddedEngine, store_url: str, tmp_path: Path) -> Asyn
     )
     variables = {name.upper(): f"a-key-of-{name}-chosen-by-hand" for name in KEYS} | {"SHANNON_REDIS_URL": store_url}
     store = build_store(config, variables)
-    supervised = SupervisedEngine("main", lambda: _Borrowed(engine))
+    supervised = SupervisedEngine("main", lambda: Borrowed(engine))
     app = create_app(config, {"main": supervised}, store, build_authenticator(config, store, variables))
     services: Services = app.state.services
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway.test") as client:

@@ -12,7 +12,7 @@ from prometheus_client import REGISTRY
 
 from engine.base import EngineDied, EngineUnavailable
 from engine.local.embedded import EmbeddedEngine
-from tests.engine.test_embedded import STORY, answer, request
+from tests.support.engine.demo_requests import STORY, answer, request
 from tests.support.waiting import until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.vllm, pytest.mark.slow]

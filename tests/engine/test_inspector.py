@@ -29,7 +29,7 @@ from engine.inspector.base import InspectedToken, InspectionRequest, Source
 from engine.inspector.inspection import Job, Subject, distribution, draw, entropy, rounded
 from engine.inspector.transformers_inspector import TransformersInspector
 from engine.local.embedded import EmbeddedEngine
-from tests.engine.test_embedded import PLAIN, STORY, SYSTEM, request
+from tests.support.engine.demo_requests import PLAIN, STORY, SYSTEM, request
 from tests.support.gateway_process import serve
 from tests.support.waiting import until
 

@@ -19,7 +19,8 @@ from gateway.components import build_authenticator, build_store
 from gateway.services import Services
 from gateway.serving.server import Server
 from gateway.settings.config import parse_config
-from tests.engine.test_embedded import counter
+from tests.support.engine.borrowed import Borrowed
+from tests.support.engine.demo_requests import counter
 from tests.support.waiting import until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.vllm]
@@ -28,17 +29,6 @@ QUESTIONS = [
     list(exchange.messages) for conversation in corpus() for exchange in conversation.exchanges() if not exchange.tools
 ]
 STORY = [{"role": "user", "content": "Tell me a story."}]
-
-
-class _Borrowed(EmbeddedEngine):
-    """The session's engine, which an app that closes must leave running."""
-
-    def __init__(self, engine: EmbeddedEngine) -> None:
-        self.__dict__ = engine.__dict__
-
-    async def start(self) -> None: ...
-
-    async def close(self) -> None: ...
 
 
 async def _client(client: httpx.AsyncClient, number: int, rng: random.Random) -> None:
@@ -86,7 +76,7 @@ async def test_ledger_equals_the_engines_counters_after_a_storm_and_a_drain(
     key = make_key()
     variables = {"SHANNON_BOOTSTRAP_KEY": key, "SHANNON_REDIS_URL": store_url}
     store = build_store(config, variables)
-    supervised = SupervisedEngine("main", lambda: _Borrowed(engine))
+    supervised = SupervisedEngine("main", lambda: Borrowed(engine))
     app = create_app(config, {"main": supervised}, store, build_authenticator(config, store, variables))
     services: Services = app.state.services
     ready = asyncio.Event()

@@ -17,7 +17,7 @@ import engine.local.embedded
 from engine.base import EngineDied, EngineError, EngineOverloaded, EngineUnavailable, GenerationRequest
 from engine.local.embedded import EmbeddedEngine
 from engine.supervisor import SupervisedEngine
-from tests.engine.test_embedded import STORY, request
+from tests.support.engine.demo_requests import STORY, request
 from tests.support.waiting import until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.vllm]

@@ -13,10 +13,11 @@ from typing import Any, cast
 
 import pytest
 
-from engine.base import EmbeddingRequest, EngineDied, EngineUnavailable, InvalidRequest, Prepared
+from engine.base import EmbeddingRequest, EngineDied, EngineUnavailable, InvalidRequest
 from engine.local.pooling import PoolingEngine
-from tests.engine.test_embedded import STORY, counter, request
 from tests.support.app import Start
+from tests.support.engine.demo_requests import STORY, counter, request
+from tests.support.engine.embeddings import embed
 
 pytestmark = [pytest.mark.anyio, pytest.mark.vllm]
 
@@ -32,14 +33,6 @@ async def pooling(anyio_backend: str) -> AsyncIterator[PoolingEngine]:
     await engine.start()
     yield engine
     await engine.close()
-
-
-async def embed(engine: PoolingEngine, *inputs: Any, **fields: Any) -> tuple[list[list[float]], Prepared]:
-    asked = EmbeddingRequest(request_id=uuid.uuid4().hex, inputs=list(inputs), **fields)
-    prepared = await engine.prepare(asked)
-    vectors = await engine.embed(prepared)
-    assert engine.unfinished_requests == 0
-    return vectors, prepared
 
 
 def norm(vector: list[float]) -> float:

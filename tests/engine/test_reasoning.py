@@ -19,8 +19,8 @@ from engine.base import Usage
 from engine.demo import WEIGHTS, load
 from engine.local.choice_reader import ChoiceReader
 from engine.local.embedded import EmbeddedEngine
-from tests.engine.test_embedded import request
-from tests.engine.test_tool_calls import both_ways, say
+from tests.support.engine.demo_requests import request
+from tests.support.engine.whole_answers import both_ways, say
 
 pytestmark = [pytest.mark.anyio, pytest.mark.vllm]
 

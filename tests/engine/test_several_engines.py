@@ -16,8 +16,8 @@ from engine.demo import load
 from engine.local.embedded import EmbeddedEngine
 from engine.local.pooling import PoolingEngine
 from engine.local.vllm_metrics import claim_name, drop_metrics
-from tests.engine.test_embedded import STORY, answer, request
-from tests.engine.test_pooling import embed
+from tests.support.engine.demo_requests import STORY, answer, request
+from tests.support.engine.embeddings import embed
 
 pytestmark = [pytest.mark.anyio, pytest.mark.vllm]
 

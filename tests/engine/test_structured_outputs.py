@@ -15,7 +15,7 @@ from engine.base import EngineDied, EngineError, EngineOverloaded, InvalidReques
 from engine.local.choice_reader import ChoiceReader
 from engine.local.embedded import EmbeddedEngine
 from engine.local.grammar_trials import GrammarTrials
-from tests.engine.test_embedded import STORY, answer, request
+from tests.support.engine.demo_requests import STORY, answer, request
 
 pytestmark = [pytest.mark.anyio, pytest.mark.vllm]
 pytest.importorskip("vllm")

@@ -1,4 +1,9 @@
-"""A certificate of its own for a name, for servers on loopback."""
+"""A certificate for a name, and a client context that trusts only it. For servers on loopback.
+
+Example:
+
+    server, client = certify(tmp_path, "a.test")
+"""
 
 from __future__ import annotations
 

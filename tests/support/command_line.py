@@ -1,7 +1,9 @@
-"""`python -m gateway.cli` run many times for the price of one: a process that has it imported forks for each run.
+"""`gateway.cli.main` in a process that forks for each run, because importing it takes a second.
 
-What is run is `gateway.cli.main`, in a process of its own with an environment, a working directory and a user of its
-own. Run as a module it serves requests, one JSON object a line.
+Example:
+
+    with command_line() as runs:
+        outcome = runs.run("keys", "list", environment={"SHANNON_REDIS_URL": url})
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""Programs of Debian's that tests drive: installed where they can be, else the reason to skip."""
+"""Programs from Debian packages. Installs a missing one where that is permitted, or skips the test with the reason.
+
+Example:
+
+    binary = program("nginx", "nginx")
+"""
 
 from __future__ import annotations
 

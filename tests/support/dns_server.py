@@ -1,4 +1,10 @@
-"""A name server on loopback, over UDP and TCP, whose answers are scripted and which remembers what it was asked."""
+"""A name server on loopback, over UDP and TCP, with scripted answers. It records what it was asked.
+
+Example:
+
+    async with run_name_server(**{"a.test": Zone(["127.0.0.1"])}) as server:
+        resolver = Resolver(servers=[server.address])
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""A deployment on a machine, for the checks of `shannon doctor`: fine unless a test spoils it."""
+"""A healthy deployment for the checks of `shannon doctor`, of which a test breaks one part.
+
+Example:
+
+    deployment = case(tree, {"HF_ENDPOINT": hub_url})
+"""
 
 from __future__ import annotations
 

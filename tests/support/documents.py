@@ -1,4 +1,9 @@
-"""Documents for tests, written with the same library that reads them only where there is no other way."""
+"""Documents for tests. A PDF is written with the library that also reads it.
+
+Example:
+
+    content = pdf("The trial", ["First page.", "Second page."])
+"""
 
 from __future__ import annotations
 

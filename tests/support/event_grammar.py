@@ -8,6 +8,10 @@
 A sub-agent is named after a station and lives once; the fixed ones may come again after they ended. An agent that
 ends by ERROR_OCCURRED may leave calls without an observation; the stream goes on without it. Every type has its fields
 of payload, and no others.
+
+Example:
+
+    check_events(await events_of(gateway, stream=True))
 """
 
 from __future__ import annotations

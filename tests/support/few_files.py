@@ -1,4 +1,9 @@
-"""`python -m tests.support.few_files`: the command line in a process that may open 128 files."""
+"""The command line in a process that may open 128 files.
+
+Example:
+
+    serve(tmp_path, tree, module="tests.support.few_files")
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Server-sent events of a complete response: `chunks(response.content)[0]["choices"]`."""
+"""Server-sent events of a complete response.
+
+Example:
+
+    text = chunks(response.content)[0]["choices"][0]["delta"]["content"]
+"""
 
 from __future__ import annotations
 

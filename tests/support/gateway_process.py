@@ -1,4 +1,10 @@
-"""The product as a user runs it: `shannon serve` as a child process, on a free port."""
+"""The product as a user runs it: `shannon serve` as a child process, on a free port.
+
+Example:
+
+    with serve(tmp_path, tree) as gateway:
+        assert gateway.chat(messages=HELLO).status_code == 200
+"""
 
 from __future__ import annotations
 

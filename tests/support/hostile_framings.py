@@ -2,6 +2,11 @@
 
 Each is followed, in the same bytes, by a request for `/after/<name>`, and has one for `/smuggled/<name>` hidden in its
 body. The hidden one must never be processed, and the one behind only where the framing is beyond doubt.
+
+Example:
+
+    for framing in generate(KEY):
+        answers = split(await exchange(framing.bytes))
 """
 
 from __future__ import annotations

@@ -4,6 +4,11 @@ Speaks what huggingface_hub 2.4 asks for: `GET /api/models/ID[/revision/REV]`, `
 with ETag, commit and ranges, and the hub's error codes. Files of git LFS are redirected to another origin, as the
 hub's are to its CDN: there a token must not arrive. Faults are scripted: cut connections, stalls, statuses, damage.
 Leaves out Xet, write access, everything about accounts.
+
+Example:
+
+    with run_hub() as hub:
+        hub.add("team/model", {"config.json": b"{}"})
 """
 
 from __future__ import annotations

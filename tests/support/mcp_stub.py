@@ -1,6 +1,10 @@
-"""A server of the Model Context Protocol by hand, over pipes, as of its revision of June 2025. Run as a script.
+"""A server of the Model Context Protocol (revision of June 2025) over pipes, run as a script.
 
-It knows nothing of the `mcp` package, so that what the gateway speaks to is not what the gateway is made of.
+It does not use the `mcp` package, which the gateway uses.
+
+Example:
+
+    command = [sys.executable, "tests/support/mcp_stub.py"]
 """
 
 from __future__ import annotations

@@ -1,4 +1,10 @@
-"""A meter over a mock engine, with books that keep every entry and limits that are off."""
+"""A meter over a mock engine, with a ledger that keeps every entry and limits that are off.
+
+Example:
+
+    over = await metered(MockEngine(reply="one two"))
+    prepared = await over.meter.prepare(request)
+"""
 
 from __future__ import annotations
 

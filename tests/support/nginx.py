@@ -1,4 +1,10 @@
-"""A real nginx in front of one gateway, with kept-alive connections and the WebSocket recipe of its documentation."""
+"""A real nginx in front of one gateway, with kept-alive connections and the WebSocket recipe of its documentation.
+
+Example:
+
+    with run_nginx("127.0.0.1:8000", tmp_path) as nginx:
+        httpx.get(f"{nginx.url}/health")
+"""
 
 from __future__ import annotations
 

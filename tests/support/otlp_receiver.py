@@ -1,4 +1,10 @@
-"""An OTLP/HTTP endpoint on loopback that keeps what it is sent: a collector's receiver, as far as traces go."""
+"""An OTLP/HTTP receiver for traces on loopback. It keeps all spans that it is sent.
+
+Example:
+
+    with run_receiver() as receiver:
+        (span,) = receiver.named("chat shannon-chat")
+"""
 
 from __future__ import annotations
 

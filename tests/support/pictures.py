@@ -1,4 +1,9 @@
-"""Images for tests: small files in every format, and the messages that hold them."""
+"""Small images in every format, and the messages that have them.
+
+Example:
+
+    messages = asking(data_url(picture("red", "PNG")), text="Which colour?")
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,12 @@
-"""A capable model and its tools, played by scripts: what workflows are tested with where no real model is wanted.
+"""A scripted model and its tools, for workflows without a real model.
 
-`ScriptedModel` is the `reply` of a `MockEngine`. It knows every prompt of the workflows, plans and judges as told, and
-does what its prompt says, but for what stands between <source> tags. `FakeSearch` and `FakeFetch` are a small web.
-`make_run` and `outcome_of` run a workflow without a route around it.
+`ScriptedModel` is the `reply` of a `MockEngine`. It recognizes every prompt of the workflows, plans and judges as
+scripted, and follows its prompt except for text between <source> tags. `FakeSearch` and `FakeFetch` are a small web.
+
+Example:
+
+    over = await metered(MockEngine(reply=ScriptedModel()))
+    outcome = await outcome_of(research("deep"), make_run(over.meter, FakeSearch(), FakeFetch()))
 """
 
 from __future__ import annotations

@@ -1,4 +1,11 @@
-"""Spans kept in memory, as a tree: what tests of traces look at."""
+"""Spans in memory, as a tree.
+
+Example:
+
+    spans = Spans()
+    (root,) = spans.named("POST /v1/chat/completions")
+    assert spans.below(root)
+"""
 
 from __future__ import annotations
 

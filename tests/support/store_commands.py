@@ -1,4 +1,10 @@
-"""How large the commands are that a gateway sends to its store, and what comes back."""
+"""The sizes of the commands that a gateway sends to its store, and of the answers.
+
+Example:
+
+    largest = watch_store(gateway.services.store, monkeypatch)
+    assert largest.sent < 300_000
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,12 @@
-"""A Valkey or Redis server of the test's own, which can be killed, frozen and started again on the same data.
+"""A Valkey or Redis server of the test's own, which can be killed, frozen and restarted on the same data.
 
-`opened` is the gateway's end of one.
+`opened` is the product's store, connected to one.
+
+Example:
+
+    with run_store("valkey", tmp_path) as server:
+        async with opened(server.url) as store:
+            server.send(signal.SIGSTOP)
 """
 
 from __future__ import annotations

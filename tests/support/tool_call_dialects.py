@@ -1,4 +1,10 @@
-"""The same tool calls as different servers stream them. Each dialect is the deltas of a stream, in order."""
+"""The same tool calls as different servers stream them. Each dialect is the deltas of a stream, in order.
+
+Example:
+
+    for dialect, deltas in DIALECTS.items():
+        assert parsed(deltas) == calls_of(dialect)
+"""
 
 from __future__ import annotations
 

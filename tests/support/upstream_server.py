@@ -1,4 +1,10 @@
-"""An OpenAI-compatible server that says what a test has scripted, byte by byte, and notes what it hears."""
+"""An OpenAI-compatible server that answers what a test scripted, byte by byte, and records its requests.
+
+Example:
+
+    async with run_upstream(hello) as server:
+        engine = RemoteEngine([server.url], "demo")
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,11 @@
-"""Ways to wait without sleeping: `await until(lambda: server.started)`, or a clock that the test moves."""
+"""Waiting for a condition without fixed sleeps, and a clock that the test moves.
+
+Example:
+
+    await until(lambda: server.started)
+    clock = FakeClock(1000.0)
+    clock.advance(60)
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""A web server on loopback whose every byte is scripted, and that remembers what it was asked."""
+"""A web server on loopback whose every byte is scripted. It records its requests.
+
+Example:
+
+    async with run_website() as site:
+        site.pages["/a"] = page(b"text", status="404 Not Found")
+"""
 
 from __future__ import annotations
 

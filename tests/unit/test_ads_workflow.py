@@ -41,9 +41,9 @@ from tests.support.scripted_model import (
     text_of,
     tokens,
 )
+from tests.support.search_ads import ADS as SERVED
+from tests.support.search_ads import KEYS, SEARCHAPI
 from tests.support.waiting import until
-from tests.unit.test_serp_ads import ADS as SERVED
-from tests.unit.test_serp_ads import KEYS, SEARCHAPI
 
 pytestmark = pytest.mark.anyio
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import json
 import re
-import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any
 
@@ -31,7 +30,9 @@ from gateway.workflows.analytics import analytics
 from gateway.workflows.figure_filter import REMOVED
 from gateway.workflows.report_plans import Menu, earlier, sensible
 from gateway.workflows.run import Budget
-from tests.support.app import NOW, ROOT
+from tests.support.app import NOW
+from tests.support.ga4 import METADATA, PROPERTY, REPORT, TOKEN_URL, row
+from tests.support.mcp_command import MCP_STUB
 from tests.support.metered import Metered, metered
 from tests.support.scripted_model import (
     CONTEXT,
@@ -46,11 +47,9 @@ from tests.support.scripted_model import (
     tokens,
 )
 from tests.support.waiting import FakeClock
-from tests.unit.test_ga4 import METADATA, PROPERTY, REPORT, TOKEN_URL, row
 
 pytestmark = pytest.mark.anyio
 
-MCP_STUB = [sys.executable, str(ROOT / "tests/support/mcp_stub.py")]
 BY_COUNTRY: dict[str, Any] = {
     "when": "days",
     "metrics": ["sessions", "bounceRate"],

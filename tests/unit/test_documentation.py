@@ -9,7 +9,13 @@ import pytest
 
 from tests.support.app import ROOT
 
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "helm/shannon/README.md", ROOT / "engine/demo/README.md"]
+PAGES = [
+    *ROOT.glob("*.md"),
+    *ROOT.glob("docs/*.md"),
+    ROOT / "helm/shannon/README.md",
+    ROOT / "engine/demo/README.md",
+    ROOT / "tests/README.md",
+]
 
 
 def anchors(page: Path) -> set[str]:

@@ -30,11 +30,11 @@ from gateway.store import layout
 from gateway.store.client import Store
 from gateway.store.script import Script
 from gateway.telemetry.metrics import Metrics
-from tests.contract.test_jobs import JobClient, submit
 from tests.support.app import HELLO, KEY_ID, Gateway, Start
+from tests.support.job_client import JobClient, submit
+from tests.support.key_requests import sending
 from tests.support.store_server import StoreServer, opened, run_store
 from tests.support.waiting import until
-from tests.unit.test_keys import sending
 
 pytestmark = pytest.mark.anyio
 

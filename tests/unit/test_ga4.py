@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 import respx
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from google.auth import jwt
 
@@ -25,62 +25,15 @@ from gateway.tools.ga4 import Ga4Metadata, Ga4Realtime, Ga4Report, ga4_tools
 from gateway.tools.ga4_api import SCOPE, Ga4Api
 from gateway.tools.google_account import ServiceAccount
 from tests.support.app import NOW
+from tests.support.ga4 import METADATA, PROPERTY, REPORT, TOKEN_URL, account, row
 from tests.support.waiting import FakeClock
 
 pytestmark = pytest.mark.anyio
-
-TOKEN_URL = "https://oauth2.test/token"
-PROPERTY = "https://ga4.test/v1beta/properties/123"
-METADATA = {
-    "metrics": [
-        {"apiName": "sessions", "uiName": "Sessions", "description": "Begun.", "type": "TYPE_INTEGER"},
-        {"apiName": "activeUsers", "uiName": "Active users", "type": "TYPE_INTEGER"},
-        {"apiName": "bounceRate", "uiName": "Bounce rate", "type": "TYPE_FLOAT"},
-    ],
-    "dimensions": [
-        {"apiName": "country", "uiName": "Country"},
-        {"apiName": "date", "uiName": "Date"},
-        {"apiName": "customUser:plan", "uiName": "Plan", "customDefinition": True},
-    ],
-}
-
-
-def row(dimensions: list[str], *metrics: str) -> dict[str, Any]:
-    return {
-        "dimensionValues": [{"value": value} for value in dimensions],
-        "metricValues": [{"value": value} for value in metrics],
-    }
-
-
-REPORT = {
-    "dimensionHeaders": [{"name": "country"}],
-    "metricHeaders": [{"name": "sessions", "type": "TYPE_INTEGER"}, {"name": "bounceRate", "type": "TYPE_FLOAT"}],
-    "rows": [row(["Japan"], "1204", "0.4211"), row(["France"], "96", "0.5")],
-    "totals": [row(["RESERVED_TOTAL"], "1300", "0.4269")],
-    "rowCount": 7,
-    "metadata": {"currencyCode": "JPY", "timeZone": "Asia/Tokyo", "samplingMetadatas": [{"samplesReadCount": "1"}]},
-}
 
 
 @pytest.fixture(scope="module")
 def private_key() -> rsa.RSAPrivateKey:
     return rsa.generate_private_key(65537, 2048)
-
-
-def account(private_key: rsa.RSAPrivateKey, token_url: str = TOKEN_URL) -> str:
-    """Return a service account's key file."""
-    pem = private_key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    return json.dumps(
-        {
-            "type": "service_account",
-            "client_email": "gateway@project.test",
-            "private_key_id": "k1",
-            "private_key": pem.decode(),
-            "token_uri": token_url,
-        }
-    )
 
 
 @pytest.fixture

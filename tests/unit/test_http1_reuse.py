@@ -10,8 +10,8 @@ import httpx
 import pytest
 
 from engine.remote.http1 import Http1Transport
+from tests.support.raw_server import CHUNKED, OK, client, raw, served
 from tests.support.waiting import until
-from tests.unit.test_http1 import CHUNKED, OK, client, raw, served
 
 pytestmark = pytest.mark.anyio
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from starlette.requests import HTTPConnection
 
 from gateway.access.auth import Authenticator
 from gateway.access.keys import _CHANGE, _RAISE, KeyLimits, KeyRecord, Keys, KeySpec, digest, split_key
@@ -19,6 +18,7 @@ from gateway.settings.config import StoreSettings
 from gateway.store import layout
 from gateway.store.client import Script, Store
 from gateway.telemetry.metrics import Metrics
+from tests.support.key_requests import sending
 
 pytestmark = pytest.mark.anyio
 
@@ -34,10 +34,6 @@ async def store(store_url: str) -> AsyncIterator[Store]:
 @pytest.fixture
 def keys(store: Store) -> Keys:
     return Keys(store)
-
-
-def sending(key: str, host: str = "203.0.113.7") -> HTTPConnection:
-    return HTTPConnection({"type": "http", "headers": [(b"x-api-key", key.encode())], "client": (host, 50_000)})
 
 
 async def test_record_keeps_everything_but_the_secret(keys: Keys) -> None:

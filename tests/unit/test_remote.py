@@ -9,7 +9,7 @@ import json
 import logging
 import struct
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx
@@ -23,9 +23,7 @@ from engine.base import (
     EngineError,
     EngineOverloaded,
     EngineUnavailable,
-    GenerationRequest,
     InvalidRequest,
-    Prepared,
     TokenLogprob,
     ToolCallDelta,
     Usage,
@@ -37,6 +35,7 @@ from engine.remote.reply import read_vectors
 from engine.supervisor import SupervisedEngine
 from gateway.settings.config import ConfigError, RemoteSettings, parse_config
 from tests.support.app import HELLO, Start
+from tests.support.remote_engine import DEAD, generate, hello, refusing, remote, request, saying, stuck
 from tests.support.upstream_server import (
     CHAT,
     COMPLETIONS,
@@ -44,7 +43,6 @@ from tests.support.upstream_server import (
     SECRET_WORDS,
     TOKENIZE,
     Connection,
-    UpstreamServer,
     chunk,
     error,
     run_upstream,
@@ -54,49 +52,13 @@ from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 
-DEAD = "http://127.0.0.1:9/v1"
-"""Where nothing listens."""
 
-
-def request(**fields: Any) -> GenerationRequest:
-    given: dict[str, Any] = {"request_id": "r1", "messages": HELLO, "stream": True} | fields
-    return GenerationRequest(**given)
-
-
-@contextlib.asynccontextmanager
-async def remote(*servers: UpstreamServer | str, **settings: Any) -> AsyncIterator[RemoteEngine]:
-    """Start an engine over servers or URLs, whose breakers stay open for the length of a test."""
-    urls = [server if isinstance(server, str) else server.url for server in servers]
-    engine = RemoteEngine(urls, "demo", **({"breaker_open_s": 60.0, "connect_timeout_s": 2.0} | settings))
-    await engine.start()
-    try:
-        yield engine
-    finally:
-        await engine.close()
-
-
-async def generate(engine: RemoteEngine, **fields: Any) -> tuple[Prepared, list[Delta]]:
-    prepared = await engine.prepare(request(**fields))
-    return prepared, [delta async for delta in engine.generate(prepared)]
-
-
-async def hello(connection: Connection) -> None:
-    await connection.stream(*HELLO_STREAM)
-
-
-def saying(*frames: Any) -> Callable[[Connection], Awaitable[None]]:
-    """Return an answer: these frames as a whole stream."""
-    return lambda connection: connection.stream(*frames)
-
-
-def refusing(status: int, body: Any = None, **headers: str) -> Callable[[Connection], Awaitable[None]]:
-    """Return an answer: this refusal."""
-    return lambda connection: connection.reply(status, body, **headers)
-
-
-async def stuck(connection: Connection) -> None:
-    """Answer nothing."""
-    await connection.left()
+def settings(**fields: Any) -> RemoteSettings:
+    engine = {"kind": "remote", "urls": ["http://one/v1"], "model": "demo"} | fields
+    tree = {"engines": {"main": engine}, "models": {"shannon-chat": {"description": "x"}}}
+    parsed = parse_config(tree).engines["main"]
+    assert isinstance(parsed, RemoteSettings)
+    return parsed
 
 
 async def silent_after_a_token(connection: Connection) -> None:
@@ -1276,14 +1238,6 @@ async def test_many_inputs_are_estimated_and_then_told() -> None:
 
 
 # Settings
-
-
-def settings(**fields: Any) -> RemoteSettings:
-    engine = {"kind": "remote", "urls": ["http://one/v1"], "model": "demo"} | fields
-    tree = {"engines": {"main": engine}, "models": {"shannon-chat": {"description": "x"}}}
-    parsed = parse_config(tree).engines["main"]
-    assert isinstance(parsed, RemoteSettings)
-    return parsed
 
 
 def test_settings_are_the_engines_arguments() -> None:

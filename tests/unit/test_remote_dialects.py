@@ -20,8 +20,8 @@ from engine.remote.pool import AttemptFailed
 from engine.remote.reply import Reply
 from tests.support.app import HELLO
 from tests.support.frames import chunks
+from tests.support.remote_engine import generate, remote, request
 from tests.support.upstream_server import Connection, chunk, run_upstream, summary
-from tests.unit.test_remote import generate, remote, request
 
 pytestmark = pytest.mark.anyio
 

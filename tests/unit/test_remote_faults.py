@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import email.utils
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -25,6 +25,7 @@ from gateway.outbound.resolver import Resolver
 from gateway.settings.config import parse_config
 from tests.support.app import Start
 from tests.support.dns_server import AAAA, A, Zone, run_name_server
+from tests.support.remote_engine import DEAD, Answer, generate, hello, refusing, remote, request, saying, sending
 from tests.support.upstream_server import (
     SECRET_WORDS,
     Connection,
@@ -35,27 +36,11 @@ from tests.support.upstream_server import (
     summary,
 )
 from tests.support.waiting import until
-from tests.unit.test_remote import DEAD, generate, hello, refusing, remote, request, saying
 
 pytestmark = pytest.mark.anyio
 
-Answer = Callable[[Connection], Awaitable[None]]
 NEVER = frozenset({A, AAAA})
 POISON = [{"role": "user", "content": "poison"}]
-
-
-def sending(*pieces: bytes, cut: bool = True) -> Answer:
-    """Return an answer: these bytes, which may be no HTTP, and the end of the connection or silence."""
-
-    async def answer(connection: Connection) -> None:
-        for piece in pieces:
-            await connection.write(piece)
-        if cut:
-            connection.cut()
-        else:
-            await connection.left()
-
-    return answer
 
 
 def streaming(*pieces: bytes, cut: bool) -> Answer:

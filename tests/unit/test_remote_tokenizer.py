@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 
 from engine.base import EmbeddingRequest, EngineUnavailable, InvalidRequest, Usage
+from tests.support.remote_engine import generate, hello, refusing, remote, request, sending, stuck
 from tests.support.upstream_server import TOKENIZE, Connection, UpstreamServer, error, run_upstream
 from tests.support.waiting import until
-from tests.unit.test_remote import generate, hello, refusing, remote, request, stuck
-from tests.unit.test_remote_faults import sending
 
 pytestmark = pytest.mark.anyio
 

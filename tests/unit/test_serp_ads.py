@@ -13,33 +13,11 @@ import respx
 from gateway.settings.config import ConfigError, SerpAdsSettings
 from gateway.tools.base import Toolbox
 from gateway.tools.serp_ads import SerpAds
+from tests.support.search_ads import ADS, KEYS, SEARCHAPI
 
 pytestmark = pytest.mark.anyio
 
-KEYS = {"SERPER_API_KEY": "serper-secret", "SEARCHAPI_API_KEY": "searchapi-secret"}
 SERPER = "https://google.serper.dev/search"
-SEARCHAPI = "https://www.searchapi.io/api/v1/search"
-ADS = [
-    {
-        "position": 1,
-        "block_position": "top",
-        "title": "Acme Planner - 30% off",
-        "link": "https://www.acme.test/plan?gclid=1",
-        "source": "Acme",
-        "displayed_link": "https://www.acme.test › plan",
-        "snippet": "Plan your week.\nFree for teams.",
-        "extensions": ["4.8 stars"],
-        "sitelinks": {"inline": [{"title": "Pricing", "link": "https://www.acme.test/pricing"}]},
-    },
-    {
-        "position": 1,
-        "block_position": "bottom",
-        "title": "Tidy",
-        "link": "https://www.google.com/aclk?sa=l&adurl=https%3A%2F%2Ftidy.test%2Fstart",
-        "source": "tidy.test",
-        "description": "Tidy up.",
-    },
-]
 
 
 @pytest.fixture

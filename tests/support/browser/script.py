@@ -1,6 +1,10 @@
-"""What the model of the scripted gateway says: to agents that research its documentation, and in a plain chat.
+"""The scripted model of the scripted gateway: for agents that research its documentation, and for plain chat.
 
-`CHAT` has the plain answers by question. `HOSTILE` tries what markdown and HTML have to offer against a page.
+`CHAT` has the plain answers by question. `HOSTILE` tries everything that Markdown and HTML offer against a page.
+
+Example:
+
+    engine = MockEngine(reply=script.model())
 """
 
 from __future__ import annotations

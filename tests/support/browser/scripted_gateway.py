@@ -6,6 +6,11 @@ Prints its URL when it is ready. The key is `tests.conftest.KEY`. What the model
 the reading, the events and the citations are the product's own. One more model, `FAST`, says the same in no time; it
 takes no pictures and has no limits. With `--demo`, shannon-chat is the real demo model in its place, and may be
 inspected. `--days` makes up usage of several keys over so many days: pictures of one bar show little.
+
+Example:
+
+    with scripted_gateway.run(tmp_path) as running:
+        page.goto(running.url)
 """
 
 from __future__ import annotations

@@ -1,7 +1,13 @@
-"""One visitor of the page, with a browser of its own, and the Chromium that it runs in.
+"""A visitor of the page, in a Chromium of its own.
 
-Every visit is watched: `check` says whether there was an error on the console (what the page's policy refuses is one),
-a script that failed, a dialog, or a request to any other host.
+Every visit is watched. `check` fails on an error on the console (including what the page's policy refuses), a script
+that failed, a dialog, and a request to any other host.
+
+Example:
+
+    with chromium() as browser, open_page(browser, site) as visit:
+        visit.sign_in()
+        visit.ask("hello there")
 """
 
 from __future__ import annotations

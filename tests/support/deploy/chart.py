@@ -1,6 +1,10 @@
-"""The chart, rendered by a real helm as it comes and with each file of `helm/shannon/ci`.
+"""The chart, rendered by a real helm with each file of `helm/shannon/ci`.
 
-`python -m tests.support.deploy.chart` writes the snapshots anew: read their diff before you commit it.
+`python -m tests.support.deploy.chart` writes the snapshots again. Read their diff before you commit it.
+
+Example:
+
+    container = gateway_container("external-redis", "replicaCount=3")
 """
 
 from __future__ import annotations

@@ -1,4 +1,10 @@
-"""Two replicas of `shannon serve`, their Valkey, an nginx in front and its clients, each on a host of its own."""
+"""Two replicas of `shannon serve`, their Valkey, an nginx in front and its clients, each on a host of its own.
+
+Example:
+
+    with run_cluster(tmp_path, TREE) as cluster:
+        cluster.replicas[0].restart()
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,13 @@
-"""A real nginx in front of replicas, set up by what the chart's Ingress says to ingress-nginx.
+"""A real nginx in front of replicas, configured by the annotations that the chart's Ingress sets for ingress-nginx.
 
-The annotations come from the chart's own values, so that it is those that are tested; one that has no translation here
-fails. nginx differs from ingress-nginx in three ways. It changes endpoints by a reload. It hashes no empty key, for
-which the chart has a second Ingress. And it asks another replica after a failure even where it hashes; what needs no
-second try here needs none there.
+The annotations come from the chart's values. An annotation without a translation here fails the test. nginx differs
+from ingress-nginx in three ways: it changes endpoints by a reload; it hashes no empty key, for which the chart has a
+second Ingress; and it tries another replica after a failure even where it hashes.
+
+Example:
+
+    ingress = Ingress(network.add_host("nginx"), tmp_path)
+    ingress.route(["10.0.0.2:8000"])
 """
 
 from __future__ import annotations

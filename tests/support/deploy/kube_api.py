@@ -1,6 +1,9 @@
-"""As much of a Kubernetes API as helm asks before an install: what kinds there are, and which objects exist already.
+"""The part of a Kubernetes API that helm asks before an install: kinds, and existing objects. Nothing can be created.
 
-Nothing can be created, so that what helm says stays a dry run.
+Example:
+
+    with run_kube_api(tmp_path, []) as kubeconfig:
+        helm("install", "--dry-run=server", "--kubeconfig", kubeconfig, "shannon", CHART)
 """
 
 from __future__ import annotations

@@ -1,4 +1,11 @@
-"""Clients that keep asking, each in its own way, and note of every request what a user would have noticed."""
+"""Clients that keep asking, each in its own way, and record what a user would notice of every request.
+
+Example:
+
+    load = Load(cluster.url, cluster.key)
+    await load.run(plan, [load.stream(), load.sdk()])
+    assert not load.failed
+"""
 
 from __future__ import annotations
 

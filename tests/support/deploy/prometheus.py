@@ -1,4 +1,10 @@
-"""A real Prometheus on loopback, and what tests ask of it. Debian's package; skipped where it can't be had."""
+"""A real Prometheus on loopback. From Debian's package; skips the test where it is not available.
+
+Example:
+
+    with run_prometheus(tmp_path, [scrape_config], [str(rules)]) as server:
+        assert server.query("up")
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,11 @@
-"""A gateway with all that it measures, vLLM's page, and a real Prometheus that watches both as the chart tells it to.
+"""A gateway with all its metrics, vLLM's metrics page, and a real Prometheus configured by the chart.
 
-The gateway is the product with a mock and a remote engine, and has been used; vLLM's page is made of recorded names.
+The gateway has a mock and a remote engine, and has served requests. vLLM's page has recorded names.
+
+Example:
+
+    with watch(tmp_path, [str(path) for path in RULES]) as watched:
+        assert watched.answers("shannon_requests_total")
 """
 
 from __future__ import annotations

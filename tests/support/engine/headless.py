@@ -1,6 +1,11 @@
-"""vLLM's renderer and parsers without a core: what a model is shown, and what is read from tokens that a test chose.
+"""vLLM's renderer and parsers without a core: the prompt that a model gets, and what is read from chosen tokens.
 
-Takes two seconds where an engine takes ten.
+Starts in two seconds, where an engine takes ten.
+
+Example:
+
+    headless = Headless(folder, args, tool_parser="mistral")
+    rendered = await headless.render(request)
 """
 
 from __future__ import annotations

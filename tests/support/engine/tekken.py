@@ -1,7 +1,11 @@
 """Checkpoints of a Mistral without weights: a configuration and a tekken vocabulary that mistral-common ships.
 
 The vocabulary is cut short, and marked as one of the versions whose formats differ: v3 as shipped, v11 with `[ARGS]`
-and a grammar, v13 with `[THINK]` as well.
+and a grammar, v13 also with `[THINK]`.
+
+Example:
+
+    folder = build_checkpoint(tmp_path, "v11")
 """
 
 from __future__ import annotations

@@ -1,8 +1,12 @@
 """A tiny vision model with random weights, in the form that vLLM loads: Idefics3 over a Llama of two layers.
 
-It has no sense, but it sees: other pixels give other tokens, and the same pixels the same ones. Idefics3 is one of the
-architectures whose processing needs no torchvision, which does not exist for the CPU build of torch. Larger images
-are split into tiles, so that the length of a prompt depends on the size of its images.
+Its answers mean nothing, but it sees: different pixels give different tokens, equal pixels equal ones. Idefics3 needs
+no torchvision, which does not exist for the CPU build of torch. Larger images are split into tiles, so the length of a
+prompt depends on the size of its images.
+
+Example:
+
+    checkpoint = build_checkpoint(tmp_path / "checkpoint")
 """
 
 from __future__ import annotations
