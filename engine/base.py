@@ -99,20 +99,31 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EmbeddingRequest:
-    """Texts (or token id lists) to turn into vectors, one each."""
+class PoolingRequest:
+    """Inputs for a pooling model, which makes one list of numbers of each. Base of the requests of pooling tasks.
 
-    task: ClassVar[Task] = "embed"
+    The server sets `request_id`, `cache_salt`, `flow` and `priority`, as for a GenerationRequest.
+    """
+
+    task: ClassVar[Task]
     request_id: str
     inputs: list[str | list[int]]
-    dimensions: int | None = None
-    """Length of the vectors; only models trained for it (Matryoshka) can choose."""
+    """Texts, or lists of token ids."""
     cache_salt: str | None = None
     flow: str = ""
     priority: int = 0
 
 
-Request = GenerationRequest | EmbeddingRequest
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingRequest(PoolingRequest):
+    """Inputs to turn into vectors."""
+
+    task: ClassVar[Task] = "embed"
+    dimensions: int | None = None
+    """Length of the vectors. Only models that were trained for it (Matryoshka) support it."""
+
+
+Request = GenerationRequest | PoolingRequest
 
 
 class QueuePosition(Protocol):
@@ -265,7 +276,7 @@ class Engine(Protocol):
         EngineDied at any.
         """
 
-    async def embed(self, prepared: Prepared) -> list[list[float]]:
+    async def pool(self, prepared: Prepared) -> list[list[float]]:
         """Return one vector per input. Cancelling aborts. Raises what `generate` raises."""
 
     async def tokenize(self, request: GenerationRequest) -> list[int]:
@@ -313,10 +324,10 @@ class TaskEngine:
         raise NotImplementedError
 
     def generate(self, prepared: Prepared) -> AsyncGenerator[Delta, None]:
-        raise not_offered("generate")
+        raise NotImplementedError  # nothing was prepared for it
 
-    async def embed(self, prepared: Prepared) -> list[list[float]]:
-        raise not_offered("embed")
+    async def pool(self, prepared: Prepared) -> list[list[float]]:
+        raise NotImplementedError
 
 
 def resolve_max_tokens(request: GenerationRequest, prompt_tokens: int, max_model_len: int) -> int:

@@ -21,13 +21,13 @@ from typing import ClassVar, TypeVar
 
 from engine.base import (
     Delta,
-    EmbeddingRequest,
     EngineDied,
     EngineError,
     EngineUnavailable,
     FinishReason,
     GenerationRequest,
     InvalidRequest,
+    PoolingRequest,
     Prepared,
     Request,
     Task,
@@ -148,8 +148,8 @@ class MockEngine(TaskEngine):
     async def _prepare(self, request: Request) -> Prepared:
         if not self.started:
             raise EngineUnavailable("The engine is not running.")
-        if isinstance(request, EmbeddingRequest):
-            return await self._prepare_embedding(request)
+        if isinstance(request, PoolingRequest):
+            return await self._prepare_pooling(request)
         self.requests.append(request)
         del self.requests[: -1 if _is_long(request) else -_KEPT_REQUESTS]
         prompt_tokens = await _beside(request, lambda: _count(request))
@@ -164,13 +164,13 @@ class MockEngine(TaskEngine):
             payload=(request, words),
         )
 
-    async def _prepare_embedding(self, request: EmbeddingRequest) -> Prepared:
+    async def _prepare_pooling(self, request: PoolingRequest) -> Prepared:
         texts = [text if isinstance(text, str) else await self.detokenize(text) for text in request.inputs]
         tokens = await asyncio.to_thread(lambda: sum(map(_count_words, texts)))
-        payload = (texts, request.dimensions or _DIMENSIONS)
+        payload = (texts, getattr(request, "dimensions", None) or _DIMENSIONS)
         return Prepared(request_id=request.request_id, prompt_tokens=tokens, max_tokens=0, payload=payload)
 
-    async def embed(self, prepared: Prepared) -> list[list[float]]:
+    async def pool(self, prepared: Prepared) -> list[list[float]]:
         texts, dimensions = prepared.payload
         self.unfinished_requests += 1
         try:

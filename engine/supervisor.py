@@ -166,9 +166,9 @@ class SupervisedEngine(EngineWrapper):
         await self.load()
         return await self.wrapped.detokenize(token_ids)
 
-    async def embed(self, prepared: Prepared) -> list[list[float]]:
+    async def pool(self, prepared: Prepared) -> list[list[float]]:
         try:
-            return await self.wrapped.embed(prepared)
+            return await self.wrapped.pool(prepared)
         except EngineDied:
             self._died.set()
             raise

@@ -44,8 +44,8 @@ class EngineWrapper:
     def generate(self, prepared: Prepared) -> AsyncGenerator[Delta, None]:
         return self.wrapped.generate(prepared)
 
-    async def embed(self, prepared: Prepared) -> list[list[float]]:
-        return await self.wrapped.embed(prepared)
+    async def pool(self, prepared: Prepared) -> list[list[float]]:
+        return await self.wrapped.pool(prepared)
 
     async def tokenize(self, request: GenerationRequest) -> list[int]:
         return await self.wrapped.tokenize(request)

@@ -17,12 +17,13 @@ from typing import Any, TypeVar
 
 from engine.base import (
     Delta,
-    EmbeddingRequest,
     EngineError,
     EngineOverloaded,
     GenerationRequest,
+    PoolingRequest,
     Prepared,
     QueuePosition,
+    Request,
     Usage,
 )
 from engine.messages import Message
@@ -39,7 +40,7 @@ from gateway.errors import GatewayError, InternalError, from_engine
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.tracing import Tracing
 
-_R = TypeVar("_R", GenerationRequest, EmbeddingRequest)
+_R = TypeVar("_R", GenerationRequest, PoolingRequest)
 
 
 @dataclass(slots=True)
@@ -124,13 +125,13 @@ class Meter:
         positions = [prepared.waiting for prepared in self._running.values()]
         return None if None in positions else next(iter(positions), None)
 
-    async def prepare(self, request: GenerationRequest | EmbeddingRequest, session: Session | None = None) -> Prepared:
+    async def prepare(self, request: Request, session: Session | None = None) -> Prepared:
         """Count the prompt, behind the session's history if there is one. Raises what engines raise, for clients.
 
         A completion without a maximum is bounded by the most that the limits could ever admit.
         """
         try:
-            if isinstance(request, EmbeddingRequest):
+            if isinstance(request, PoolingRequest):
                 return await fit(self.model, self._marked(request, request.inputs))
             history = session.history if session is not None else ()
             return await fit(self.model, self._marked_generation(request, history), session)
@@ -225,10 +226,10 @@ class Meter:
                     progress.finish_reasons.append(delta.finish_reason)
                 yield delta
 
-    async def embed(self, prepared: Prepared) -> list[list[float]]:
+    async def pool(self, prepared: Prepared) -> list[list[float]]:
         """Reserve, embed, settle. Raises what `generate` raises."""
         async with self._metered(prepared):
-            return await self.model.engine.embed(prepared)
+            return await self.model.engine.pool(prepared)
 
     async def tokenize(self, request: GenerationRequest) -> list[int]:
         """The prompt's token ids. Costs no tokens. Raises what `generate` raises."""

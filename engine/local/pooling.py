@@ -67,7 +67,7 @@ class PoolingEngine(AsyncLLMEngine):
         params = TokenizeParams(max_total_tokens=contexts * self.max_model_len)
         return list(await llm.renderer.render_cmpl_async(prompts, params, prompt_extras=extras))
 
-    async def embed(self, prepared: Prepared) -> list[list[float]]:
+    async def pool(self, prepared: Prepared) -> list[list[float]]:
         prompts, params = prepared.payload
         requests = [
             self._embed_one(f"{prepared.request_id}-{number}", prompt, params, prepared)

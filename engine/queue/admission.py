@@ -17,7 +17,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from typing import Literal
 
-from engine.base import Delta, EmbeddingRequest, Engine, EngineUnavailable, Prepared, Request
+from engine.base import Delta, Engine, EngineUnavailable, PoolingRequest, Prepared, Request
 from engine.queue.fair_queue import FairQueue, Ticket
 from engine.wrapper import EngineWrapper
 
@@ -95,7 +95,7 @@ class QueuedEngine(EngineWrapper):
     async def prepare(self, request: Request) -> Prepared:
         prepared = await self._engine.prepare(request)
         prepared.flow, prepared.priority = request.flow, request.priority
-        if isinstance(request, EmbeddingRequest):
+        if isinstance(request, PoolingRequest):
             prepared.n = len(request.inputs)
         return prepared
 
@@ -111,13 +111,13 @@ class QueuedEngine(EngineWrapper):
         finally:
             queue.leave(ticket)
 
-    async def embed(self, prepared: Prepared) -> list[list[float]]:
+    async def pool(self, prepared: Prepared) -> list[list[float]]:
         queue = self._open()
         ticket = queue.enter(prepared)
         try:
             if ticket.admitted_at is None:
                 await self._wait(queue, ticket)
-            return await self._engine.embed(prepared)
+            return await self._engine.pool(prepared)
         finally:
             queue.leave(ticket)
 

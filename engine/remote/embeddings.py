@@ -50,7 +50,7 @@ class RemoteEmbeddings:
         body = {"model": self._upstream.model, "prompt": text}
         return await self._tokenizer.count(body, "", BYTES_PER_TOKEN * estimate_tokens(text))
 
-    async def embed(self, prepared: Prepared) -> list[list[float]]:
+    async def pool(self, prepared: Prepared) -> list[list[float]]:
         """The vectors, from any replica. Raises what `Engine.embed` raises."""
         attempts = Attempts(self._pool, prepared.affinity, self._retries)
         while True:

@@ -210,6 +210,7 @@ class RemoteEngine(TaskEngine):
         self._pool.check()
         if isinstance(request, EmbeddingRequest):
             return await self._embeddings.prepare(request)
+        assert isinstance(request, GenerationRequest)
         return await self._prepare_generation(request)
 
     async def _prepare_generation(self, request: GenerationRequest) -> Prepared:
@@ -248,11 +249,11 @@ class RemoteEngine(TaskEngine):
         self._upstream.running()
         return await self._tokenizer.detokenize(token_ids)
 
-    async def embed(self, prepared: Prepared) -> list[list[float]]:
+    async def pool(self, prepared: Prepared) -> list[list[float]]:
         self._upstream.running()
         self.unfinished_requests += 1
         try:
-            return await self._embeddings.embed(prepared)
+            return await self._embeddings.pool(prepared)
         finally:
             self.unfinished_requests -= 1
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import httpx
 import orjson
 
-from engine.base import EmbeddingRequest, EngineError, EngineUnavailable, GenerationRequest, Prepared
+from engine.base import EngineError, EngineUnavailable, GenerationRequest, Prepared, Request
 from engine.remote.event_stream import Frames
 from engine.remote.http1 import Http1Transport, Resolve
 from engine.remote.pool import AttemptFailed, Outcome, Replica
@@ -227,7 +227,7 @@ class Upstream:
             body["max_completion_tokens"] = body.pop(MAX_TOKENS)
         return body
 
-    def vllm_fields(self, replica: Replica, request: GenerationRequest | EmbeddingRequest) -> dict[str, Any]:
+    def vllm_fields(self, replica: Replica, request: Request) -> dict[str, Any]:
         """Return the fields that only vLLM takes, and only from those who may set them."""
         fields: dict[str, Any] = {}
         if request.cache_salt and (replica.is_vllm if self._cache_salt is None else self._cache_salt):

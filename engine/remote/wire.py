@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import orjson
 
-from engine.base import EmbeddingRequest, GenerationRequest, InvalidRequest, not_offered
+from engine.base import EmbeddingRequest, GenerationRequest, InvalidRequest, PoolingRequest, Request, not_offered
 from engine.messages import images_of, texts_of
 from engine.remote.pool import AttemptFailed, Outcome
 
@@ -86,7 +86,7 @@ _UNREACHABLE = {502, 503, 504, 520, 521, 522, 523, 524}
 class PreparedCall:
     """The payload of a Prepared."""
 
-    request: GenerationRequest | EmbeddingRequest
+    request: Request
     body: dict[str, Any]
     estimated: bool
     """The prompt's tokens were estimated."""
@@ -190,9 +190,7 @@ def refused_option(status: int, answer: Any) -> str | None:
     return MAX_TOKENS if error.get("param") == MAX_TOKENS and error.get("code") == "unsupported_parameter" else None
 
 
-def refuse(
-    status: int, answer: Any, request: GenerationRequest | EmbeddingRequest, retry_after_s: float | None = None
-) -> NoReturn:
+def refuse(status: int, answer: Any, request: Request, retry_after_s: float | None = None) -> NoReturn:
     """Raise what a refusal means: InvalidRequest if the request is at fault, else AttemptFailed.
 
     `answer` is the parsed body, or the frame of a stream. Of the statuses 200 and 500 the error may know better.
@@ -294,22 +292,20 @@ def _told_status(error: dict[str, Any]) -> int | None:
     return next((status for status, names in _NAMED.items() if names & words), None)
 
 
-def _no_such_route(
-    status: int, error: dict[str, Any], request: GenerationRequest | EmbeddingRequest
-) -> InvalidRequest | None:
+def _no_such_route(status: int, error: dict[str, Any], request: Request) -> InvalidRequest | None:
     """Return what clients see of a server that does not have an optional route, None where that is not what it says."""
     said = f"{error.get('message')} {error.get('param')} {error.get('code')}".lower()
     if status not in (404, 405, 501) or "model" in said:
         return None
-    if isinstance(request, EmbeddingRequest):
-        return not_offered("embed")
+    if isinstance(request, PoolingRequest):
+        return not_offered(request.task)
     if request.prompt is not None:
         what = "The server of this model takes no bare prompts. Send messages to /v1/chat/completions."
         return InvalidRequest(what, "prompt", "model_not_supported")
     return None
 
 
-def _invalid(status: int, error: dict[str, Any], request: GenerationRequest | EmbeddingRequest) -> InvalidRequest:
+def _invalid(status: int, error: dict[str, Any], request: Request) -> InvalidRequest:
     code, param, message = error.get("code"), error.get("param"), str(error.get("message"))
     prompt = _prompt_param(request)
     if code == "context_length_exceeded" or param in ("input_tokens", "input_text") or _TOO_LONG.search(message):
@@ -331,5 +327,5 @@ def _invalid(status: int, error: dict[str, Any], request: GenerationRequest | Em
     return InvalidRequest(f"Invalid value for {param!r}: the model's server does not take it.", param, code)
 
 
-def _prompt_param(request: GenerationRequest | EmbeddingRequest) -> str:
-    return "input" if isinstance(request, EmbeddingRequest) else request.prompt_param
+def _prompt_param(request: Request) -> str:
+    return "input" if isinstance(request, PoolingRequest) else request.prompt_param

@@ -163,7 +163,7 @@ class Account:
             entry.cached_tokens = usage.cached_tokens
             entry.completion_tokens = usage.completion_tokens
         if reservation is not None:
-            self._release(reservation, entry)
+            self._release(reservation, entry, ran=usage is not None)
         self._close(entry, aborted=outcome.aborted)
         # The ledger has the entry before the await: a cancellation from here on changes nothing.
         standing = await self._ledger.settle(entry)
@@ -174,11 +174,11 @@ class Account:
         """Settle room that was reserved for a caller who has left, or was refused by this process."""
         if reservation.refused:
             entry = self._empty_entry()
-            self._release(reservation, entry)
+            self._release(reservation, entry, ran=False)
         else:
             self._counted = True
             entry = self._entry(None)
-            self._release(reservation, entry)
+            self._release(reservation, entry, ran=False)
             self._close(entry, aborted=True)
         self._ledger.settle(entry)
 
@@ -194,11 +194,18 @@ class Account:
             self._failure = failure
         return entry
 
-    def _release(self, reservation: Reservation, entry: Entry) -> None:
-        """Give back with `entry`, which holds what was spent, what a reservation held beyond that."""
+    def _release(self, reservation: Reservation, entry: Entry, *, ran: bool) -> None:
+        """Give back with `entry`, which holds what was spent, what a reservation held beyond that.
+
+        Of a generation that did not run only the request counts.
+        """
+        amounts = reservation.amounts
         entry.bucket = reservation.bucket
-        entry.reserved = reservation.amounts
-        entry.counted = {} if reservation.refused else reservation.amounts | {"tokens": entry.spent}
+        entry.reserved = amounts
+        if ran:
+            entry.counted = amounts | {"tokens": entry.spent}
+        elif not reservation.refused:
+            entry.counted = {"requests": amounts.get("requests", 0)}
         if reservation.id:
             released = self._limits.release(reservation, entry.counted)
             entry.reservation, entry.second = reservation.id, reservation.second

@@ -77,7 +77,7 @@ async def create_embedding(call: Annotated[Call, Depends(call)]) -> Response:
 
 
 async def _embed(request: EmbeddingRequest, meter: Meter, *, as_base64: bool) -> AsyncGenerator[bytes, None]:
-    vectors = await meter.embed(await meter.prepare(request))
+    vectors = await meter.pool(await meter.prepare(request))
     usage = {"prompt_tokens": meter.usage.prompt_tokens, "total_tokens": meter.usage.prompt_tokens}
     rest: dict[str, Any] = {"model": meter.model.id, "usage": usage}
     yield await asyncio.to_thread(_encode, vectors, rest, as_base64)

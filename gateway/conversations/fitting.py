@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from itertools import pairwise
 
-from engine.base import EmbeddingRequest, Engine, GenerationRequest, InvalidRequest, Prepared, Request
+from engine.base import Engine, GenerationRequest, InvalidRequest, PoolingRequest, Prepared, Request
 from engine.messages import Message
 from gateway.access.catalog import ModelSpec
 from gateway.conversations.sessions import Session
@@ -19,7 +19,7 @@ TOO_LONG = "context_length_exceeded"
 
 async def fit(model: ModelSpec, request: Request, session: Session | None = None) -> Prepared:
     """Prepare `request` within the model's caps, behind the session's history if there is one."""
-    if isinstance(request, EmbeddingRequest):
+    if isinstance(request, PoolingRequest):
         prepared = await model.engine.prepare(request)
     else:
         request = _capped(request, model.settings.max_output_tokens)

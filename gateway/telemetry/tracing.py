@@ -21,7 +21,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from engine.base import EmbeddingRequest, EngineError, GenerationRequest, Prepared, Usage
+from engine.base import EngineError, GenerationRequest, PoolingRequest, Prepared, Request, Usage
 from gateway import __version__
 from gateway.errors import CLIENT_DISCONNECTED, GatewayError, from_engine
 from gateway.settings.config import ConfigError
@@ -279,10 +279,10 @@ def _operation(name: str) -> dict[str, Any]:
     return {"gen_ai.operation.name": name, "gen_ai.provider.name": PROVIDER}
 
 
-def _request_attributes(request: GenerationRequest | EmbeddingRequest, max_tokens: int) -> dict[str, Any]:
-    """Return what a request asks for; of what it says, nothing."""
-    if isinstance(request, EmbeddingRequest):
-        return _operation("embeddings")
+def _request_attributes(request: Request, max_tokens: int) -> dict[str, Any]:
+    """The parameters of a request, and nothing of its text."""
+    if isinstance(request, PoolingRequest):
+        return _operation("embeddings" if request.task == "embed" else request.task)
     given: dict[str, Any] = {
         "gen_ai.conversation.id": request.affinity or None,
         "gen_ai.request.max_tokens": max_tokens,

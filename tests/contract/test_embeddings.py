@@ -217,7 +217,7 @@ async def test_leaving_in_the_middle_is_settled_and_gives_its_room_back(serve: S
 class HalfWay(MockEngine):
     """Embeds the first input and then hangs."""
 
-    async def embed(self, prepared: Prepared) -> list[list[float]]:
+    async def pool(self, prepared: Prepared) -> list[list[float]]:
         self.unfinished_requests += 1
         try:
             prepared.usage.prompt_tokens = 3
@@ -249,7 +249,7 @@ async def test_what_was_embedded_before_the_client_left_is_paid(serve: Start) ->
 )
 async def test_engine_error(start: Start, error: Exception, status: int, code: str) -> None:
     class Broken(MockEngine):
-        async def embed(self, prepared: Prepared) -> list[list[float]]:
+        async def pool(self, prepared: Prepared) -> list[list[float]]:
             raise error
 
     gateway = await start(mock=Broken)

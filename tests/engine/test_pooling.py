@@ -117,7 +117,7 @@ async def test_leaving_in_the_middle_frees_the_engine_and_costs_what_was_made(
     before = counter("prompt_tokens_total")
     texts = [f"{uuid.uuid4().hex} {number} " + "word " * 100 for number in range(150)]
     prepared = await pooling.prepare(EmbeddingRequest(request_id=uuid.uuid4().hex, inputs=list(texts)))
-    task = asyncio.create_task(pooling.embed(prepared))
+    task = asyncio.create_task(pooling.pool(prepared))
     await asyncio.sleep(0)
     while counter("prompt_tokens_total") < before + made:
         await asyncio.sleep(0.001)
@@ -195,7 +195,7 @@ async def test_clients_get_the_engines_vectors_and_the_ledger_its_count(pooling:
 async def test_closing_ends_what_runs(pooling: PoolingEngine) -> None:
     """Must stay the last of this file."""
     asked = EmbeddingRequest(request_id=uuid.uuid4().hex, inputs=["word " * 400] * 300)
-    task = asyncio.create_task(pooling.embed(await pooling.prepare(asked)))
+    task = asyncio.create_task(pooling.pool(await pooling.prepare(asked)))
     while not pooling.unfinished_requests:
         await asyncio.sleep(0)
     await pooling.close()

@@ -267,7 +267,7 @@ async def test_embeddings_wait_in_the_same_line_and_take_a_slot_per_input() -> N
     over = await front(slots=2)
     await over.ask("a1")
     prepared = await over.engine.prepare(EmbeddingRequest(request_id="e", inputs=["x y", "z"], flow="e"))
-    embedding = asyncio.create_task(over.engine.embed(prepared))
+    embedding = asyncio.create_task(over.engine.pool(prepared))
     await settle()
     assert prepared.waiting is not None
     await over.ask("b1")

@@ -1134,7 +1134,7 @@ async def test_embeddings_come_in_the_order_of_their_inputs(encode: Callable[...
     async with remote(ROUTED, transport=httpx.MockTransport(router.async_handler)) as engine:
         asked = EmbeddingRequest(request_id="r1", inputs=["one", [1, 2]], dimensions=2, cache_salt="salt")
         prepared = await engine.prepare(asked)
-        vectors = await engine.embed(prepared)
+        vectors = await engine.pool(prepared)
 
     assert vectors == [[0.25, 2.0], [0.5, -1.0]]
     assert (prepared.prompt_tokens, prepared.usage) == (5, Usage(9))
@@ -1167,7 +1167,7 @@ async def test_vectors_that_do_not_belong_to_the_inputs_are_refused(rows: list[t
     async with run_upstream(hello, routes=routes) as server, remote(server, retries=0) as engine:
         prepared = await engine.prepare(EmbeddingRequest(request_id="r1", inputs=["one", "two"]))
         with pytest.raises(EngineUnavailable):
-            await engine.embed(prepared)
+            await engine.pool(prepared)
 
 
 @pytest.mark.parametrize("told", [10**9, 2**63, -1, None, "9"])
@@ -1176,7 +1176,7 @@ async def test_usage_of_embeddings_that_cannot_be_true_is_not_believed(told: Any
     routes = {"/v1/embeddings": refusing(200, answer)}
     async with run_upstream(hello, routes=routes) as server, remote(server) as engine:
         prepared = await engine.prepare(EmbeddingRequest(request_id="r1", inputs=["one"]))
-        await engine.embed(prepared)
+        await engine.pool(prepared)
 
     assert prepared.usage == Usage(7)
 
@@ -1194,7 +1194,7 @@ async def test_long_embeddings_are_read_beside_the_event_loop(monkeypatch: pytes
     routes = {"/v1/embeddings": refusing(200, {"data": rows})}
     async with run_upstream(hello, routes=routes) as server, remote(server) as engine:
         prepared = await engine.prepare(EmbeddingRequest(request_id="r1", inputs=["one"] * 64))
-        vectors = await engine.embed(prepared)
+        vectors = await engine.pool(prepared)
 
     assert vectors == [[0.5] * 1024] * 64
     assert threading.main_thread() not in readers
@@ -1219,7 +1219,7 @@ async def test_failed_embedding_is_told_like_a_failed_generation(
     async with run_upstream(hello, routes=routes) as server, remote(server, retries=0) as engine:
         prepared = await engine.prepare(EmbeddingRequest(request_id="r1", inputs=["one"]))
         with pytest.raises(kind) as caught:
-            await engine.embed(prepared)
+            await engine.pool(prepared)
 
         assert SECRET_WORDS not in str(caught.value)
         assert engine.unfinished_requests == 0
@@ -1231,7 +1231,7 @@ async def test_many_inputs_are_estimated_and_then_told() -> None:
     async with run_upstream(hello, routes=routes) as server, remote(server) as engine:
         prepared = await engine.prepare(EmbeddingRequest(request_id="r1", inputs=["x" * 12] * 100))
         assert (prepared.prompt_tokens, prepared.usage.estimated) == (300, True)
-        await engine.embed(prepared)
+        await engine.pool(prepared)
 
     assert prepared.usage == Usage(321)
     assert not any(received.path == TOKENIZE for received in server.received)

@@ -235,7 +235,7 @@ async def test_embeddings_at_a_server_that_only_chats_are_the_requests_fault() -
             for _ in range(6):
                 prepared = await engine.prepare(EmbeddingRequest(request_id="r1", inputs=["one"]))
                 with pytest.raises(InvalidRequest, match="does not make embeddings"):
-                    await engine.embed(prepared)
+                    await engine.pool(prepared)
                 await serve_everybody(engine)
         assert states(engine) == ["closed", "closed"]
 
@@ -260,7 +260,7 @@ async def test_embeddings_that_fail_shut_no_chat_off(status: int) -> None:
         for _ in range(8):
             prepared = await engine.prepare(EmbeddingRequest(request_id="r1", inputs=["one"]))
             with pytest.raises(EngineError):
-                await engine.embed(prepared)
+                await engine.pool(prepared)
             await serve_everybody(engine)
 
 

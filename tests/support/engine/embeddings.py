@@ -17,6 +17,6 @@ from engine.local.pooling import PoolingEngine
 async def embed(engine: PoolingEngine, *inputs: Any, **fields: Any) -> tuple[list[list[float]], Prepared]:
     asked = EmbeddingRequest(request_id=uuid.uuid4().hex, inputs=list(inputs), **fields)
     prepared = await engine.prepare(asked)
-    vectors = await engine.embed(prepared)
+    vectors = await engine.pool(prepared)
     assert engine.unfinished_requests == 0
     return vectors, prepared
