@@ -54,7 +54,7 @@ RUN python3 -m venv /opt/shannon
 WORKDIR /build
 
 
-# The product, laid out as it lies in the image. What builds it comes from a lock as well.
+# The product, laid out as in the image. What builds it comes from a lock as well.
 FROM environment AS package
 
 COPY requirements-cpu.lock ./

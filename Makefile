@@ -117,17 +117,17 @@ settings: setup-dev ## Write docs/settings.md from the configuration model
 	$(BIN)/python -m gateway.settings.reference docs/settings.md
 
 .PHONY: pictures
-pictures: setup-dev ## Take the README's pictures anew, of the page in Debian's Chromium
+pictures: setup-dev ## Take the pictures for the README again, of the page in Debian's Chromium
 	$(BIN)/python -m tests.browser.take_pictures
 
 .PHONY: demo-model
-demo-model: setup-dev ## Train the demo model anew (minutes on two cores)
+demo-model: setup-dev ## Train the demo model again (minutes on two cores)
 	$(BIN)/python -m engine.demo.train --out engine/demo/weights
 
 .PHONY: lock
 LOCK := $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-annotate \
 	--no-header --quiet
-lock: setup-dev ## Resolve the dependencies anew and rewrite the lock files
+lock: setup-dev ## Resolve the dependencies again and rewrite the lock files
 	@mkdir -p build
 	printf '%s\n' torch==$(TORCH_CPU) > build/overrides.txt
 	printf '%s ; sys_platform == "never"\n' torchvision torchaudio torchcodec >> build/overrides.txt

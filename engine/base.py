@@ -87,7 +87,7 @@ class Usage:
     reasoning_tokens: int = 0
     """Part of `completion_tokens` that was thought, not said."""
     estimated: bool = False
-    """Some of it was not counted but estimated, because an upstream does not tell."""
+    """Part of it is estimated, because an upstream does not report it."""
 
     def add(self, other: Usage) -> None:
         """Add `other` to this sum."""
@@ -127,7 +127,7 @@ Request = GenerationRequest | PoolingRequest
 
 
 class QueuePosition(Protocol):
-    """Where a request stands in the queue in front of the engine; worked out when asked."""
+    """Position of a request in the queue of the engine, computed on access."""
 
     @property
     def position(self) -> int:
@@ -163,7 +163,7 @@ class Prepared:
     recheck: Callable[[], Awaitable[None]] | None = None
     """Asked once it has waited for admission, before it runs. Raises where it may not any more."""
     trace_headers: Mapping[str, str] | None = None
-    """W3C trace context, in which the engine may tell of its own work."""
+    """W3C trace context, in which the engine may record its own spans."""
     payload: Any = None
 
 
@@ -216,7 +216,7 @@ class InvalidRequest(EngineError):
 
 
 class EngineOverloaded(EngineError):
-    """No room in the engine's queue. `reason` is one word out of a few; `retry_after_s` None where nobody knows."""
+    """No room in the engine's queue. `reason` is one word out of a few; `retry_after_s` is None if unknown."""
 
     def __init__(self, message: str, retry_after_s: float | None = None, reason: str = "engine") -> None:
         super().__init__(message)
@@ -249,7 +249,7 @@ class Engine(Protocol):
 
     @property
     def max_num_seqs(self) -> int | None:
-        """Most sequences that it runs at once; None where nobody knows."""
+        """Most sequences that it runs at once; None if unknown."""
 
     @property
     def takes_images(self) -> bool:
@@ -289,7 +289,7 @@ class Engine(Protocol):
         """Ask the engine itself, not a flag. Raises EngineUnavailable; may hang if the engine does."""
 
     def cpu_time_s(self) -> float | None:
-        """Return the CPU seconds used so far by the processes behind it, to tell one that is busy from a stalled one.
+        """CPU seconds used so far by the processes of the engine, to distinguish a busy engine from a stalled one.
 
         None where there are no such processes, or one of them is stopped.
         """
@@ -331,7 +331,7 @@ class TaskEngine:
 
 
 def resolve_max_tokens(request: GenerationRequest, prompt_tokens: int, max_model_len: int) -> int:
-    """Return how many tokens a choice may generate behind a prompt of `prompt_tokens`.
+    """The most tokens that a choice may generate after a prompt of `prompt_tokens`.
 
     Raises InvalidRequest when the prompt leaves no room, or not the room that the request asks for. vLLM's own
     server cuts an explicit `max_tokens` silently; OpenAI refuses it, and so do we, because a caller who names a

@@ -243,7 +243,7 @@ class MockEngine(TaskEngine):
 
 
 async def _beside(request: GenerationRequest, work: Callable[[], T]) -> T:
-    """Return what `work` returns, from a thread if the prompt is long."""
+    """The result of `work`, from a thread if the prompt is long."""
     return await asyncio.to_thread(work) if _is_long(request) else work()
 
 
@@ -270,7 +270,7 @@ def _words_of_ids(token_ids: list[int]) -> Iterator[str]:
 
 
 def _count(request: GenerationRequest) -> int:
-    """Return how many tokens `_prompt_words` yields."""
+    """The number of tokens that `_prompt_words` yields."""
     if request.prompt is None:
         return sum(1 + _count_words(_text(message)) for message in request.messages)
     return _count_words(request.prompt) if isinstance(request.prompt, str) else len(request.prompt)
@@ -286,7 +286,7 @@ def _words(text: str) -> Iterator[str]:
 
 def _word_lists(text: str) -> Iterator[list[str]]:
     """Yield the words of a text, some at a time: all of them at once would take many times its size."""
-    begun: list[str] = []  # of a word that goes on in the next piece
+    begun: list[str] = []  # of a word that continues in the next piece
     for start in range(0, len(text), _PIECE_CHARS):
         piece = text[start : start + _PIECE_CHARS]
         goes_on = start + _PIECE_CHARS < len(text) and not piece[-1].isspace()

@@ -14,7 +14,7 @@ MAX_BYTES = 16 * 2**20
 
 
 def read_plain_file(path: Path) -> bytes:
-    """Return what a file holds. Raises OSError, also for what is no plain file or larger than `MAX_BYTES`."""
+    """The content of a file. Raises OSError, also for what is no plain file or larger than `MAX_BYTES`."""
     # A pipe is opened at once, instead of when there is a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb", closefd=True) as opened:

@@ -1,4 +1,4 @@
-"""An engine that is watched, and built anew when it dies or hangs.
+"""An engine that is watched, and rebuilt when it dies or hangs.
 
 `SupervisedEngine` is an `Engine` around a factory of engines. It asks the current one for its health every second.
 An engine that for `engine_stall_s` neither answers nor uses CPU time counts as dead, which is how a frozen core is
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 State = Literal["idle", "loading", "starting", "ready", "restarting", "failed", "closed"]
 Cause = Literal["died", "stalled", "load"]
-"""Why an engine was built anew; `load` is a lazy one that did not come up."""
+"""Why an engine was rebuilt; `load` is a lazy one that did not come up."""
 
 _BUSY_SHARE = 0.05
 """Of one CPU: a core that compiles takes all of it, even on a crowded machine; one that waits takes none."""
@@ -75,7 +75,7 @@ class SupervisedEngine(EngineWrapper):
         self.failure: EngineError | None = None
         """Why `failed` is set."""
         self.restarts: dict[Cause, int] = {"died": 0, "stalled": 0, "load": 0}
-        """How often the engine was built anew, of all time."""
+        """How often the engine was rebuilt, of all time."""
         self._build = build
         self._lazy = lazy
         self._loading: asyncio.Task[None] | None = None
@@ -126,7 +126,7 @@ class SupervisedEngine(EngineWrapper):
             self._become("loading")
             self._loading = asyncio.create_task(self._load(), name=f"load engine {self.name}")
         if self._loading is not None:
-            # Whoever asked first may leave; the others, and the next, still want it.
+            # The first caller may leave. Other and later requests still need the engine.
             await asyncio.wait([self._loading])
             if self.state == "idle":
                 raise EngineUnavailable("The engine could not be loaded. Try again shortly.")
@@ -254,7 +254,7 @@ class SupervisedEngine(EngineWrapper):
         return silent_s
 
     def _spend_restart(self, cause: Cause, reason: Exception | None = None) -> bool:
-        """Take one restart from the budget, or give up for good, for `reason` if one is known."""
+        """Take one restart from the budget, or give up permanently, for `reason` if one is known."""
         now = self._clock()
         while self._restarts and now - self._restarts[0] > self._restart_window_s:
             self._restarts.popleft()

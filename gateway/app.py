@@ -99,7 +99,7 @@ def create_app(
 ) -> FastAPI:
     """Return the application. Raises ConfigError where `environment` lacks a tool's key, or asks for odd traces.
 
-    `inspector` and `tracing` stand in place of those that the configuration and the environment ask for.
+    `inspector` and `tracing` replace those of the configuration and the environment.
 
     Its lifespan starts the store, and the engines in the background; at the end it closes them in reverse. Usage is
     written before the store goes.
@@ -159,7 +159,7 @@ def create_app(
 
 @contextlib.asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Start all engines at once, without waiting: /health answers meanwhile, /ready tells when they are up."""
+    """Start all engines at once, without waiting: /health answers meanwhile, /ready reports when they are up."""
     services: Services = app.state.services
     try:
         await services.store.start()

@@ -65,7 +65,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.run is _serve:
             raise
         discard_output()
-        message = f"{error.filename}: {error.strerror}" if error.filename else f"can't go on: {error.strerror or error}"
+        message = (
+            f"{error.filename}: {error.strerror}" if error.filename else f"can't continue: {error.strerror or error}"
+        )
     with contextlib.suppress(OSError):  # there is nowhere left to say it
         console.print("[red]shannon:[/red]", escape(" ".join(message.splitlines())), soft_wrap=True)
     return 2
@@ -137,7 +139,7 @@ def _add_keys(keys: argparse.ArgumentParser, printed: argparse.ArgumentParser) -
     for action, text, run in (
         ("show", "show one key", _show_key),
         ("rotate", "give a key a new secret; the old one is void within a second", _rotate_key),
-        ("revoke", "void a key for good, within a second", _revoke_key),
+        ("revoke", "revoke a key permanently, within a second", _revoke_key),
     ):
         parser = actions.add_parser(action, help=text, parents=[printed])
         parser.add_argument("id")
@@ -223,7 +225,7 @@ def _download(args: argparse.Namespace) -> int:
     try:
         download(args.models, config, args.revision, args.cache, console, as_json=args.json)
     except KeyboardInterrupt:
-        console.print("Interrupted. What has come stays; the same command goes on from there.")
+        console.print("Interrupted. What has come stays; the same command continues from there.")
         return 130
     return 0
 

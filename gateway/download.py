@@ -1,8 +1,8 @@
 """`shannon download`: bring the models' weights before the server needs them, and show how far it is.
 
 On a terminal every file has a bar; elsewhere a line comes every few seconds. All of that goes to stderr: stdout has the
-result. Leaves out the way the bytes take (`engine.weights.hub`). Fails with ConfigError and WeightsError; an
-interrupted download goes on with the next run.
+result. `engine.weights.hub` transfers the bytes. Raises ConfigError and WeightsError; an
+interrupted download continues with the next run.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def download(
 
 
 def choose_models(models: list[str], config: Config | None, revision: str | None) -> Wanted:
-    """Return what to download: what was named, at the revision that the configuration pins for it, or all it names.
+    """The models to download: the named ones, at the revisions in the configuration, or all in the configuration.
 
     Raises ConfigError.
     """
@@ -125,7 +125,7 @@ def cache_dir(config: Config | None, environment: Mapping[str, str]) -> Path | N
 
 
 def reporter(plan: Plan, console: Console) -> Reporter:
-    """Return what suits `console`."""
+    """The progress display for `console`."""
     return Bars(plan, console) if console.is_terminal else Lines(plan, console)
 
 

@@ -1,4 +1,4 @@
-"""One exception tree for everything a client may be told, and its rendering in OpenAI's shape.
+"""One exception tree for all errors of clients, rendered in OpenAI's format.
 
     GatewayError
     +- BadRequest (400)
@@ -180,7 +180,7 @@ class Conflict(GatewayError):
 
 
 class Cancelled(GatewayError):
-    """Somebody entitled to it ended the generation by another request."""
+    """Another request of a caller entitled to it ended the generation."""
 
     status = 409
     type = "invalid_request_error"
@@ -271,7 +271,7 @@ def from_validation(error: ValidationError, data: Any) -> BadRequest:
 
 
 def _path(report: Any, data: Any) -> str:
-    """Return where a report points, without the names of Python types that pydantic puts in between."""
+    """The path in a validation report, without the names of Python types that pydantic adds."""
     path = ""
     last = len(report["loc"]) - 1
     for number, part in enumerate(report["loc"]):

@@ -47,5 +47,5 @@ class FairThreads(fair_slots.FairThreads):
     """Threads for the current task's key."""
 
     async def run(self, work: Callable[[], _T]) -> _T:
-        """Return what `work` returns, run in a thread. Raises what it raises."""
+        """The result of `work`, run in a thread. Raises what it raises."""
         return await self.run_for(work, _key_id.get())

@@ -1,9 +1,9 @@
 """Images in messages: checked, fetched, and put into the request as data, so that engines fetch nothing.
 
-What an image is, its content says, not its label. Its size is read from its head before anything is decoded; then it
-is decoded once, in a thread, so that an engine never meets one that can't be. Cheap checks come before dear ones, and
-all of what came along is checked before anything is fetched. Leaves out audio, video and files by id. Fails with
-BadRequest, which names the part; what decoders and other servers say about it is told to nobody.
+What an image is, its content says, not its label. Its size is read from its head before anything is decoded; then it is
+decoded once, in a thread, so that an engine never meets one that can't be. Cheap checks come before expensive ones, and
+all of what came along is checked before anything is fetched. Does not handle audio, video and files by id. Raises
+BadRequest, which names the part; what decoders and other servers say about it is not reported.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class _Picture:
 
 
 def with_images(run: Run, request: GenerationRequest, meter: Meter, images: Images) -> AsyncGenerator[Event, None]:
-    """Return what `run` makes of `request` once its images are in it as data.
+    """The events of `run` for `request` with its images as data.
 
     Before its first event it raises what `inlined` raises.
     """
@@ -106,7 +106,7 @@ async def inlined(request: GenerationRequest, meter: Meter, images: Images) -> G
 
 
 class Images:
-    """See the module. One instance serves the whole process and bounds what is decoded at once."""
+    """Checks and fetches the images of requests. One instance bounds what the whole process decodes at once."""
 
     def __init__(self, settings: ImageSettings, fetcher: Fetcher) -> None:
         self._settings = settings
@@ -197,7 +197,7 @@ class Images:
                 scans = picture.content.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 1
         except Image.DecompressionBombError:
             raise self._too_many_pixels(picture) from None
-        except Exception:  # decoders raise all sorts on what strangers send, and none of it is for clients
+        except Exception:  # decoders raise any error on untrusted data, and clients get none of it
             raise picture.refusal("it is not an image in PNG, JPEG, WebP or GIF format") from None
         if scans > _MAX_SCANS:
             raise picture.refusal(f"it has more than {_MAX_SCANS} scans")
@@ -222,7 +222,7 @@ def _decode(picture: _Picture) -> None:
 
 
 def _write_data_url(picture: _Picture) -> None:
-    """Write the URL anew: what the client wrote in it, other parsers may read otherwise."""
+    """Write the URL again: what the client wrote in it, other parsers may read otherwise."""
     with Image.open(io.BytesIO(picture.content), formats=_FORMATS) as image:
         media_type = _MEDIA_TYPES[image.format or "PNG"]
     picture.url = f"data:{media_type};base64,{base64.b64encode(picture.content).decode()}"

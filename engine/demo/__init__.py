@@ -6,7 +6,7 @@ that it was trained on, so that a test can send each one and require the answer 
 Left out: training, which is `python -m engine.demo.train` and needs torch and transformers; nothing here
 does.
 
-Fails with `OSError` when a file is missing, with `yaml.YAMLError` when corpus.yaml does not parse, and with
+Raises `OSError` when a file is missing, with `yaml.YAMLError` when corpus.yaml does not parse, and with
 `KeyError` or `TypeError` when an entry lacks a field or has one too many.
 """
 
@@ -88,7 +88,7 @@ class Conversation:
     tools: tuple[Message, ...] = ()
     """Tool definitions in OpenAI's format, sent with every request of the conversation."""
     swap: tuple[str, tuple[str, ...]] | None = None
-    """(word, words): while training, any of `words` may stand in the place of `word`."""
+    """(word, words): while training, any of `words` may replace `word`."""
 
     def exchanges(self) -> list[Exchange]:
         """Return one exchange per assistant message; each brings the exact messages before it."""

@@ -9,7 +9,7 @@ floats in another order and gives other weights, which need not pass: see README
 Left out: GPUs, resuming, validation on unseen text (memory is the goal here), and the check through vLLM,
 which the engine's tests do.
 
-Fails with `SystemExit` when the answers are not all reproduced; nothing is written then.
+Raises `SystemExit` when the answers are not all reproduced; nothing is written then.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 vLLM keeps its attention weights to itself, so the checkpoint that an engine serves is run a second time, elsewhere
 (`engine.inspector.transformers_inspector`). Here is where that checkpoint lies and what it measures, which needs
-nothing loaded. Leaves out images and tools. Fails with EngineError.
+nothing loaded. Does not handle images and tools. Raises EngineError.
 """
 
 from __future__ import annotations
@@ -110,11 +110,11 @@ class Inspector(Protocol):
         """
 
     async def close(self) -> None:
-        """End the process. Whoever waits for it gets EngineUnavailable. Idempotent."""
+        """End the process. Callers that wait for it get EngineUnavailable. Idempotent."""
 
 
 def find_checkpoint(source: Source) -> str | None:
-    """Return where a checkpoint lies on this machine, None where it is yet to be fetched."""
+    """The path of a checkpoint on this machine, None if it has to be fetched."""
     from engine.local.async_llm import local_path
 
     found = local_path(source.model, source.revision)
@@ -129,7 +129,7 @@ def find_checkpoint(source: Source) -> str | None:
 
 
 def read_shape(path: str, source: Source) -> Shape:
-    """Return the measures of the checkpoint at `path`. Raises InvalidRequest where it does not tell them."""
+    """Return the measures of the checkpoint at `path`. Raises InvalidRequest if they are missing."""
     try:
         config = orjson.loads((Path(path) / "config.json").read_bytes())
         config = config.get("text_config") or config.get("llm_config") or config
@@ -139,7 +139,7 @@ def read_shape(path: str, source: Source) -> Shape:
     length = min(filter(None, (own, source.max_model_len)), default=0)
     if not (layers and heads and length):
         raise InvalidRequest(
-            "This model can't be inspected: its config.json does not tell its layers, heads and context length.",
+            "This model can't be inspected: its config.json does not have its layers, heads and context length.",
             "model",
             "model_not_supported",
         )

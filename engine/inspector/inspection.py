@@ -1,9 +1,9 @@
 """What a model thinks of each token: transformers with eager attention, one forward pass per step.
 
 A step gives the distribution that its token was drawn from (its entropy and its ten best tokens) and the last token's
-row of attention weights in one layer. The prompt goes through in chunks, so that nobody who leaves is waited for long.
-Runs inside the inspector's process (`engine.inspector.inspector_process`); nothing else imports this module. Leaves out
-images, tools and batching. Fails with InvalidRequest where the request is at fault.
+row of attention weights in one layer. The prompt goes through in chunks, so that a request that was left ends soon.
+Runs inside the inspector's process (`engine.inspector.inspector_process`); nothing else imports this module. Does not
+handle images, tools and batching. Raises InvalidRequest where the request is at fault.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _POWERS = 10.0 ** np.arange(23)  # all of them exact
 Answer = tuple[Any, ...]
 """The head of an answer, and the JSON documents behind it."""
 BUSY: Answer = ({"kind": "busy"},)
-"""Something was done that nobody sees; there is more to do."""
+"""A step without an event was done. There are more steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +115,7 @@ class Subject:
         self._texts: dict[int, str] = {}
 
     def _end_tokens(self) -> frozenset[int]:
-        """Return what ends a turn: vLLM stops at the tokenizer's token and at those of the generation config."""
+        """The tokens that end a turn: vLLM stops at the tokenizer's token and at those of the generation config."""
         named = getattr(self._model.generation_config, "eos_token_id", None)
         tokens = named if isinstance(named, list) else [named]
         return frozenset(token for token in (*tokens, self._tokenizer.eos_token_id) if token is not None)
@@ -248,7 +248,7 @@ class _Context:
     def read(self, ids: list[int]) -> Generator[Answer, None, Any]:
         """Read on to the end of `ids`, the last token alone, and return what the model makes of it.
 
-        A text longer than the context moves through it, and every position in it then changes: it is read anew.
+        A text longer than the context moves through it, and every position in it then changes: it is read again.
         """
         start = max(0, len(ids) - self._max_model_len)
         if start != self._start:

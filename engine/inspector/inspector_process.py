@@ -1,4 +1,4 @@
-"""The process that models are inspected in. Run by `engine.inspector.transformers_inspector`, never by hand.
+"""The process that models are inspected in. Only `engine.inspector.transformers_inspector` runs it.
 
 Takes requests on standard input and answers each on standard output until its input ends. A message is its length in
 four bytes, then lines of JSON; the first line of an answer says what kind it is:
@@ -6,10 +6,10 @@ four bytes, then lines of JSON; the first line of an answer says what kind it is
     load       the checkpoint at `path`             loaded
     trace      begin to generate                    busy, step (two more lines: token, trace) or reply
     attention  begin to compute a matrix            busy or attention (one more line: the matrix)
-    next       go on with what was begun            as above
+    next       continue with what was begun            as above
     any                                             refused (the request's fault) or failed (anything else)
 
-It does one step per message, so whoever stops asking has stopped it. Where the CPU is short it waits for the engine,
+It does one step per message, so a caller that stops asking stops it. Where the CPU is short it waits for the engine,
 and it dies with the gateway.
 """
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 LENGTH = struct.Struct(">I")
 _NICENESS = 10
-"""Whoever inspects waits for those who are served, not they for him."""
+"""Generation comes before inspection."""
 
 
 def main(device: str, threads: int) -> None:

@@ -2,7 +2,7 @@
 
 The process (`engine.inspector.inspector_process`) is started at the first request, serves one at a time, and ends when
 it has been idle. It is asked for each step, so a client that leaves has stopped it within one; one that hangs is
-killed, and the next request gets another. This module stays free of torch. Fails with InvalidRequest, with
+killed, and the next request gets another. This module does not import torch. Raises InvalidRequest,
 EngineOverloaded when too many wait, with EngineUnavailable when there is nothing to load or a request takes too long,
 and with EngineDied.
 """
@@ -96,12 +96,12 @@ class _Turn:
     def __init__(self) -> None:
         self.ended = False
         self.work: asyncio.Future[Any] | None = None
-        """What the process is doing. It outlives whoever waits for it: a question must have had its answer before the
+        """The current work of the process. It outlives its request, because each question must be answered before the
         next is asked."""
 
 
 class TransformersInspector:
-    """See the module."""
+    """An inspector whose process holds the models."""
 
     def __init__(
         self,
@@ -228,7 +228,7 @@ class TransformersInspector:
 
     def _after_work(self, work: asyncio.Future[Any]) -> None:
         if not work.cancelled():
-            work.exception()  # nobody is left who could be told
+            work.exception()  # no caller is left to report it to
         self._release()
 
     def _release(self) -> None:
@@ -244,7 +244,7 @@ class TransformersInspector:
             self._process.kill()
 
     async def _run(self, turn: _Turn, work: Coroutine[Any, Any, _T]) -> _T:
-        """Return what `work` does with the process. Raises EngineUnavailable when the turn is over."""
+        """The result of `work` with the process. Raises EngineUnavailable when the turn is over."""
         if turn.ended:
             work.close()
         else:

@@ -1,6 +1,6 @@
 """Building, watching and closing vLLM's `AsyncLLM`: what engines of every kind in this process share.
 
-Uses the engine level only, never vLLM's own server. Leaves out what is done with it: `engine.local.embedded` generates,
+Uses the engine level only, never vLLM's own server. Its users: `engine.local.embedded` generates,
 `engine.local.pooling` makes embeddings. The death of an EngineCore ends every request and every wait at once
 (`engine.local.core_processes`). A frozen core only shows in `check_health`, which waits for the core's own answer and
 so hangs with it: callers bound it.
@@ -91,7 +91,7 @@ def _set_environment(wanted: dict[str, str]) -> None:
 
 
 def _is_cpu_build() -> bool:
-    """Tell the CPU wheel from the CUDA one without importing torch: it is installed under a name of its own."""
+    """Whether this is the CPU wheel, by its distribution name, without importing torch."""
     from importlib import metadata
 
     with contextlib.suppress(metadata.PackageNotFoundError):
@@ -110,7 +110,7 @@ def build_defaults() -> tuple[dict[str, str], dict[str, Any]]:
 
 
 def local_path(model: str, revision: str | None = None) -> str | None:
-    """Return where a model's files are on this machine, or None where they must be fetched from the hub."""
+    """The path of a model's files on this machine, or None if they must be fetched from the hub."""
     if model == "demo":
         return str(DEMO_WEIGHTS)
     if Path(model).is_dir():
@@ -238,7 +238,7 @@ class AsyncLLMEngine(TaskEngine):
             )
 
     def _trace_headers(self, prepared: Prepared) -> Mapping[str, str] | None:
-        """Return the trace that vLLM is to tell of its work in, if it was told where: else it would warn."""
+        """The trace for vLLM's spans, if an endpoint is configured. Without one vLLM would warn."""
         return prepared.trace_headers if self._running().observability_config.otlp_traces_endpoint else None
 
     def _core_processes(self) -> list[Any]:
@@ -257,7 +257,7 @@ class AsyncLLMEngine(TaskEngine):
             collector.put(died())
 
     async def _abort(self, llm: AsyncLLM, request_id: str, collector: RequestOutputCollector | None) -> Any:
-        """Have the core drop a request. Returns the output that nobody has read yet, or None."""
+        """Have the core drop a request. Returns the output that was not read yet, or None."""
         if llm.errored or self._llm is not llm:
             return None
         with contextlib.suppress(Exception):  # a core that is gone has dropped it, and the caller has its own error
@@ -267,7 +267,7 @@ class AsyncLLMEngine(TaskEngine):
         return None
 
     def _failure(self, llm: AsyncLLM, error: Exception) -> EngineError:
-        """Return what a request fails with on an error that no rule knows: the core's death, or a defect."""
+        """The error of a request for an error without a rule: the core died, or a defect."""
         if llm.errored or self._llm is not llm or self._core is None or self._core.ended:
             return died()
         return defect(error)
@@ -319,7 +319,7 @@ class AsyncLLMEngine(TaskEngine):
 
 
 def _in_thread(work: Callable[..., _T], *args: Any) -> asyncio.Future[_T]:
-    """Run something that can't be cancelled; whoever waits for it may leave, and then its failure is nobody's."""
+    """Run something that can't be cancelled. If its caller leaves, its failure is not reported."""
     future = asyncio.ensure_future(asyncio.to_thread(work, *args))
     future.add_done_callback(lambda done: done.cancelled() or done.exception())
     return future

@@ -23,7 +23,7 @@ _MAX_WORDS = 500
 _TEMPLATE = "<template>"
 """The file name of a compiled Jinja template in tracebacks."""
 _IMAGES = "The model can't process these images."
-# Type, how the name of the module that raised it begins, and what the client is told; None: the error's own words.
+# Type, how the name of the module that raised it begins, and the client's message; None: the error's own message.
 _DECLARED: tuple[tuple[type[Exception], str, str | None], ...] = (
     # Decoders raise all sorts on the bytes of an image; the model's processor raises ValueError and prints its input.
     (NotImplementedError, "vllm.multimodal.media", "Images must be data URLs in base64."),
@@ -84,7 +84,7 @@ def defect(error: Exception) -> EngineError:
 
 
 def _refusal(error: Exception, prompt_param: str) -> EngineError | None:
-    """Return what the client is told of an error that it caused, None of one that it did not."""
+    """The client's error for an error that the client caused, else None."""
     from vllm.exceptions import VLLMClientError
 
     if (refusal := _template_words(error)) is not None:
@@ -126,7 +126,7 @@ def _refusal(error: Exception, prompt_param: str) -> EngineError | None:
 
 
 def _template_words(error: Exception) -> str | None:
-    """Return what the client is told of an error inside the model's chat template, None of any other error.
+    """The client's error for an error inside the model's chat template, else None.
 
     vLLM declares these as the client's, and quotes them: what the template's author wrote is for the client, what
     Python says about the template's own code is not.

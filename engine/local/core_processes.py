@@ -75,12 +75,12 @@ class CoreProcesses:
         self._on_end()
 
     def any_died(self) -> bool:
-        """Tell whether one of the processes is gone."""
+        """Whether one of the processes is gone."""
         # By their sentinels: `is_alive` says yes for a moment while a thread of vLLM's reaps the dead one.
         return self.ended or bool(multiprocessing.connection.wait(self._sentinels, timeout=0))
 
     def cpu_time_s(self) -> float | None:
-        """Return what `cpu_time_s` of the module returns."""
+        """CPU seconds of the processes, see `cpu_time_s`."""
         return cpu_time_s(self._processes)
 
 

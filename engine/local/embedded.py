@@ -1,7 +1,7 @@
 """Generation by vLLM's `AsyncLLM` in this process.
 
 An exact count before admission, exact tokens after an abort, and tool calls and reasoning through vLLM's own parsers.
-Leaves out embeddings (`engine.local.pooling`). Fails as `engine.base` says.
+Does not handle embeddings (`engine.local.pooling`). Raises what `engine.base` describes.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ class EmbeddedEngine(AsyncLLMEngine):
     async def _in_turn(
         self, request: GenerationRequest, render: Callable[[GenerationRequest], Coroutine[Any, Any, _T]]
     ) -> _T:
-        """Return what `render` makes of a request.
+        """The result of `render` for a request.
 
         One that takes long, by its images or its length, waits for its turn among those of all keys, and keeps the
         place until it is done: nothing ends it. Raises InvalidRequest, EngineOverloaded.
@@ -233,10 +233,10 @@ class EmbeddedEngine(AsyncLLMEngine):
                     self._count(prepared, rest)
 
     async def _checked_input(self, llm: AsyncLLM, prepared: Prepared) -> Any:
-        """Return what vLLM takes as the prompt; with a grammar it is checked already, in a thread.
+        """The prompt in vLLM's form. A grammar is checked before, in a thread.
 
-        To check a grammar is to compile it, which takes half a second at worst and would hold up everybody. What takes
-        longer, there or in the core, has been refused by then.
+        To check a grammar is to compile it, which takes half a second at worst and would hold up all requests. What
+        takes longer, there or in the core, has been refused by then.
         """
         job: _Job = prepared.payload
         if job.sampling_params.structured_outputs is None:

@@ -1,4 +1,4 @@
-"""The process that grammars are tried in. Run by `engine.local.grammar_trials`, never by hand.
+"""The process that grammars are tried in. Only `engine.local.grammar_trials` runs it.
 
 Takes requests on standard input and answers each on standard output until its input ends. A message is its length in
 four bytes, then a pickle: first vLLM's configuration, then constraints, each answered with a word:
@@ -66,7 +66,7 @@ class _Trials:
         return self._backends[name]
 
     def judge(self, constraint: StructuredOutputsParams) -> str:
-        """Return what the module says, from a fork."""
+        """The answer of a fork."""
         reads, writes = os.pipe()
         child = os.fork()
         if not child:
@@ -151,7 +151,7 @@ def _bound_this_process() -> None:
 
 
 def _word_from(pipe: int) -> str:
-    """Return what a fork says. One that ends without a word has reached its limits."""
+    """The answer of a fork. A fork that ends without one has reached its limits."""
     ready, _, _ = select.select([pipe], [], [], _MOST_TRIAL_S)
     return (os.read(pipe, 64).decode() or "compile") if ready else "late"
 

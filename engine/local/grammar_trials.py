@@ -3,7 +3,7 @@
 A constraint of 28 characters can make the core search for seconds for the tokens that may come next, once per token and
 for all of its requests, and one of 40 take all the threads that compile grammars. Neither shows in a constraint's size,
 nor can either be stopped once begun. So each constraint is first compiled and walked through where it can be stopped
-(`engine.local.grammar_process`), and what came of it is remembered. Fails with InvalidRequest, which says what is too
+(`engine.local.grammar_process`), and what came of it is remembered. Raises InvalidRequest, which says what is too
 much, and EngineOverloaded.
 """
 
@@ -39,7 +39,7 @@ _MAX_TRIAL_S = 120.0
 _REASONS = {
     "compile": "it takes too long to be compiled to a grammar. Make it smaller: fewer properties, alternatives and "
     "repetitions, lower bounds of lengths",
-    "tokens": "it leaves too many ways to go on, and takes too long for each token. Use fewer repetitions within "
+    "tokens": "it leaves too many ways to continue, and takes too long for each token. Use fewer repetitions within "
     "repetitions, and fewer alternatives that begin alike",
 }
 
@@ -83,7 +83,7 @@ class GrammarTrials:
             try:
                 async with asyncio.timeout(_MAX_WAIT_S), turn:
                     await self._turn.acquire()
-                    # Whoever leaves does not stop a trial: the process would have to begin again.
+                    # A caller that leaves does not stop a trial: the process would have to begin again.
                     self._trial = asyncio.create_task(self._try(digest, pickle.dumps(constraint)))
                     self._trial.add_done_callback(lambda done: done.cancelled() or done.exception())
                     await asyncio.shield(self._trial)

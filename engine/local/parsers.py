@@ -1,7 +1,7 @@
 """Which of vLLM's parsers reads a model's tool calls and its reasoning, found from the model itself.
 
 The chat template decides, because it teaches the model its own format and travels with fine-tunes; the model's type
-comes second. The names are vLLM 0.32's. Leaves out models whose format neither tells: name their parsers in the
+comes second. The names are vLLM 0.32's. Does not handle models whose format neither shows: name their parsers in the
 configuration. vLLM is imported only when it is asked for its own parsers.
 """
 

@@ -1,6 +1,6 @@
 """Embeddings by vLLM's `AsyncLLM` in this process, built with `runner="pooling"`.
 
-One prompt per input, run side by side in the engine's batch. Leaves out classification and scoring. Fails as
+One prompt per input, run side by side in the engine's batch. Does not handle classification and scoring. Raises what
 `engine.base` says.
 """
 

@@ -37,12 +37,12 @@ _FIELDS = (*PARAMETERS, "request_id", "cache_salt", "priority", "stream", "struc
 """Fields that a GenerationRequest and both of vLLM's requests have in common."""
 _CHAT_FIELDS = ("tools", "tool_choice", "parallel_tool_calls", "reasoning_effort", "logprobs", "top_logprobs")
 COUNTED_CONTEXTS = 4
-"""How many times its context a prompt may take and still be tokenized: one thread does it for everybody."""
+"""How many times its context a prompt may take and still be tokenized: one thread does it for all requests."""
 _LONG_CHARS = 131_072
 _CALL_CHARS = 200
 """What a tool call costs beside its arguments, as if it were text."""
 _MAX_WHITE_SPACE = 20
-"""Characters in one place: a new line, and an indentation that nobody exceeds."""
+"""Characters in one place: a new line, and an indentation deeper than any in use."""
 _SOURCE = re.compile(r"\[[\d:]+\] \S+:\d+: ")
 """Where in its own source a compiler of grammars gave up."""
 
@@ -52,7 +52,7 @@ def keep_images(llm: AsyncLLM, cache_gb: float | None) -> None:
 
     vLLM's cache is in two halves, here and in the core, and the core is sent each image once. That assumes that every
     image rendered reaches the core, in that order. Here a request may be refused, left, reordered or only counted
-    after it was rendered, and then the core misses the image for everybody who sends it. So the engine is built
+    after it was rendered, and then the core misses the image in every request that has it. So the engine is built
     without that cache, and images are kept here whole, as vLLM does for several front ends.
     """
     from vllm.config.multimodal import MultiModalConfig
@@ -98,7 +98,7 @@ class Renderer:
             chat_template=None,
             chat_template_content_format="auto",
             enable_auto_tools=bool(tool_parser),
-            # Told that it may not call, a model should not be shown what it could have called.
+            # A model that may not call tools should not see them.
             exclude_tools_when_tool_choice_none=True,
             tool_parser=tool_parser or None,
             reasoning_parser=reasoning_parser or None,

@@ -22,7 +22,7 @@ class _Trial(AsyncLLMEngine):
 
 
 def judge(model: str, args: dict[str, Any], revision: str | None, trust_remote_code: bool) -> str | None:
-    """Return what vLLM has against an engine's settings, in one line."""
+    """vLLM's objection to an engine's settings, in one line."""
     try:
         trial = _Trial(model, args, revision=revision, trust_remote_code=trust_remote_code)
         if local_path(model, revision) and not trust_remote_code:  # `shannon serve` runs that code, this does not

@@ -1,8 +1,8 @@
 """vLLM's Prometheus metrics, for several engines in one process.
 
-vLLM registers its metrics anew with every AsyncLLM and takes down those of the one before, whose counters then go
+vLLM registers its metrics again with every AsyncLLM and takes down those of the one before, whose counters then go
 nowhere. Here each engine's are moved out of the way as soon as they exist, and one collector shows them all, merged
-by name. Leaves out the metrics of engines that were closed.
+by name. Does not handle the metrics of engines that were closed.
 """
 
 from __future__ import annotations

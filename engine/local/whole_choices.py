@@ -1,7 +1,7 @@
 """Several choices that are wanted whole, put together from their pieces.
 
 vLLM gives final outputs of several choices only when all of them have ended. A choice that failed would be known no
-sooner, while the others run on for nobody. So several choices are always asked for in pieces.
+sooner, while the others continue unread. So several choices are always asked for in pieces.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ Policy = Literal["fair", "fifo"]
 
 
 def spare_slots(slots: int) -> int:
-    """Return how many of an engine's slots one flow leaves free for others: an eighth, at least one where it can."""
+    """The number of an engine's slots that one flow leaves free for others: an eighth, and at least one if possible."""
     return min(slots - 1, max(1, slots // 8))
 
 
@@ -43,7 +43,7 @@ class QueuedEngine(EngineWrapper):
         max_in_flight: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`max_in_flight` None means as many sequences as the engine runs at once, or no bound where nobody knows.
+        """`max_in_flight` None means as many sequences as the engine runs at once, or no bound if that is unknown.
 
         `in_flight_per_flow` None leaves `spare_slots` to others while others are about, so that a newcomer need not
         wait until one of a flood's long generations ends; a flow that is alone may have the whole batch. `fifo` is for

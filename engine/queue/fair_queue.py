@@ -4,7 +4,7 @@ Requests hold slots of the engine's batch, one per sequence. A free slot goes to
 the flow with the least counter, there to the request that came first. The counter is the virtual token counter of
 Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024): tokens served, those of the prompt charged on
 admission and those of the completion as they are made. A flow that waits again after a pause is lifted to the least of
-those that wait, so that nobody saves up a right to the whole engine.
+those that wait, so that no flow saves up a right to the whole engine.
 
 A flow holds at most `flow_slots` at once and is passed over meanwhile. While others are about (they run, wait or have
 left within the last minute) it leaves `spare_slots` free for them as well. It may have as many requests waiting as
@@ -12,7 +12,7 @@ there are free places (the dynamic threshold of Choudhury and Hahne, 1998): alon
 third each, and a newcomer always finds a place. A request whose turn it is but which needs more slots than are free is
 waited for: overtaken by small ones it might never run.
 
-Knows no engine, and of the event loop only the future that it resolves. Fails with EngineOverloaded.
+Knows no engine, and of the event loop only the future that it resolves. Raises EngineOverloaded.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Ticket:
     _flow: _Flow
     admitted_at: float | None = None
     turn: asyncio.Future[None] | None = None
-    """Resolved on admission. Whoever waits for it puts it here."""
+    """Resolved on admission. The waiting request sets it."""
     place: int = 0
     index: int = 0
     """How many wait in front of it, over all flows plus one and in its own, as of the last forecast."""
@@ -88,7 +88,7 @@ class Ticket:
 
 
 class FairQueue:
-    """See the module. Whoever enters must leave, however the request ends."""
+    """Requests in order of service. Every request that enters must leave, however it ends."""
 
     def __init__(
         self,
@@ -187,7 +187,7 @@ class FairQueue:
             flow.base = max(flow.base, last.base)
 
     def _most_slots(self) -> float:
-        """Return how many slots one of the flows that are not idle may hold now."""
+        """The number of slots that one active flow may hold now."""
         if len(self._flows) > 1:
             return self._shared_flow_slots
         last = next(reversed(self._idle.values()), None)
@@ -246,7 +246,7 @@ class FairQueue:
         if not flow.waiting:
             del self._backlog[flow.priority, flow.name]
 
-    # What follows predicts; nobody's turn depends on it.
+    # The methods below only predict. No request's turn depends on them.
 
     def position(self, ticket: Ticket) -> int:
         """Return the place of a waiting request, 1 being next, as of a moment ago."""
@@ -255,11 +255,11 @@ class FairQueue:
         return max(1, ticket.place)
 
     def wait_s(self, ticket: Ticket) -> float:
-        """Return how long a waiting request is likely to wait from now on."""
+        """The predicted seconds until a waiting request is admitted."""
         return self._predict_s(self.position(ticket), ticket.index)
 
     def _predict_s(self, place: int, index: int) -> float:
-        """Return in how long as many requests will have finished as are in front: of all, or of the flow itself."""
+        """Predict the seconds until every request ahead of this one has finished, in the whole queue or in its flow."""
         return self._pace.slot_s() * max(place / self._slots, (index + 1) / self._most_slots())
 
     def _forecast(self) -> None:

@@ -31,7 +31,7 @@ class FairSlots:
 
     @property
     def free(self) -> int:
-        """Slots that nobody holds."""
+        """Free slots."""
         return self._free
 
     @property
@@ -49,9 +49,9 @@ class FairSlots:
             self.give_back(key_id)
 
     async def run_for(self, work: Coroutine[Any, Any, _T], key_id: str) -> _T:
-        """Return what `work` returns, in a slot that it keeps until it ends.
+        """The result of `work`, in a slot that it keeps until it ends.
 
-        A caller that is cancelled leaves at once. Work that has begun goes on without it, so that leaving and coming
+        A caller that is cancelled leaves at once. Work that has begun continues without it, so that leaving and coming
         back gains nothing; work that has not begun never does.
         """
         try:
@@ -64,7 +64,7 @@ class FairSlots:
         def on_end(done: asyncio.Future[_T]) -> None:
             self.give_back(key_id)
             if not done.cancelled():
-                done.exception()  # it may be that nobody is left who could be told
+                done.exception()  # the caller may have left
 
         running.add_done_callback(on_end)
         return await asyncio.shield(running)
@@ -135,7 +135,7 @@ class FairThreads:
         self._slots = FairSlots(threads, spare=False)
 
     async def run_for(self, work: Callable[[], _T], key_id: str) -> _T:
-        """Return what `work` returns, run in a thread for a key. Raises what it raises."""
+        """The result of `work`, run in a thread for a key. Raises what it raises."""
         loop = asyncio.get_running_loop()
         await self._slots.take_for(key_id)
 

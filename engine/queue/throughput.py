@@ -1,6 +1,6 @@
 """How fast an engine gets through requests, measured: what predictions about its queue rest on.
 
-Leaves out the predicting. Never fails.
+The prediction itself is in `engine.queue.fair_queue`. Raises nothing.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Pace:
     def slot_s(self) -> float:
         """Return the slot-seconds of a request: the mean of the finished, or the mean so far of the running if more.
 
-        The latter tells at once when longer requests have come. Nothing is known, and 0.0 returned, before any ran.
+        The latter changes at once when requests become longer. Nothing is known, and 0.0 returned, before any ran.
         """
         finished = self._slot_s / len(self._finished) if self._finished else 0.0
         running = (self._slots * self._clock() - self._since) / self._running if self._running else 0.0

@@ -12,7 +12,7 @@ anything that speaks the protocol.
     tokenizer.py         prompts counted by them
 
 Every generation is streamed from the replica, whatever the client asked for: leaving it closes the connection, which
-aborts it there, and tokens are counted as they come. Where the server tells the usage with each frame, as vLLM does,
+aborts it there, and tokens are counted as they come. If the server reports the usage with each frame, as vLLM does,
 the count after an abort is exact up to what it had sent by then: the few tokens that it makes until it notices are not
 in it. Prompts are counted by the replica's /tokenize; where that does not answer, `Usage.estimated` is set until the
 server tells.
@@ -22,7 +22,7 @@ until the end of a whole answer. Afterwards every failure is EngineDied, with no
 attempts spent is on no key's bill, but in `Replica.discarded_tokens`.
 
 Replicas that can't be reached are no failure of this engine: `start` returns without them and `check_health` is
-content, because building this engine anew, or ending the process, mends nothing elsewhere. Requests get
+content, because rebuilding this engine, or ending the process, repairs nothing on another server. Requests get
 EngineUnavailable meanwhile, and a replica takes part from the moment it answers.
 
 Every wait ends: connecting, a silence and a queue by the settings, tokenizing, probes and the ends of streams by fixed
@@ -107,7 +107,7 @@ class RemoteEngine(TaskEngine):
     ) -> None:
         """`urls` end with /v1; `model` is the name there. `gateway.settings.config.RemoteSettings` explains the others.
 
-        `resolve` looks names up, `clock` is the breakers', `transport` stands in for the network. Raises EngineError.
+        `resolve` looks names up, `clock` is for the breakers, `transport` replaces the network. Raises EngineError.
         """
         self.max_num_seqs: int | None = None
         self.takes_images = takes_images
@@ -137,12 +137,12 @@ class RemoteEngine(TaskEngine):
 
     @property
     def replicas(self) -> list[Replica]:
-        """The replicas, for whoever wants to see how they are."""
+        """The replicas, for health checks and metrics."""
         return self._pool.replicas
 
     @property
     def max_model_len(self) -> int:
-        """As set, or the least that a replica has told. Raises EngineUnavailable while none has."""
+        """As set, or the least that a replica has reported. Raises EngineUnavailable while none has."""
         told = [replica.max_model_len for replica in self._pool.replicas if replica.max_model_len]
         if self._max_model_len is None and not told:
             raise EngineUnavailable("No server of this model has answered yet. Try again shortly.")
@@ -198,7 +198,7 @@ class RemoteEngine(TaskEngine):
             return
         if self._max_model_len is None and replica.max_model_len is None:
             log.warning(
-                "replica %s does not tell the context length; unless /tokenize does, set max_model_len", replica.url
+                "replica %s does not report the context length; unless /tokenize does, set max_model_len", replica.url
             )
         if replica.breaker.state == "open":  # it may be another server now
             replica.refused.clear()

@@ -2,7 +2,7 @@
 
 Servers differ in line ends (LF, CRLF, CR), in the space after the colon, in other fields between the data lines, in
 comments, a byte order mark, blank lines that are missing, and frames that span several data lines. Some answer a
-stream request with one JSON document, some put a JSON document on a line of its own to tell of an error. A frame is
+stream request with one JSON document, some put a JSON document on a line of its own to report an error. A frame is
 handed over as soon as its JSON is whole, without waiting for the blank line behind it.
 
 Frames that are not JSON are an AttemptFailed, and end the answer. What is no stream at all, a page of HTML say, has no

@@ -50,7 +50,7 @@ Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 
 
 class Http1Transport(httpx.AsyncBaseTransport):
-    """See the module."""
+    """An httpx transport with a pool of HTTP/1.1 connections."""
 
     def __init__(
         self,
@@ -163,7 +163,7 @@ class Http1Transport(httpx.AsyncBaseTransport):
         raise failure
 
     async def aclose(self) -> None:
-        """Break every connection; whoever reads from one gets httpx.ReadError."""
+        """Break every connection. Readers get httpx.ReadError."""
         self._closed = True
         for connection in tuple(self.connections):
             connection.abort(httpx.ReadError("the transport was closed"))
@@ -213,7 +213,7 @@ class _Connection(asyncio.Protocol):
         return ended and not self._paused and self._error is None and not self.closed
 
     def is_silent(self) -> bool:
-        """Return whether the kernel has nothing of the server's either: no byte, no end, no error."""
+        """Whether the kernel has nothing of the server's either: no byte, no end, no error."""
         if self._transport is None or self._transport.is_closing():
             return False
         poll = select.poll()
@@ -242,7 +242,7 @@ class _Connection(asyncio.Protocol):
             self._transport.write(data)
 
     async def read(self) -> bytes:
-        """Return what has arrived of the body, at least a byte; nothing at its end."""
+        """The next bytes of the body, none at its end."""
         while not self._chunks:
             if self._complete:
                 return b""
@@ -250,7 +250,7 @@ class _Connection(asyncio.Protocol):
         return self.take()
 
     def take(self) -> bytes:
-        """Return what has arrived of the body and was not read."""
+        """The buffered, unread bytes of the body."""
         data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
         self._chunks.clear()
         self.waiting_bytes = 0
@@ -317,7 +317,7 @@ class _Connection(asyncio.Protocol):
         self._wake()
 
     def _is_framed(self) -> bool:
-        """Return whether the response itself says where it ends."""
+        """Whether the response itself says where it ends."""
         return any(
             name.lower() == b"content-length"
             or (name.lower() == b"transfer-encoding" and value.lower().rstrip().endswith(b"chunked"))
@@ -325,7 +325,7 @@ class _Connection(asyncio.Protocol):
         )
 
     def _is_plainly_framed(self) -> bool:
-        """Return whether every parser sees the same end of the response, by its head."""
+        """Whether every parser sees the same end of the response, by its head."""
         fields = [(name.lower(), value) for name, value in self.headers]
         codings = [value.strip().lower() for name, value in fields if name == b"transfer-encoding"]
         if codings and (codings != [b"chunked"] or self._parser.get_http_version() != "1.1"):
@@ -340,7 +340,7 @@ class _Connection(asyncio.Protocol):
         self.headers = []
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self._head_complete:  # trailers are nobody's
+        if not self._head_complete:  # trailers are not used
             self.headers.append((name, value))
         elif name.lower() in (b"transfer-encoding", b"content-length"):
             self._is_plain = False

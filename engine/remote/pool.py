@@ -12,7 +12,7 @@ alone; it gets a smaller share of the requests, twice as small with each sign th
 share over time.
 
 `Pool` chooses the replica with the least load, or the one that a conversation is kept to. `Attempts` says where a
-request may be tried next, and with which error it has failed for good. Does no I/O, and does not know the load that
+request may be tried next, and with which error it has failed permanently. Does no I/O, and does not know the load that
 others put on the same replicas. Raises the errors of `engine.base`.
 """
 
@@ -41,9 +41,9 @@ _BACKOFF_S = 0.1
 _UNEVEN_FACTOR, _UNEVEN_REQUESTS = 2, 8
 """A conversation leaves its replica when that has more than so many times the least load, plus so many requests."""
 _MAX_WEIGHT = 16.0
-"""A busy replica still gets a sixteenth of an idle one's share, or nobody would notice that it has room again."""
+"""A busy replica still gets a sixteenth of an idle one's share, or its recovery would not be noticed."""
 _HALVING_S = 5.0
-"""How fast its share comes back where it does not tell when to come again."""
+"""How fast its share comes back if it sends no Retry-After."""
 _MAX_HALVING_S = 60.0
 _LOG_EVERY_S = 60.0
 """A fault that repeats is logged this often."""
@@ -54,7 +54,7 @@ class Rule:
     """What an outcome means for the request and for the replica."""
 
     others: Literal["all", "one"]
-    """How many other replicas may be tried; "one" where the request may break whoever gets it."""
+    """How many other replicas may be tried; "one" where the request may break every replica that gets it."""
     again: bool
     """The same replica, if it is the only one, may serve the request a moment later."""
     evidence: Literal["none", "doubt", "proof"]
@@ -179,7 +179,7 @@ class Replica:
     refused: set[str] = field(default_factory=set)
     """Optional request fields that it does not take."""
     discarded_tokens: int = 0
-    """Prompt and completion tokens of attempts whose answer nobody got; no key pays for them."""
+    """Prompt and completion tokens of attempts whose answer reached no client. No key pays for them."""
     _weight: float = 1.0
     _weighed_at_s: float = 0.0
     _halving_s: float = _HALVING_S
@@ -203,7 +203,7 @@ class Replica:
         return self.weight * (self.in_flight + 1) - 1
 
     def note_busy(self, retry_after_s: float | None) -> None:
-        """Halve its share of the requests. The share comes back over a time like the one that it tells."""
+        """Halve its share of the requests. The share comes back over about the time of its Retry-After."""
         self._weight = min(2 * self.weight, _MAX_WEIGHT)
         self._weighed_at_s = self.breaker.clock()
         self._halving_s = _HALVING_S if retry_after_s is None else min(max(retry_after_s, 1.0), _MAX_HALVING_S)
@@ -299,7 +299,7 @@ class Attempts:
         raise self._verdict() from last
 
     def fail(self, replica: Replica, failure: AttemptFailed, *, late: bool = False) -> None:
-        """Note that the request has failed at `replica`; `late` tells that it was after the first token."""
+        """Record that the request has failed at `replica`. `late`: after the first token."""
         self._failures.append((replica, failure))
         if failure.rule.evidence == "proof":
             self._unproven.append((replica, late))

@@ -41,15 +41,15 @@ _FINISH_REASONS: dict[str, FinishReason] = {
 class Reply:
     """The answer to one generation, as one replica gives it. Keeps `prepared.usage` up to date.
 
-    A server that tells the usage with every frame is taken at its word. Else tokens are estimated, at least one for
+    The usage of a server that reports it with every frame is used. Otherwise tokens are estimated, at least one for
     each frame with content, and the usage is marked as estimated until the server tells the sum at the end. What can't
-    be true of a context of `context_tokens` is not believed, and an answer that goes on far beyond it is no answer.
+    be true of a context of `context_tokens` is not believed, and an answer that continues far beyond it is no answer.
     """
 
     def __init__(
         self, prepared: Prepared, request: GenerationRequest, *, estimated: bool, context_tokens: int = _NO_COUNT
     ) -> None:
-        """`estimated` tells that the prompt's tokens are. What an attempt before this one spent is forgotten."""
+        """`estimated`: the prompt token count is an estimate. Usage of earlier attempts is discarded."""
         self._context_tokens = context_tokens
         self.started = False
         """A token has been generated."""
@@ -85,7 +85,7 @@ class Reply:
         return deltas, None
 
     def read(self, frame: Any) -> list[Delta]:
-        """Return what one frame adds, perhaps nothing. Raises AttemptFailed, InvalidRequest."""
+        """The deltas of one frame, perhaps none. Raises AttemptFailed, InvalidRequest."""
         try:
             if is_error(frame):
                 refuse(200, frame, self._request)
@@ -116,7 +116,7 @@ class Reply:
         return deltas
 
     def _told(self, usage: Any) -> dict[str, Any] | None:
-        """Return a usage object that tells both counts. A prompt of nothing is a server's way not to count."""
+        """The usage object if it has both counts. Some servers report a prompt of 0 tokens when they don't count."""
         prompt, completion = read_count(usage, "prompt_tokens"), read_count(usage, "completion_tokens")
         most = _COUNTED_CONTEXTS * self._context_tokens
         if not prompt or completion is None or prompt > most or completion > most * len(self._choices):
@@ -174,11 +174,11 @@ class _Choice:
         """By field, the first half of a surrogate pair whose second has not come."""
 
     def read(self, choice: dict[str, Any], index: int) -> Delta:
-        """Return what a frame adds to this choice. Raises AttemptFailed, and what wrong types raise."""
+        """The delta of a frame for this choice. Raises AttemptFailed, and what wrong types raise."""
         return self._read_chat(choice, index) if self._is_chat else self._read_text(choice, index)
 
     def guess(self, delta: Delta) -> None:
-        """Estimate the tokens of a frame that does not tell: one, or by its length where that is no token's.
+        """Estimate the tokens of a frame without usage: one, or by its length if that is too long for a token.
 
         An end alone is none, as not every server makes a token of it.
         """
@@ -209,7 +209,7 @@ class _Choice:
             _chat_logprobs(logprobs) if logprobs else None,
             self._whole_text("reasoning", given.get("reasoning_content") or given.get("reasoning")),
             calls or (),
-            stop if isinstance(stop, str) else None,  # vLLM tells it, as a string or a token's id
+            stop if isinstance(stop, str) else None,  # vLLM sends it, as a string or a token's id
         )
 
     def _read_text(self, choice: dict[str, Any], index: int) -> Delta:
@@ -286,7 +286,7 @@ def read_count(fields: Any, name: str) -> int | None:
 
 
 def read_vectors(answer: Any, inputs: list[str | list[int]]) -> tuple[list[list[float]], int | None]:
-    """Return the vectors of an embedding answer, in order of `inputs`, and the tokens that they cost if it tells.
+    """Return the vectors of an embedding answer, in order of `inputs`, and their tokens if the answer has them.
 
     Raises AttemptFailed.
     """

@@ -1,7 +1,7 @@
 """The tokenizers of a remote engine's replicas: vLLM's /tokenize and /detokenize.
 
 Counting a prompt is optional: where a tokenizer is missing, fails, hangs, or says what can't be true, the count is
-None, and whoever asked estimates. Nothing here is evidence against the replica. A tokenizer that has failed is not
+None, and the caller estimates. Nothing here is evidence against the replica. A tokenizer that has failed is not
 asked for every request again, but checked with a short prompt of our own: at once where it has answered wrongly, which
 may be the prompt's fault, else after a pause that doubles.
 """
@@ -32,7 +32,7 @@ _MISSING = (401, 403, 404, 405, 501)
 
 
 class RemoteTokenizer:
-    """See the module."""
+    """Counts prompts with the /tokenize of replicas."""
 
     def __init__(self, pool: Pool, upstream: Upstream) -> None:
         self._pool = pool
@@ -41,7 +41,7 @@ class RemoteTokenizer:
         self._checks: dict[Replica, asyncio.Task[None]] = {}
 
     async def count(self, body: dict[str, Any], affinity: str, prompt_bytes: int) -> int | None:
-        """Return how many tokens a prompt of about `prompt_bytes` has, or None when no replica tells."""
+        """The tokens of a prompt of about `prompt_bytes`, or None if no replica counts them."""
         if isinstance(body.get("prompt"), list):
             return len(body["prompt"])
         replica = self._choose(affinity, {"fails", "missing"})

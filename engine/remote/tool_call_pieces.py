@@ -34,7 +34,7 @@ class _Call:
     """Its name came again, without arguments, when it was whole: it may have been a call of the same function."""
 
     def is_whole(self) -> bool:
-        """Return whether the arguments are a complete JSON object."""
+        """Whether the arguments are a complete JSON object."""
         if not self.arguments or not self.arguments[-1].rstrip().endswith("}"):
             return False
         try:
@@ -45,7 +45,7 @@ class _Call:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """What one entry of `tool_calls` says. Empty strings stand for what it leaves out."""
+    """What one entry of `tool_calls` says. Empty strings stand for missing fields."""
 
     index: int | None
     id: str
@@ -56,7 +56,7 @@ class _Piece:
 
 
 class CallPieces:
-    """See the module. `names` are those of the request's tools, if they are known."""
+    """Puts together the tool calls of one choice. `names` are those of the request's tools, if they are known."""
 
     def __init__(self, names: Collection[str] = ()) -> None:
         self._names = frozenset(names)
@@ -69,11 +69,11 @@ class CallPieces:
         self._ids: set[str] = set()
 
     def __bool__(self) -> bool:
-        """Return whether there is any call."""
+        """Whether there is any call."""
         return bool(self._calls)
 
     def add(self, given: Any) -> list[ToolCallDelta]:
-        """Return what the `tool_calls` of a frame add. Raises TypeError, AttributeError where they are none."""
+        """The new pieces in the `tool_calls` of a frame. Raises TypeError, AttributeError where they are none."""
         entries = [entry for entry in (given if isinstance(given, list) else [given]) if entry is not None]
         added: list[ToolCallDelta] = []
         for position, entry in enumerate(entries):
@@ -90,11 +90,11 @@ class CallPieces:
         return added
 
     def are_whole(self) -> bool:
-        """Return whether the arguments of every call are complete JSON."""
+        """Whether the arguments of every call are complete JSON."""
         return all(call.is_whole() for call in self._calls)
 
     def finish(self, *, cut: bool) -> list[ToolCallDelta]:
-        """Return what remains to be handed over at the end. `cut` tells that the length ended the last call."""
+        """The remaining pieces at the end. `cut`: the length ended the last call."""
         added = self._announce_all()
         for call in self._calls:
             if not call.arguments and not cut:
@@ -166,7 +166,7 @@ class CallPieces:
         if name and call.announced and not arguments:
             call.repeated = call.is_whole()
         if call.chars and arguments.startswith("{") and len(arguments) >= call.chars:
-            # No object goes on with a brace like its first one: all of the arguments so far have come again.
+            # No object continues with a brace like its first one: all of the arguments so far have come again.
             arguments = arguments.removeprefix("".join(call.arguments))
         if call.announced:
             return [self._hand_over(call, arguments)] if arguments else []
@@ -175,7 +175,7 @@ class CallPieces:
         return [self._announce(call, arguments)]
 
     def _is_final(self, name: str) -> bool:
-        """Return whether nothing can follow a name: it is a tool's, and no longer tool's begins with it."""
+        """Whether nothing can follow a name: it is a tool's, and no longer tool's begins with it."""
         return name in self._names and not any(other != name and other.startswith(name) for other in self._names)
 
     def _announce_all(self) -> list[ToolCallDelta]:

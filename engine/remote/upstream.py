@@ -71,7 +71,7 @@ class Stream(NamedTuple):
 
 
 class Upstream:
-    """See the module. `model` is the model's name at the replicas."""
+    """Requests to replicas over HTTP. `model` is the model's name at the replicas."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class Upstream:
         resolve: Resolve | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        """`tls` tells whether it is needed, `transport` stands in for the network. Raises EngineError."""
+        """`tls`: whether it is needed, `transport` replaces the network. Raises EngineError."""
         self._resolve = resolve
         self.model = model
         self._headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
@@ -121,7 +121,7 @@ class Upstream:
         )
 
     async def close(self) -> None:
-        """Close all connections; whoever reads from one gets AttemptFailed. Idempotent."""
+        """Close all connections. Readers get AttemptFailed. Idempotent."""
         transport, self._transport = self._transport, None
         if transport is not None:
             await transport.aclose()
@@ -187,7 +187,7 @@ class Upstream:
         assert isinstance(response.stream, httpx.AsyncByteStream)
         if coding not in ("gzip", "deflate"):
             await response.aclose()
-            raise AttemptFailed("failed", "used a content-encoding that nobody asked for")
+            raise AttemptFailed("failed", "used a content-encoding that was not requested")
         response.stream = _Slices(response.stream)
         return response
 
@@ -289,7 +289,7 @@ class Patience:
         """In the event loop's time."""
 
     def note(self, *, got_token: bool, finished: bool) -> None:
-        """Note that something has arrived. Comments show that the server lives, but they may not go on for ever."""
+        """Note that something has arrived. Comments show that the server lives, but they may not continue for ever."""
         now = self._clock()
         if finished:
             if not self._finished:

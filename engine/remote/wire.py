@@ -74,7 +74,7 @@ _NAMED: dict[int, set[str]] = {
         "engine_overloaded",
     },
 }
-"""What servers call an error whose status is not told, in lower case, under `type`, `code` or `status`."""
+"""Names of errors without a status, in lower case, under `type`, `code` or `status`."""
 _FILTERED = {"content_filter", "content_policy_violation", "responsibleaipolicyviolation", "moderation_blocked"}
 _DECLINED = {401, 402, 403, 404, 405, 407, 409, 410, 424, 425, 501}
 """Statuses that may be about this gateway's key, URL or model; any other below 500 is about the request."""
@@ -147,7 +147,7 @@ def embedding_body(request: EmbeddingRequest, model: str) -> dict[str, Any]:
 
 
 def estimate_prompt_tokens(request: GenerationRequest) -> int:
-    """Return about how many tokens the prompt has, where nobody counts them."""
+    """Estimate of the prompt's tokens, for servers that don't count them."""
     if isinstance(request.prompt, list):
         return len(request.prompt)
     if request.prompt is not None:
@@ -227,7 +227,7 @@ def refuse(status: int, answer: Any, request: Request, retry_after_s: float | No
 
 
 def is_error(frame: Any) -> bool:
-    """Return whether a frame, or a body with status 200, is an error."""
+    """Whether a frame, or a body with status 200, is an error."""
     if isinstance(frame, list) and len(frame) == 1:
         frame = frame[0]
     if not isinstance(frame, dict):
@@ -265,7 +265,7 @@ def _detailed(detail: Any) -> Any:
 
 
 def retry_after_s(headers: Mapping[str, str]) -> float | None:
-    """Return how long a server asks to wait: a number of seconds or milliseconds, or a date."""
+    """The seconds that a server asks to wait, from a number of seconds or milliseconds or a date."""
     if _MILLISECONDS.fullmatch(headers.get("retry-after-ms", "")):
         return int(headers["retry-after-ms"]) / 1000
     told = headers.get("retry-after", "")
@@ -278,12 +278,12 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
 
 
 def _words(error: dict[str, Any]) -> set[str]:
-    """Return what an error calls itself, in lower case."""
+    """The names of an error, in lower case."""
     return {str(error[name]).lower() for name in ("type", "code", "status") if error.get(name)}
 
 
 def _told_status(error: dict[str, Any]) -> int | None:
-    """Return the status that an error tells in a number or a name."""
+    """The status that an error has as a number or a name."""
     for name in ("code", "status", "status_code", "http_code"):
         told = str(error.get(name))
         if _ERROR_STATUS.fullmatch(told):
@@ -293,7 +293,7 @@ def _told_status(error: dict[str, Any]) -> int | None:
 
 
 def _no_such_route(status: int, error: dict[str, Any], request: Request) -> InvalidRequest | None:
-    """Return what clients see of a server that does not have an optional route, None where that is not what it says."""
+    """The client's error for a server without an optional route, None for any other answer."""
     said = f"{error.get('message')} {error.get('param')} {error.get('code')}".lower()
     if status not in (404, 405, 501) or "model" in said:
         return None

@@ -9,11 +9,11 @@ The cache has Hugging Face's own layout, so that vLLM, transformers and `hf` fin
         snapshots/COMMIT/PATH      links to the blobs
         shannon/COMMIT.json        written last: the files of a finished download, and their sizes
 
-Leaves out the way there: `engine.weights.hub` downloads. Every failure leaves as a WeightsError, one sentence that says
-what to do:
+`engine.weights.hub` downloads. Every failure is raised as a WeightsError, one sentence that
+says what to do:
 
     WeightsError
-    +- Gated      somebody must accept a licence, or send a token
+    +- Gated      the licence must be accepted, or a token sent
     +- NotFound   no such repository, revision or file; or a private one
     +- NoSpace    the volume is too small
     +- Offline    the hub can't be reached, or is out of order
@@ -116,7 +116,7 @@ class Plan:
 
 
 def is_hub_id(model: str) -> bool:
-    """Tell whether an engine's `model` names a repository on a hub, rather than a path or the demo model."""
+    """Whether an engine's `model` names a repository on a hub, rather than a path or the demo model."""
     return model != "demo" and bool(_HUB_ID.fullmatch(model)) and not Path(model).exists()
 
 
@@ -128,7 +128,7 @@ def default_cache_dir() -> Path:
 
 
 def repository_folder(cache_dir: Path, model: str) -> Path:
-    """Return where a repository lies in a cache."""
+    """The path of a repository in a cache."""
     return cache_dir / "--".join(("models", *model.split("/")))
 
 
@@ -154,7 +154,7 @@ def show_bytes(count: int) -> str:
 
 
 def choose(paths: Sequence[str], indexed: frozenset[str] = frozenset()) -> list[str]:
-    """Return what a server reads of a repository: everything small, and the weights in one format only.
+    """The files of a repository that a server reads: everything small, and the weights in one format only.
 
     The order of formats is that of vLLM's loader (`DefaultModelLoader._prepare_weights` in 0.32): Mistral's
     consolidated files, the shards that an index names (`indexed`), any safetensors, PyTorch's. Where there is none of

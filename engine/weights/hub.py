@@ -1,9 +1,9 @@
 """A Hugging Face hub, and the cache that it fills.
 
-huggingface_hub is asked what there is, and links files into the cache. Three things it leaves out are done here: room
-is checked before the start, a file goes on from where a former process stopped (the library begins it anew), and what
-has arrived is compared with its checksum. Leaves out files of more than 50 GB, which hubs serve by Xet only: the
-library fetches those, each from its beginning. Fails as `engine.weights.cache` says.
+huggingface_hub is asked what there is, and links files into the cache. Three things that it does not do are done here:
+room is checked before the start, a file continues from where a former process stopped (the library begins it again),
+and what has arrived is compared with its checksum. Does not handle files of more than 50 GB, which hubs serve by Xet
+only: the library fetches those, each from its beginning. Raises what `engine.weights.cache` says.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ CONCURRENT_FILES = 8
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 OnBytes = Callable[[File, int], None]
-"""Told of bytes of a file that are there now; a negative number takes some back."""
+"""Called with the number of new bytes of a file. A negative number takes some back."""
 
 
 class Hub:
@@ -116,7 +116,7 @@ class Hub:
     async def download(self, plan: Plan, on_bytes: OnBytes = lambda file, count: None) -> Path:
         """Bring all files of `plan` that are not there, and return the snapshot's folder. Raises WeightsError.
 
-        May be cancelled or killed at any point: the next call goes on from there.
+        May be cancelled or killed at any point: the next call continues from there.
         """
         from huggingface_hub import get_async_session
 
@@ -200,7 +200,7 @@ class Hub:
             raise WeightsError(f"{error.filename or self.cache_dir}: {error.strerror or error}") from error
 
     def _refusal(self, error: HfHubHTTPError, model: str, revision: str) -> WeightsError:
-        """Return what an error response of the hub means."""
+        """The error for an error response of the hub."""
         status, headers = error.response.status_code, error.response.headers
         code, page = headers.get("X-Error-Code"), f"{self.endpoint}/{model}"
         if code == "GatedRepo":

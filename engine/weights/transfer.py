@@ -1,7 +1,7 @@
 """One file over HTTP into a cache, going on from where a former attempt, or a former process, stopped.
 
-The bytes grow in a partial file that is locked while somebody writes it, and become the blob once their checksum is
-right. Leaves out where they come from: `engine.weights.cache` knows the hub. Fails with Damaged, and with what httpx2,
+The bytes grow in a partial file that is locked while it is written, and become the blob once their checksum is
+right. `engine.weights.cache` knows the hub. Raises Damaged, and what httpx2,
 huggingface_hub and the file system raise.
 """
 
@@ -28,7 +28,7 @@ STALL_S = 30.0
 _LOCK_POLL_S = 1.0
 
 OnBytes = Callable[[int], None]
-"""Told of bytes that are there now; a negative number takes some back."""
+"""Called with the number of new bytes. A negative number takes some back."""
 
 
 class Damaged(Exception):
@@ -93,7 +93,7 @@ async def _locked(transfer: Transfer) -> AsyncIterator[BinaryIO | None]:
                 transfer.partial.unlink(missing_ok=True)
                 yield None
                 return
-            # Whoever held the lock may have made the file the blob: then its name is free for another.
+            # The former holder of the lock may have made the file the blob, and freed its name.
             if mine and _is_named(out, transfer.partial):
                 yield out
                 return
@@ -143,7 +143,7 @@ async def _append(client: AsyncClient, transfer: Transfer, out: BinaryIO, on_byt
     have = out.seek(0, os.SEEK_END)
     if have > transfer.size_bytes:
         have = _restart(out, have, on_bytes)
-    # Of a compressed body nobody could tell where to go on.
+    # In a compressed body the place to continue is unknown.
     headers = transfer.headers | {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     timeout = httpx2.Timeout(STALL_S)
     async with client.stream("GET", transfer.url, headers=headers, timeout=timeout) as response:
@@ -152,7 +152,7 @@ async def _append(client: AsyncClient, transfer: Transfer, out: BinaryIO, on_byt
             have = _restart(out, have, on_bytes)  # it sends all of it
         async for piece in response.aiter_raw():
             out.write(piece)
-            out.flush()  # whoever kills this process finds what it has told of
+            out.flush()  # after a kill the file has everything that was reported
             on_bytes(len(piece))
 
 

@@ -3,7 +3,7 @@
 Keys come from the configuration (own_keys.py) or from the store. Those from the store are cached; a change to any key
 voids the cache within half a second, and while the store is away what was seen last stays good for `auth_cache_ttl_s`.
 Secrets are compared by hash in constant time and the cache goes by the hash of the whole key. An address that keeps
-guessing is made to wait, except for keys that it has used before. Fails with InvalidApiKey, RateLimitExceeded and
+guessing is made to wait, except for keys that it has used before. Raises InvalidApiKey, RateLimitExceeded and
 Unavailable; no message repeats a key.
 """
 
@@ -218,7 +218,7 @@ class Authenticator:
 
     async def _identify(self, key: str, fingerprint: str) -> Principal | None:
         key_id, secret = split_key(key)
-        # Compared even when the id is unknown, so that the time taken does not tell which ids exist.
+        # Compared even when the id is unknown, so that the time taken does not reveal which ids exist.
         expected, own = self.own.get(key_id, (_NO_DIGEST, None))
         if hmac.compare_digest(digest(secret), expected) and own is not None:
             return own

@@ -1,9 +1,9 @@
 """Which callers may share cached prompt prefixes in an engine.
 
-vLLM serves a prefix from its cache only under an equal salt. Each tenant has its own, so that nobody can time a
-request to learn what another tenant has sent (CVE-2025-46570); the configuration may let groups of tenants share one.
+vLLM serves a prefix from its cache only under an equal salt. Each tenant has its own, so that no other tenant can time
+a request to learn what another tenant has sent (CVE-2025-46570); the configuration may let groups of tenants share one.
 Salts come from a secret in the store, so that all gateways in front of one upstream use the same; while the store is
-away, from one of this process. Leaves out sharing between models: engines keep their caches apart.
+away, from one of this process. Does not handle sharing between models: engines keep their caches apart.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class CacheSalts:
         self.share(settings)
 
     def share(self, settings: PrefixCacheSettings) -> None:
-        """Let the groups of `settings` share from now on, and nobody else."""
+        """Let only the groups of `settings` share from now on."""
         self._group_of = {tenant: f"group:{group}" for group, tenants in settings.shared.items() for tenant in tenants}
 
     async def start(self) -> None:

@@ -1,6 +1,6 @@
 """The models on offer: model id -> ModelSpec, and the list that GET /v1/models shows.
 
-Leaves out everything an engine knows about its checkpoint. Fails with ModelNotFound and ModelNotAllowed.
+What an engine knows about its checkpoint is not here. Raises ModelNotFound and ModelNotAllowed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The keys that the configuration names, and the bootstrap key: of this process alone, not of the store.
 
-Each stands in an environment variable or in a file. A process's environment never changes; a file is read again when
-the configuration is, so a mounted secret can be rotated. Fails with ConfigError, which never repeats a key.
+Each is in an environment variable or in a file. A process's environment never changes; a file is read again when
+the configuration is, so a mounted secret can be rotated. Raises ConfigError, which never repeats a key.
 """
 
 from __future__ import annotations

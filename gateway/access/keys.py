@@ -78,7 +78,7 @@ class KeySpec(BaseModel):
     tokens_per_day: Positive | None = None
     """Over all models, per UTC day."""
     admin: bool = False
-    """May manage keys and see everybody's usage."""
+    """May manage keys and see the usage of all keys."""
     metrics: bool = False
     """May read /metrics, as admin keys may."""
     priority: Priority = "normal"
@@ -109,7 +109,7 @@ class KeyRecord(KeySpec):
         return self.revoked_at is None and (self.expires_at is None or now < self.expires_at)
 
     def public(self) -> dict[str, Any]:
-        """Return what may be shown."""
+        """The fields that may be shown."""
         return self.model_dump(exclude={"secret_sha256"})
 
 
@@ -125,7 +125,7 @@ def make_key(key_id: str | None = None) -> str:
 
 
 def split_key(key: str) -> tuple[str, str]:
-    """Return (id, secret) of a key. A key of another form, chosen by hand, gets an id from its hash."""
+    """Return (id, secret) of a key. A key of another form, chosen by the operator, gets an id from its hash."""
     match = _KEY.fullmatch(key)
     return (match[1], match[2]) if match else (digest(key)[:12], key)
 
@@ -183,7 +183,7 @@ class Keys:
         return changed, key
 
     async def revoke(self, key_id: str) -> KeyRecord:
-        """Void a key for good, whatever else happens to it; its record and usage stay. Raises NotFound."""
+        """Revoke a key permanently. Its record and usage stay. Raises NotFound."""
         for _ in range(_ATTEMPTS):
             text, record = await self._read(key_id)
             changed = record.model_copy(update={"revoked_at": record.revoked_at or int(time.time())})

@@ -68,7 +68,7 @@ class Leases:
     """The reservations and the running requests of this process."""
 
     def __init__(self, store: Store, lease_s: Callable[[], float], on_charged: Callable[[Held], None]) -> None:
-        """`on_charged` is called when the store has taken up a reservation that was made without it."""
+        """`on_charged` is called when the store has taken over a reservation that was made without it."""
         self._store = store
         self._lease_s = lease_s
         self._on_charged = on_charged
@@ -126,7 +126,7 @@ class Leases:
                     del self._counts[of]
 
     def running(self, key_id: str, model_id: str) -> tuple[int, int]:
-        """Return how many requests of a model and of a key run in this process."""
+        """The numbers of running requests of a model and of a key in this process."""
         return self._counts.get((key_id, model_id), 0), self._counts.get((key_id, ""), 0)
 
     @property
@@ -146,38 +146,38 @@ class Leases:
         self._start(
             [held for held in self._held.values() if held.renewed_at <= due],
             [member for member, running in self._running.items() if running.renewed_at <= due],
-            take_up=False,
+            restore=False,
         )
 
     def _report_all(self) -> None:
         for held in self._held.values():
             held.uncertain = True  # this report may reach the store after the reservation is settled
-        self._start(list(self._held.values()), list(self._running), take_up=True)
+        self._start(list(self._held.values()), list(self._running), restore=True)
 
-    def _start(self, several: list[Held], members: list[str], *, take_up: bool) -> None:
+    def _start(self, several: list[Held], members: list[str], *, restore: bool) -> None:
         if several or members:
-            renewal = asyncio.create_task(self._send(several, members, take_up))
+            renewal = asyncio.create_task(self._send(several, members, restore))
             self._renewals.add(renewal)
             renewal.add_done_callback(self._renewals.discard)
 
-    async def _send(self, several: list[Held], members: list[str], take_up: bool) -> None:
-        batches = list(self._batches(several, members, take_up))
+    async def _send(self, several: list[Held], members: list[str], restore: bool) -> None:
+        batches = list(self._batches(several, members, restore))
         for start in range(0, len(batches), _CALLS_AT_ONCE):
             part = batches[start : start + _CALLS_AT_ONCE]
             try:
                 await self._store.run_in_order([command for command, _, _ in part])
-                self._note(part, take_up)
-                if take_up:
+                self._note(part, restore)
+                if restore:
                     await self._free_ended(part)
             except StoreUnavailable:
                 return  # everything is reported again when it is back
 
-    def _note(self, batches: list[_Batch], take_up: bool) -> None:
+    def _note(self, batches: list[_Batch], restore: bool) -> None:
         now = time.monotonic()
         for _, reported, members in batches:
             for held in reported:
                 held.renewed_at = now
-                if held.pending and take_up and held.id in self._held:
+                if held.pending and restore and held.id in self._held:
                     held.pending = False
                     self._on_charged(held)
             for member in members:
@@ -194,7 +194,7 @@ class Leases:
         if commands:
             await self._store.run_in_order(commands)
 
-    def _batches(self, several: list[Held], members: list[str], take_up: bool) -> Iterable[_Batch]:
+    def _batches(self, several: list[Held], members: list[str], restore: bool) -> Iterable[_Batch]:
         """Return the calls of the script, each with the reservations and the requests that it is about."""
         groups: dict[tuple[str, str, Allowance], tuple[list[Held], list[str]]] = {}
         for held in several:
@@ -212,7 +212,7 @@ class Leases:
             for start in range(0, max(len(reservations), len(requests)), _AT_ONCE):
                 part, rest = reservations[start : start + _AT_ONCE], requests[start : start + _AT_ONCE]
                 arguments: list[Any] = [round(self._lease_s() * 1000), day_number(now), allowance.tokens_per_day]
-                arguments += [allowance.concurrent_requests, allowance.concurrent_requests_of_key, int(take_up)]
+                arguments += [allowance.concurrent_requests, allowance.concurrent_requests_of_key, int(restore)]
                 arguments.append(len(part))
                 for held in part:
                     arguments += [held.id, held.second, encoded(held.amounts.items())]

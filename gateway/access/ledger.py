@@ -303,7 +303,7 @@ class Ledger:
                     done = reached
             except StoreUnavailable:
                 continue
-            except Exception as error:  # whatever it is, nobody else would replay it
+            except Exception as error:  # of any kind, because only this task replays it
                 if str(error) != said:
                     said = str(error)
                     log.error("the journal %s can't be replayed yet: %r", path.name, error)

@@ -172,7 +172,7 @@ class Limits:
         return reservation
 
     async def peek(self, principal: Principal, model: ModelSpec) -> Standing | None:
-        """Return where the caller stands, without taking anything; None when nobody knows."""
+        """The caller's standing, with nothing reserved. None if it is unknown."""
         if not self.enabled:
             return None
         allowance = allowance_of(principal, model)
@@ -330,7 +330,7 @@ class Limits:
         return reservation
 
     def _refusal(self, wanted: _Wanted, error: StoreUnavailable, now: float) -> GatewayError | None:
-        """Return what refuses a generation while the store is away, if something does."""
+        """The error that refuses a generation while the store is away, else None."""
         if self._settings.on_store_failure == "closed":
             return self._closed(error)
         self._metrics.limited_locally.inc()

@@ -71,7 +71,7 @@ class LocalWindow:
         return self._share(name, wanted, limit, replicas, now) - self._sum(self._pending, name, now)
 
     def idle(self, now: float) -> bool:
-        """Tell whether nothing in it counts any more."""
+        """Whether nothing in it counts any more."""
         self._forget(now)
         return not self._known and not self._pending and max(self._others_until.values(), default=0) <= now
 
@@ -93,7 +93,7 @@ class LocalWindow:
 
 
 def _counts(second: int, now: float) -> bool:
-    """Tell whether a second is in the window. One far ahead is of a clock that was set back, see lua/window.lua."""
+    """Whether a second is in the window. One far ahead is of a clock that was set back, see lua/window.lua."""
     return now - WINDOW_S < second <= now + WINDOW_S
 
 
@@ -148,7 +148,7 @@ class LocalLimits:
         replicas: int,
         now: float,
     ) -> Refused | None:
-        """Return what refuses a generation, if something does.
+        """The limit that refuses a generation, else None.
 
         `running` is how many requests this process has running of the model and of the key.
         """

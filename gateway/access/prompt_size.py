@@ -11,7 +11,7 @@ counts as a request; smaller ones are refused for nothing."""
 
 
 def takes_work(texts: Iterable[Any]) -> bool:
-    """Tell whether texts, lists of token ids and messages have more than WORK_BYTES together, of characters or ids."""
+    """Whether texts, lists of token ids and messages have more than WORK_BYTES together, of characters or ids."""
     left = WORK_BYTES
     for text in texts:
         left -= _chars(text)

@@ -1,7 +1,7 @@
 """What the routes that generate have in common: reading a body, opening the call, and answering it.
 
 A route parses its protocol and names an encoder; the rest of the path is the same for all of them. Errors about a
-request carry the caller's rate-limit standing: every metered request is told where it stands, refused ones as well.
+request carry the caller's rate-limit standing: every metered response has it, refusals as well.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Caller:
         now.catalog.resolve(model_id, await now.authenticator.renewed(self.principal))
 
     def _services_now(self) -> Services:
-        """Return the app's services after the last reload, where that can be told."""
+        """The app's services after the last reload, if they are known."""
         return self.services
 
     def work(
@@ -180,7 +180,7 @@ class Call(Caller):
         return None
 
     async def _charge(self, error: GatewayError, model: ModelSpec | None) -> GatewayError:
-        """Count a refused request, and return what its client is told. Raises RateLimitExceeded."""
+        """Count a refused request, and return the client's error. Raises RateLimitExceeded."""
         if model is not None:
             meter = self.meter(f"refused-{secrets.token_hex(16)}", model)
             await meter.account.charge(error)

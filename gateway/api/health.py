@@ -33,14 +33,14 @@ AppServices = Annotated[Services, Depends(services)]
 @router.get("/health")
 @router.head("/health", include_in_schema=False)
 async def get_health() -> dict[str, Any]:
-    """Tell that the process is alive. Says nothing about engines: a restart would not help one that is loading."""
+    """Report that the process is alive. Engines don't matter: a restart would not help one that is loading."""
     return {"ok": True, "version": __version__}
 
 
 @router.get("/ready", response_class=JSONResponse)
 @router.head("/ready", include_in_schema=False)
 async def get_ready(services: AppServices) -> JSONResponse:
-    """Tell whether requests would be served: 503 until every engine answers, and while draining."""
+    """Whether requests would be served: 503 until every engine answers, and while draining."""
     states = {name: engine.state for name, engine in services.engines.items()}
     ready = not services.drain.draining and all(engine.ready.is_set() for engine in services.engines.values())
     body = {"ready": ready, "draining": services.drain.draining, "engines": states}
@@ -83,7 +83,7 @@ def _tell_engine(metrics: Metrics, name: str, engine: SupervisedEngine) -> None:
         metrics.queue_longest_wait.labels(name).set(current.longest_wait_s)
         current = current.wrapped
     if isinstance(current, Replicated):
-        # By place in `urls`: addresses of servers are nothing that everybody who sees a dashboard should know.
+        # By place in `urls`: the viewers of a dashboard should not learn addresses of servers.
         for index, replica in enumerate(current.replicas):
             metrics.upstream_available.labels(name, str(index)).set(replica.breaker.state != "open")
             metrics.upstream_in_flight.labels(name, str(index)).set(replica.in_flight)

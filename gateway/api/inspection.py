@@ -65,7 +65,7 @@ class _Inspected(Schema):
     """Equal requests with equal seeds draw equal tokens."""
 
     def request(self, settings: InspectorSettings, max_new_tokens: int, **more: Any) -> InspectionRequest:
-        """Return what the inspector is asked for. Raises BadRequest, and RequestTooLarge on a prompt that is sure to be
+        """The request to the inspector. Raises BadRequest, and RequestTooLarge on a prompt that is sure to be
         too long: the chat template only adds to it."""
         if max_new_tokens > settings.max_new_tokens:
             raise BadRequest(f"'max_new_tokens' must be at most {settings.max_new_tokens}.", "max_new_tokens")
@@ -90,7 +90,7 @@ class ChatStreamRequest(_Inspected):
     """Tokens that may be drawn, exactly; null means all."""
 
     def for_inspector(self, settings: InspectorSettings) -> InspectionRequest:
-        """Return what the inspector is asked for. Raises what `request` raises."""
+        """The request to the inspector. Raises what `request` raises."""
         tokens = self.max_new_tokens or min(DEFAULT_NEW_TOKENS, settings.max_new_tokens)
         return self.request(settings, tokens, temperature=self.temperature, top_k=self.top_k)
 
@@ -102,7 +102,7 @@ class FullAttentionRequest(_Inspected):
     """Tokens to generate first, which the matrix then covers as well."""
 
     def for_inspector(self, settings: InspectorSettings) -> InspectionRequest:
-        """Return what the inspector is asked for. Raises what `request` raises."""
+        """The request to the inspector. Raises what `request` raises."""
         return self.request(settings, self.max_new_tokens, head=self.head)
 
 

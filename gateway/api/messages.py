@@ -94,7 +94,7 @@ def _parse(schema: type[Body], data: bytes, request_id: str) -> tuple[Body, Gene
 
 
 def _renderer(places: list[str], messages: list[Message]) -> RenderError:
-    """Return what renders errors about `messages` in the words of the body, whose images are at `places`."""
+    """A renderer of errors about `messages` that names the body's fields. Its images are at `places`."""
     return lambda error, in_stream: render_error(reword(error, messages, places, "messages"), in_stream)
 
 

@@ -1,7 +1,7 @@
 """The bodies of POST /v1/messages and its count_tokens: Anthropic's fields, and how they become a generation.
 
 Earlier thoughts are dropped: chat templates leave them out themselves. System texts, also those between the messages,
-lead the conversation as one. Leaves out files, citations, and tools that Anthropic runs itself. Fails with
+lead the conversation as one. Does not handle files, citations, and tools that Anthropic runs itself. Raises
 BadRequest, which names the parameter.
 """
 

@@ -1,8 +1,8 @@
 """GET / and /web/{version}/{name}: the page, and the files that it is made of. Neither needs a key.
 
 The files are read when the gateway starts, and nothing else on disk can be asked for. Their paths carry a hash of all
-of them, so browsers may keep them for good; the page itself is asked for each time and answered by 304 while it is
-the same. Its policy lets it run and reach what this gateway serves, and nothing else. Fails with NotFound.
+of them, so browsers may keep them forever; the page itself is asked for each time and answered by 304 while it is
+the same. Its policy lets it run and reach what this gateway serves, and nothing else. Raises NotFound.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The input of the Responses API: items, and how they become the messages that chat templates know.
 
-Reasoning is dropped: templates leave earlier thoughts out themselves. Leaves out items of tools that OpenAI runs
-itself, files, and references to items by id. Fails with BadRequest, which names the item.
+Reasoning is dropped: templates leave earlier thoughts out themselves. Does not handle items of tools that OpenAI runs
+itself, files, and references to items by id. Raises BadRequest, which names the item.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def messages_of(items: list[InputItem]) -> list[Message]:
 
 
 def image_places(items: list[InputItem]) -> list[str]:
-    """Return where each image stands, in the client's words and in the order in which messages hold them."""
+    """The client's path of each image, in the order of the messages."""
     return [
         f"input[{number}].content[{part_number}].image_url"
         for number, item in enumerate(items)

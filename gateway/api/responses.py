@@ -1,7 +1,7 @@
 """OpenAI's Responses API on the one data path: create, fetch, list the input, cancel and delete responses.
 
 A response is made as a chat completion is, of messages converted from its items and from those of the responses
-before it. It belongs to no session unless X-Session-ID names one. Leaves out fetching a response as a stream.
+before it. It belongs to no session unless X-Session-ID names one. Does not handle fetching a response as a stream.
 """
 
 from __future__ import annotations

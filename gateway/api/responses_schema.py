@@ -1,7 +1,7 @@
 """The body of POST /v1/responses: OpenAI's fields, plus vLLM's that are safe in a client's hands.
 
 What only OpenAI has (its own tools, stored conversations, prompts) is refused by name, as is what the field is called
-in the chat protocol. Fails with BadRequest, which names the parameter.
+in the chat protocol. Raises BadRequest, which names the parameter.
 """
 
 from __future__ import annotations
@@ -120,9 +120,9 @@ class ResponseRequest(GenerationFields):
     store: bool | None = None
     """Keep the response, so that it can be fetched and continued; true when left out."""
     background: bool | None = None
-    """Return at once and generate on, whoever leaves."""
+    """Return at once, and generate even if the client leaves."""
     truncation: Literal["auto", "disabled"] | None = None
-    """`auto` leaves out the oldest turns of a conversation that is too long, which is otherwise refused."""
+    """`auto` drops the oldest turns of a conversation that is too long, which is otherwise refused."""
     include: Annotated[list[Annotated[str, Field(max_length=64)]], Field(max_length=16)] | None = None
     """`message.output_text.logprobs` is heeded."""
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None

@@ -1,4 +1,4 @@
-"""GET /v1/chat/completions/{id}/stream: take up the stream of a resumable chat completion where it was cut."""
+"""GET /v1/chat/completions/{id}/stream: resume the stream of a resumable chat completion where it was cut."""
 
 from __future__ import annotations
 

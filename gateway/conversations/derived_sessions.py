@@ -2,7 +2,7 @@
 
 Such a request gets an id of its own, so that its client may name it later. What was said is kept for some minutes,
 within a number of bytes per API key, until the id is named: then it becomes an ordinary session (sessions.py). It
-belongs to the key, not to the tenant, and an id tells whose it is, so that other keys can't use it first.
+belongs to the key, not to the tenant, and an id shows its key, so that other keys can't use it first.
 
 A request that brings a session's whole conversation continues it, if that is certain: the prompt of the last answer
 must be known to have been asked in this session alone, and to have got this very answer. Two conversations that began
@@ -79,12 +79,12 @@ def make_id(key_id: str) -> str:
 
 
 def is_derived(session_id: str) -> bool:
-    """Return whether an id has the form of a derived session's."""
+    """Whether an id has the form of a derived session's."""
     return _ID.fullmatch(session_id) is not None
 
 
 def belongs_to(session_id: str, key_id: str) -> bool:
-    """Return whether the id is that of a derived session of this key."""
+    """Whether the id is that of a derived session of this key."""
     match = _ID.fullmatch(session_id)
     return match is not None and match[2] == _mark(key_id, match[1])
 
@@ -94,7 +94,7 @@ def _mark(key_id: str, chance: str) -> str:
 
 
 def derive_id(tenant: str, messages: list[Message]) -> str:
-    """Return where the prefix of a conversation that names no session may be cached, by tenant and by how it begins.
+    """The affinity of a conversation without a session, from its tenant and its beginning.
 
     It is a hint for the choice of a replica. Nothing is stored under it.
     """

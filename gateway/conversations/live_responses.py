@@ -1,6 +1,6 @@
-"""Responses that are being made by this process: kept in the store as they go, and ended when somebody cancels them.
+"""Responses that are being made by this process: kept in the store as they go, and ended when they are cancelled.
 
-A response that nobody knows of yet (it failed before its id was told) leaves no trace. One in the background goes on
+A response that failed before its id was sent leaves no trace. One in the background continues
 when its client leaves, and counts as a running exchange for the drain. While anything is being made, the leases of
 all of it are renewed and cancellations asked of other gateways are looked up, with one pipeline every half second.
 While the store is away responses are made all the same, but not kept.
@@ -61,7 +61,7 @@ class LiveResponse:
     principal: Principal
     frames: ResponseFrames
     session: Session
-    """Tells the client when the store is away."""
+    """Reports to the client that the store is away."""
     store: bool
     known: bool
     """The client learns the id before the response is complete: as soon as it has `started`, or is `announced`."""
@@ -75,7 +75,7 @@ class LiveResponse:
     started: asyncio.Event = field(default_factory=asyncio.Event)
     """The engine has begun to answer."""
     announced: bool = False
-    """The client has been told the id of a response in the background."""
+    """The client knows the id of a response in the background."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     failure: GatewayError | None = None
     kept: bool = False
@@ -98,7 +98,7 @@ class LiveResponse:
 
 
 class LiveResponses:
-    """See the module."""
+    """The responses that this process is making."""
 
     def __init__(self, stored: StoredResponses, drain: Drain, metrics: Metrics) -> None:
         self.stored = stored
@@ -124,7 +124,7 @@ class LiveResponses:
             if live.failure is error:
                 raise
             raise live.failure from error
-        except BaseException:  # the client left, somebody cancelled the response, or the server goes down
+        except BaseException:  # the client left, the response was cancelled, or the server shuts down
             live.failure = live.exchange.reason if live.exchange is not None else None
             await asyncio.shield(self._stop(live, opening))
             raise
@@ -187,7 +187,7 @@ class LiveResponses:
             live.unkept = error
 
     async def detach(self, live: LiveResponse, chunks: AsyncGenerator[bytes, None]) -> dict[str, Any]:
-        """Make the response in the background, and return its object. Raises what ends it right at the start."""
+        """Make the response in the background, and return its object. Raises the error that ends it at the start."""
         if len(self._background) >= MAX_BACKGROUND:
             raise Overloaded("Too many responses are being made in the background. Try again shortly.")
         live.frames.status = "queued"
@@ -215,7 +215,7 @@ class LiveResponses:
                 async for _ in kept:
                     pass
         except GatewayError as error:
-            if live.announced or live.started.is_set():  # else it is told, and counted, as the request's
+            if live.announced or live.started.is_set():  # otherwise it is the request's error, and counted as such
                 self._metrics.error(error.code)
                 log.log(error.log_level, "background response ended with %s: %s", error.code, error)
 

@@ -65,7 +65,7 @@ class Session:
     may_store: Callable[[], Awaitable[bool]] | None = None
     """Asked before the turn is stored: whether the work was not handed to another gateway meanwhile."""
     announce: bool = False
-    """New or collided: the client must be told the id."""
+    """New or collided: the client must get the id."""
     unavailable: bool = False
     read_only: bool = False
     """The store takes no writes: there is a history, and this request's turn will not be stored."""

@@ -71,7 +71,7 @@ class StoredResponse:
         return str(self.response["status"])
 
     def fields(self) -> dict[str, Any]:
-        """Return what the store keeps as one value."""
+        """The value in the store."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "known"}
 
 
@@ -84,7 +84,7 @@ class Conversation:
 
 
 class _Found(NamedTuple):
-    """What the store tells of a response without its object. See lua/response_find.lua."""
+    """What the store has of a response besides its object. See lua/response_find.lua."""
 
     status: str
     turn_bytes: int
@@ -97,7 +97,7 @@ class _Found(NamedTuple):
 
 
 class StoredResponses:
-    """See the module."""
+    """Responses in the store."""
 
     def __init__(self, settings: SessionSettings, store: Lane, metrics: Metrics) -> None:
         self._settings = settings
@@ -130,7 +130,7 @@ class StoredResponses:
         return Conversation(path, turns)
 
     async def _turn_texts(self, path: Path) -> list[str | None]:
-        """Return what was said in the responses of a path, as many at a time as make up a piece."""
+        """The turns of the responses of a path, read a piece at a time."""
         texts: list[str | None] = []
         batch: list[str] = []
         size = 0
@@ -144,7 +144,7 @@ class StoredResponses:
         return texts
 
     async def _read_turns(self, response_ids: list[str]) -> list[str | None]:
-        """Return what was said in some responses, which is a use of it."""
+        """The turns of some responses. Reading them renews their expiry."""
         keys = [layout.response(response_id) for response_id in response_ids]
         look: list[Command] = [("GET", own[2]) for own in keys] + [("HGET", own[1], "payer") for own in keys]
         found = await self._store.run_in_order(look)
@@ -241,12 +241,12 @@ class StoredResponses:
             await self._kept.release(payer, f"r:{response_id}")
 
     async def forget(self, record: StoredResponse) -> None:
-        """Remove a response that nobody knows of."""
+        """Remove a response whose id was not sent."""
         await self._store.run("DEL", *layout.response(record.id))
         await self._kept.release(record.key_id, f"r:{record.id}")
 
     async def ask_to_cancel(self, response_id: str) -> None:
-        """Tell the gateway that is making a response, whichever it is, to end it."""
+        """Have the gateway that is making a response end it."""
         process = await self._store.run("HGET", layout.response(response_id)[1], "process")
         if process is not None:
             key = layout.process(process, "cancelled")

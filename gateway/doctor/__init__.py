@@ -1,7 +1,7 @@
 """`shannon doctor`: what would keep a deployment from starting or serving well, and what to do about it.
 
     examination.py   all checks, in order
-    finding.py       what a check says; case.py: what it is told
+    finding.py       a check's result; case.py: its input
     installation.py  Python, packages, vLLM's build; gpus.py: drivers and devices
     checkpoint.py    a model's files; memory.py: what it takes; engine_settings.py: what vLLM says of its settings
     place.py         volumes, shared memory, open files, the port

@@ -1,4 +1,4 @@
-"""What the checks are told: the machine, the deployment and the environment, all of it as values."""
+"""The input of the checks: the machine, the deployment and the environment, as values."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Case:
 
 
 def inspect_machine(environment: Mapping[str, str]) -> Machine:
-    """Return what this machine has."""
+    """Facts about this machine."""
     shm = Path("/dev/shm")
     return Machine(
         driver=find_driver(environment),

@@ -1,7 +1,7 @@
 """The files of an engine's model: whether they are there, whole, and how large; else what is to come.
 
 A model that is not in the cache is asked of the hub, as `shannon download` does; without a hub only what is there is
-known. Leaves out checksums: `shannon download` compares them as the files come.
+known. Does not handle checksums: `shannon download` compares them as the files come.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What is known of a model's files. `folder` holds them, if they are here; `plan` is what the hub told."""
+    """What is known of a model's files. `folder` holds them, if they are here; `plan` is what the hub reported."""
 
     model: str
     folder: Path | None = None
@@ -94,7 +94,7 @@ def _find_checkpoint(case: Case, engine: EmbeddedSettings) -> Checkpoint:
 
 
 def check_weights(case: Case, name: str, engine: EmbeddedSettings, found: Checkpoint) -> Finding:
-    """Tell whether a model's files are here, and else how they get here."""
+    """Whether a model's files are here, and else how they get here."""
     subject, model = f"engines.{name}", found.model
     download = f"shannon download --config {case.source}"
     if found.failure and not is_hub_id(engine.model):
@@ -120,7 +120,7 @@ def check_weights(case: Case, name: str, engine: EmbeddedSettings, found: Checkp
 
 
 def check_cache_space(case: Case, found: Iterable[Checkpoint]) -> Finding:
-    """Tell whether the cache's volume holds what is missing."""
+    """Whether the cache's volume holds what is missing."""
     found = list(found)
     plans = [checkpoint.plan for checkpoint in found if checkpoint.plan and checkpoint.plan.missing_bytes]
     free = show_bytes(case.machine.free_bytes(existing_parent(cache_dir(case))))
@@ -150,7 +150,7 @@ def _hub(case: Case) -> Hub:
 
 
 def _damage(folder: Path) -> str:
-    """Return what is wrong with a folder that should hold a model, empty if nothing is."""
+    """The defect of a folder that should have a model, empty for none."""
     if not (folder / "config.json").is_file():
         return "there is no config.json in it"
     shards = set(read_json(folder / INDEX).get("weight_map", {}).values())

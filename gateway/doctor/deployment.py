@@ -24,10 +24,10 @@ def check_config(case: Case) -> Finding:
 
 
 def check_keys(case: Case) -> list[Finding]:
-    """Tell which API keys of the configuration, and of engines elsewhere, are not there or can't be used."""
+    """The API keys of the configuration and of remote engines that are missing or can't be used."""
     config, failures = case.config, []
     trials = [config.model_copy(update={"keys": [key]}) for key in config.keys]
-    for trial in (*trials, config):  # each alone, so that all are told of; together, as ids may collide
+    for trial in (*trials, config):  # each alone, so that all are reported; and together, because ids may collide
         failures += _refusal_of_keys(trial, case)
     remote = {name: engine for name, engine in config.engines.items() if isinstance(engine, RemoteSettings)}
     for name, engine in remote.items():
@@ -98,7 +98,7 @@ async def _check_tool(case: Case, name: str, settings: ToolSettings) -> Finding:
 
 
 def check_exposure(case: Case) -> list[Finding]:
-    """Tell what an address that others reach leaves open."""
+    """The risks of an address that other machines reach."""
     server = case.config.server
     where = ", ".join(server.hosts)
     if all(_is_loopback(host) for host in server.hosts):
@@ -112,10 +112,10 @@ def check_exposure(case: Case) -> list[Finding]:
         step = "Keep it from the outside by the ingress or a network policy, or give Prometheus a key"
         findings.append(Finding("exposure", "warning", text, step))
     if case.config.inspector.enabled and case.config.inspector.public:
-        text = f"{where}: anybody may make the model work (inspector.public), within limits per address"
+        text = f"{where}: every client may use the model (inspector.public), within limits per address"
         findings.append(Finding("exposure", "warning", text, "Set inspector.public to false"))
     if "*" in server.trusted_proxies:
-        text = f"{where}: anybody may choose the address they seem to come from (server.trusted_proxies)"
+        text = f"{where}: every client may choose its apparent address (server.trusted_proxies)"
         findings.append(Finding("exposure", "warning", text, "Name the proxies' addresses"))
     return findings or [Finding("exposure", "ok", f"{where}: Host headers are held to server.allowed_hosts")]
 
@@ -128,7 +128,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def check_drain(case: Case) -> Finding:
-    """Tell how long running requests have when the gateway is stopped."""
+    """How long running requests have when the gateway is stopped."""
     drain_s = case.config.server.drain_timeout_s
     if drain_s == 0:
         text = "server.drain_timeout_s is 0: every stop breaks running streams off"
@@ -137,4 +137,4 @@ def check_drain(case: Case) -> Finding:
     text = f"running requests have {drain_s:g} s after SIGTERM"
     if longest_s > drain_s:
         text += f", agents may take {longest_s:g}"
-    return Finding("drain", "ok", f"{text}; whoever stops it must wait longer (docker stop -t {drain_s + 15:.0f})")
+    return Finding("drain", "ok", f"{text}; stopping it must wait longer (docker stop -t {drain_s + 15:.0f})")

@@ -59,7 +59,7 @@ def _broken(code: int, said: str) -> Finding:
         return Finding("engine_settings", "failed", text, "Run python -c 'import vllm', and see dmesg")
     last = next((line for line in reversed(said.splitlines()) if line.strip()), f"exit code {code}")
     text = f"vLLM can't be imported: {last.strip()}"
-    return Finding("engine_settings", "failed", text, "Install from the lock file anew: rm -r .venv && make setup")
+    return Finding("engine_settings", "failed", text, "Install from the lock file again: rm -r .venv && make setup")
 
 
 def _judged(name: str, found: Checkpoint, answer: str | None) -> Finding:

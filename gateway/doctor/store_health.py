@@ -1,4 +1,4 @@
-"""The store: whether it answers, how fast, and whether it keeps what it is told.
+"""The store: whether it answers, how fast, and whether it keeps its data.
 
 Asked through the gateway's own connection. Without a URL, a bundled server that runs already is asked; else one is
 started in a folder of its own, which is removed, so that no file of the deployment gets another owner.
@@ -34,13 +34,13 @@ _SHAPES = "redis://HOST:PORT, rediss://, unix://PATH, redis+cluster://HOST:PORT,
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """What the server told. `ahead_s` is how far its clock is ahead of ours."""
+    """What the server reported. `ahead_s` is how far its clock is ahead of ours."""
 
     info: Mapping[str, Any]
     latencies_ms: list[float]
     ahead_s: float
     snapshots: bool | None
-    """Whether it saves snapshots; None where it does not tell."""
+    """Whether it saves snapshots; None if unknown."""
 
 
 async def check_store(case: Case, clock: Callable[[], float] = time.time) -> list[Finding]:
@@ -80,7 +80,7 @@ async def check_store(case: Case, clock: Callable[[], float] = time.time) -> lis
 
 
 def place(url: str) -> str:
-    """Return where a store's URL leads, without names and passwords."""
+    """The address in a store's URL, without names and passwords."""
     scheme, _, rest = url.partition("://")
     if scheme == "unix":
         return f"unix://{urlsplit(url).path}"
@@ -95,7 +95,7 @@ def _refuse_ambiguous(url: str) -> None:
 
 
 async def _running(data_dir: Path) -> bool:
-    """Tell whether somebody's bundled server listens in a data directory."""
+    """Whether a bundled server listens in a data directory."""
     try:
         _, writer = await asyncio.open_unix_connection(str(EmbeddedValkey(data_dir).socket))
     except OSError:
@@ -134,7 +134,7 @@ async def _ask(store: Store, url: str, clock: Callable[[], float]) -> Answers:
     if not url.startswith(("redis+cluster", "rediss+cluster")):  # in a cluster each node has its own settings
         try:
             snapshots = bool(dict(await store.run("CONFIG", "GET", "save")).get("save"))
-        except StoreRefused:  # services that run it for others don't tell
+        except StoreRefused:  # managed services don't report it
             snapshots = None
     return Answers(info, latencies, ahead_s, snapshots)
 
@@ -154,7 +154,7 @@ def _judge_server(where: str, url: str, answers: Answers) -> Finding:
 def _judge_latency(settings: StoreSettings, answers: Answers) -> Finding:
     median, worst = statistics.median(answers.latencies_ms), max(answers.latencies_ms)
     text = f"a PING takes {median:.2f} ms, at worst {worst:.1f}; requests wait {settings.command_timeout_ms} at most"
-    step = "Bring the store nearer, or raise store.command_timeout_ms: beyond it, requests go on without the store"
+    step = "Bring the store nearer, or raise store.command_timeout_ms: beyond it, requests continue without the store"
     if median > settings.command_timeout_ms:
         return Finding("store_latency", "failed", text, step)
     # A loaded machine has outliers; a store that is far away has none other.
@@ -162,7 +162,7 @@ def _judge_latency(settings: StoreSettings, answers: Answers) -> Finding:
 
 
 def judge_keeping(answers: Answers) -> list[Finding]:
-    """Judge what becomes of what the store was told: eviction, restarts, and time."""
+    """Judge what may happen to the store's data: eviction, restarts, and time."""
     findings = [_judge_memory(answers.info)]
     findings.append(_judge_persistence(answers))
     ahead_s = answers.ahead_s
@@ -178,7 +178,7 @@ def _judge_memory(info: Mapping[str, Any]) -> Finding:
     policy = info.get("maxmemory_policy", "")
     bound, used = int(info.get("maxmemory", 0) or 0), int(info.get("used_memory", 0) or 0)
     used -= int(info.get("mem_not_counted_for_evict", 0) or 0)
-    text = f"maxmemory-policy {policy or 'not told'}, maxmemory {info.get('maxmemory_human', '?')}"
+    text = f"maxmemory-policy {policy or 'unknown'}, maxmemory {info.get('maxmemory_human', '?')}"
     if policy and policy != "noeviction":
         text += ": keys, limits and sessions may vanish" + ("" if bound else " once maxmemory is set")
         step = "CONFIG SET maxmemory-policy noeviction, and the same in its configuration"
@@ -206,7 +206,7 @@ def _judge_persistence(answers: Answers) -> Finding:
         return Finding("store_persistence", "ok", "an append-only file is kept")
     if answers.snapshots is None:
         return Finding(
-            "store_persistence", "skipped", "no append-only file; whether it saves snapshots is not told", step
+            "store_persistence", "skipped", "no append-only file; whether it saves snapshots is unknown", step
         )
     if answers.snapshots:
         text = "snapshots only: a crash takes the usage and sessions since the last"

@@ -1,10 +1,10 @@
-"""Streams that can be taken up again: their frames, numbered and kept in the store for a while.
+"""Streams that can be resumed: their frames, numbered and kept in the store for a while.
 
 A log has one writer, which numbers the frames and stores them in batches; the newest also stay in its memory. A
 reader replays it behind a number of its own and follows it to its end, on any gateway: in the writer's process from
 memory, elsewhere by asking the store every few milliseconds. It gets every frame exactly once and in order, or fails.
 A writer holds a lease: without it, its gateway is gone. A writer that was superseded learns it from its next batch.
-While the store is away frames wait in memory, up to the log's bound, and readers wait for them. Fails with LogGone,
+While the store is away frames wait in memory, up to the log's bound, and readers wait for them. Raises LogGone,
 LogClosed, LogOrphaned and StoreUnavailable, none of which is for clients.
 """
 
@@ -54,7 +54,7 @@ class LogRefused(Exception):
 
 
 class LogClosed(Exception):
-    """The log was closed for good. The message says why."""
+    """The log was closed. The message says why."""
 
 
 class Opened(NamedTuple):
@@ -207,7 +207,7 @@ class EventLogs:
         return True
 
     async def _fetch(self, reader: Reader) -> tuple[bytes, bool]:
-        """Return what the store has for a reader, and whether that is all there will be."""
+        """The stored frames for a reader, and whether the log is complete."""
         state, _, closed, entries = await self._ask_patiently(reader)
         if state == "gone":
             raise LogGone("it is gone")
@@ -248,7 +248,7 @@ class EventLogs:
         answer: list[Any] = await self._store.run(*_READ.call(keys[:2], arguments))
         *found, due = answer
         if due:
-            with suppress(WritesRefused):  # reading goes on
+            with suppress(WritesRefused):  # reading continues
                 await self._store.run(*_PRESENT.call(keys[:1], [reader.owner, reader.token, present_ms]))
         return found
 
@@ -278,7 +278,7 @@ class EventLogs:
         return process
 
     async def close_log(self, log_id: str, reason: str, writer: LogWriter | None = None) -> str | None:
-        """Close a log for good, as its writer or as anybody entitled to it.
+        """Close a log, as its writer or for a caller entitled to it.
 
         Returns the process that writes it, None if there is no such log. Raises StoreUnavailable.
         """
@@ -292,7 +292,7 @@ class EventLogs:
             await self._bytes.release(writer.account.key_id, writer.log_id)
 
     async def forget(self, log_id: str) -> None:
-        """Remove a log that nobody knows of."""
+        """Remove a log whose id was not sent."""
         await self._store.run("DEL", *layout.log(log_id))
 
 

@@ -1,7 +1,7 @@
 """The jobs of one client: run one after the other, in the order in which they were submitted.
 
 The queue itself is in the store, with the job that runs at its head, so that it outlives its gateway. The gateway that
-writes the client's log runs its jobs, and takes a job off the queue in one step with the event that tells its end.
+writes the client's log runs its jobs, and takes a job off the queue in one step with the event of its end.
 
 No job runs twice. The log's writer is the fence: the store refuses what comes from a writer whose log another gateway
 has taken over. A job runs only after the store has accepted that it starts, however long that takes. A gateway that did
@@ -43,7 +43,7 @@ JobEvent = tuple[str, dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One job, with everything that any gateway needs to run it for whoever submitted it."""
+    """One job, with everything that any gateway needs to run it for its submitter."""
 
     id: str
     principal: Principal
@@ -55,7 +55,7 @@ class Job:
     """The session began with this job."""
 
     def text(self) -> str:
-        """Return the job as it lies in the queue."""
+        """The job as it is stored in the queue."""
         fields = asdict(self)
         models = self.principal.models
         fields["principal"]["models"] = None if models is None else sorted(models)
@@ -73,7 +73,7 @@ RunJob = Callable[[Job], AsyncGenerator[JobEvent, None]]
 
 
 class ClientQueue:
-    """See the module. What runs is counted by the drain, job by job."""
+    """The jobs of one client, run one after the other. What runs is counted by the drain, job by job."""
 
     def __init__(
         self, writer: LogWriter, settings: JobSettings, run: RunJob, drain: Drain, metrics: Metrics, now: float
@@ -223,7 +223,7 @@ class ClientQueue:
                 await asyncio.sleep(_RETRY_S)
 
     async def _may_continue(self) -> bool:
-        """Return False if the log is another gateway's. While the store is away nobody can have taken it over."""
+        """Return False if the log is another gateway's. While the store is away no gateway can have taken it over."""
         try:
             return await self.writer.holds()
         except StoreUnavailable:

@@ -131,7 +131,7 @@ class Jobs:
 
     async def _attach(self, reader: Reader, run: RunJob) -> Opened:
         """Make `reader` the stream of its client, and this process the one that runs its jobs if there is no other."""
-        # A client that leaves meanwhile must not leave a log behind that nobody writes.
+        # A client that leaves meanwhile must not leave a log without a writer.
         attaching = self._clients.spawn(self._attach_in_turn(reader, run))
         try:
             return await asyncio.shield(attaching)
@@ -224,7 +224,7 @@ class Jobs:
         return int(before)
 
     async def holds(self, job: Job) -> bool:
-        """Return whether a job that runs here is still this gateway's. Raises StoreUnavailable if that is unknown."""
+        """Whether a job that runs here is still this gateway's. Raises StoreUnavailable if that is unknown."""
         for queue in self._clients.queues.values():
             if queue.waiting and queue.waiting[0] is job:
                 return not queue.closing and await queue.writer.holds()
@@ -243,7 +243,7 @@ class Jobs:
 
 
 def _log_unexpected(attaching: asyncio.Task[Opened]) -> None:
-    """Log what an attempt to attach failed with, unless it is what its client, who has left, would have been told."""
+    """Log the error of an attempt to attach, unless it would have been the error of its client, who has left."""
     error = None if attaching.cancelled() else attaching.exception()
     if error is not None and not isinstance(error, GatewayError | StoreUnavailable | LogRefused):
         log.error("a client's stream could not be opened", exc_info=error)
@@ -254,7 +254,7 @@ def _log_id(principal: Principal, client_id: str) -> str:
 
 
 def _hello(reader: Reader, client_id: str, resumed: bool) -> bytes:
-    """Return the event that a stream begins with. It has the number of the last one, from which to go on."""
+    """Return the event that a stream begins with. It has the number of the last one, from which to continue."""
     frame = event_frame("open", {"client_id": client_id, "resumed": resumed})
     return b"id: %d\n%b" % (reader.after, frame)
 

@@ -38,7 +38,7 @@ class Reader:
     owner: str
     after: int = 0
     token: str = ""
-    """Where only the newest reader of a log may go on: which one this is."""
+    """Where only the newest reader of a log may continue: which one this is."""
     stopped: str = ""
     """Why it is to end."""
     wake: asyncio.Event = field(default_factory=asyncio.Event)
@@ -82,7 +82,7 @@ class LogWriter:
     """The writing end of a log. `readers` are those in this process.
 
     Its token fences it: the store refuses everything from a writer whose log another one has taken over. By its own
-    clock it knows until when nobody can have.
+    clock it knows until when no other gateway can have.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class LogWriter:
         return not self.lost
 
     async def holds(self) -> bool:
-        """Return whether nobody else has the log, asking the store if the lease has ended. Raises StoreUnavailable."""
+        """Whether no other gateway has the log, asking the store if the lease has ended. Raises StoreUnavailable."""
         if self.lost or self.clock() < self.held_until:
             return not self.lost
         return await self.confirm()

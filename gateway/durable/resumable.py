@@ -1,9 +1,9 @@
-"""Chat completions whose stream can be taken up again after it was cut, on any gateway.
+"""Chat completions whose stream can be resumed after it was cut, on any gateway.
 
 The completion is made in the background and written to an event log; the client's own stream is the log's first
-reader. So it goes on when the client leaves, but not for longer than a log is kept: a stream that nobody has read for
-that long is ended. One that nobody can know of yet, because no header was sent, ends with its client. An error is
-kept as its frame. Fails with NotFound, BadRequest, Overloaded and Unavailable.
+reader. So it continues when the client leaves, but not for longer than a log is kept: a stream that was not read for
+that long is ended. One whose id was not sent yet ends with its client. An error is
+kept as its frame. Raises NotFound, BadRequest, Overloaded and Unavailable.
 """
 
 from __future__ import annotations
@@ -59,17 +59,17 @@ _AHEAD_S = 2.0
 
 @dataclass(slots=True)
 class Announced:
-    """A completion's id, and whether its client has been told it."""
+    """A completion's id, and whether its client knows it."""
 
     id: str
     announced: bool = False
     asked: bool = True
     """The request itself wants it to be resumable, not only its key."""
     failed: bool = False
-    """It ended before there was anything to take up."""
+    """It ended before there was anything to resume."""
 
     def headers(self) -> dict[str, str]:
-        """Return the header that tells where the stream can be taken up; it is being sent."""
+        """Return the header with the position at which the stream can be resumed; it is being sent."""
         if self.failed:
             return {}
         self.announced = True
@@ -78,7 +78,7 @@ class Announced:
 
 @dataclass(eq=False, slots=True)
 class _Live:
-    """A completion on its way. `unread_s` is for how long nobody has read it."""
+    """A completion on its way. `unread_s` is how long it has not been read."""
 
     writer: LogWriter
     exchange: Detached = field(default_factory=Detached)
@@ -86,7 +86,7 @@ class _Live:
 
 
 class ResumableStreams:
-    """See the module."""
+    """The resumable streams of this process."""
 
     def __init__(self, settings: ResumeSettings, logs: EventLogs, drain: Drain, metrics: Metrics) -> None:
         self._settings = settings
@@ -97,10 +97,10 @@ class ResumableStreams:
         self._watcher: asyncio.Task[None] | None = None
         self._process = secrets.token_hex(8)
         self._reading: Counter[str] = Counter()
-        """Streams that are taken up again, by key."""
+        """Streams that are resumed, by key."""
 
     def wants(self, principal: Principal, asked: bool | None) -> bool:
-        """Return whether a stream is to be resumable, as its request or its key has it. Raises BadRequest."""
+        """Whether a stream is to be resumable, as its request or its key has it. Raises BadRequest."""
         if asked and not self._settings.enabled:
             raise BadRequest("This server offers no resumable streams. Leave 'resumable' out.", "resumable")
         if asked is None:
@@ -136,7 +136,7 @@ class ResumableStreams:
             raise
         finally:
             if not completion.announced:
-                live.exchange.interrupt(Cancelled("The client left before it was told the completion's id."))
+                live.exchange.interrupt(Cancelled("The client left before it knew the completion's id."))
 
     async def _open(self, reader: Reader, principal: Principal) -> _Live:
         if len(self._background) >= MAX_RESUMABLE:
@@ -159,7 +159,7 @@ class ResumableStreams:
             ) from None
         except StoreUnavailable as error:
             raise from_store(error, "A resumable stream can't be kept at the moment.") from None
-        assert writer is not None  # nobody else has this id
+        assert writer is not None  # the id is unique
         live = _Live(writer)
         self._live.add(live)
         if self._watcher is None or self._watcher.done():
@@ -287,7 +287,7 @@ class ResumableStreams:
             raise from_store(error, "The stream can't be read at the moment.") from None
 
     async def _watch(self) -> None:
-        """Renew the leases of what is being made, and end what nobody reads."""
+        """Renew the leases of what is being made, and end what is not read."""
         while self._live:
             await asyncio.sleep(RENEW_S)
             await asyncio.gather(*(self._renew(live) for live in list(self._live)))
@@ -301,7 +301,7 @@ class ResumableStreams:
         read = read or (renewal is not None and renewal.reader_left_s > 0)
         live.unread_s = 0.0 if read else live.unread_s + RENEW_S
         if live.unread_s >= self._settings.ttl_s:
-            live.exchange.interrupt(Cancelled("Nobody took the stream up again in time."))
+            live.exchange.interrupt(Cancelled("The stream was not resumed in time."))
 
     async def close(self) -> None:
         """End what is still being made."""
@@ -312,7 +312,7 @@ class ResumableStreams:
 
 def _not_found(completion_id: str) -> NotFound:
     return NotFound(
-        f"There is no stream of {completion_id[:64]!r} to take up: it was not resumable, or it ended too long ago.",
+        f"There is no stream of {completion_id[:64]!r} to resume: it was not resumable, or it ended too long ago.",
         "completion_id",
         "stream_not_found",
     )

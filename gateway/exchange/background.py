@@ -1,4 +1,4 @@
-"""Work that goes on without a client: counted by the drain as a running exchange, and ended when the app closes."""
+"""Work that continues without a client: counted by the drain as a running exchange, and ended when the app closes."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Background:
 
 
 def told(error: Exception) -> GatewayError:
-    """Return what a client may be told of `error`."""
+    """The client's error for `error`."""
     if isinstance(error, GatewayError):
         return error
     if isinstance(error, EngineError):

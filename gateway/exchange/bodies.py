@@ -1,11 +1,11 @@
 """Bodies of requests: large ones are received a few at a time, and worked on beside the event loop.
 
 A body that is longer than LARGE_BYTES takes one of the places of its key, and one of all keys, from there on until it
-is parsed. Whoever waits for one is not read from, so that what waits stays at its client. One thread parses: parsers
-hold the GIL, and two of them could hold it in turn. Of each key one body at a time waits for the thread, so that
-nobody's queue stands before another's.
+is parsed. A client that waits for a place is not read from, so that its body stays at the client. One thread parses:
+parsers hold the GIL, and two of them could hold it in turn. Of each key one body at a time waits for the thread, so
+that no key's queue comes before another's.
 
-A large body of a key that was just told that it is over its limit is refused unparsed until the limit has room again.
+A large body of a key that was just refused by its limit is refused unparsed until the limit has room again.
 
 How long a body may take is bounded by `gateway.serving.middleware`. Raises RateLimitExceeded and Overloaded.
 """
@@ -33,7 +33,7 @@ _MAX_BARS = 10_000
 
 
 class Bodies:
-    """See the module. One instance serves the whole process."""
+    """Receives and parses bodies, within bounds for all of them together. One instance serves the whole process."""
 
     def __init__(self, settings: ServerSettings) -> None:
         self._settings = settings
@@ -96,7 +96,7 @@ class Bodies:
             raise refusal from None
 
     async def aside(self, key_id: str, work: Callable[[], T]) -> T:
-        """Return what `work` returns, from the thread."""
+        """The result of `work`, from the thread."""
         turn = self._turns.get(key_id)
         if turn is None:
             turn = self._turns[key_id] = asyncio.Lock()

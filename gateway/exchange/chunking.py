@@ -1,8 +1,8 @@
-"""Frames of a fixed size: the text of a stream, cut anew into pieces of so many characters.
+"""Frames of a fixed size: the text of a stream, cut again into pieces of so many characters.
 
 For clients that were written against servers with a frame size of their own. A piece goes out as soon as it is full;
 the role frame goes out with the first token, so the time to first byte stays what it was. Characters are Unicode code
-points. Reasoning and answer are cut separately. Leaves out deltas with logprobs, which belong to their tokens, and
+points. Reasoning and answer are cut separately. Does not handle deltas with logprobs, which belong to their tokens, and
 the arguments of tool calls: both pass as they are, behind the text that came before them. Shannon events never wait,
 so they may overtake less than one piece of text. Errors pass through, behind what was said until then.
 """

@@ -1,4 +1,4 @@
-"""Shutting down without cutting anyone off: no new generations, running ones may finish, the rest are told.
+"""Shutting down without cutting anyone off: no new generations, running ones may finish, the rest get an error.
 
 Knows which exchanges run; knows nothing of sockets or signals.
 """
@@ -68,7 +68,7 @@ class Drain:
         return 0
 
     def hurry(self) -> None:
-        """Interrupt now what still runs. The exchanges end as they do after the timeout: told, and booked."""
+        """Interrupt now what still runs. The exchanges end as they do after the timeout: with an error, and settled."""
         self.hurried = True
         if self._wait is not None and not self._wait.expired():
             self._wait.reschedule(asyncio.get_running_loop().time())

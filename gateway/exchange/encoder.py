@@ -21,7 +21,7 @@ class Encoder(Protocol):
     """The frames of one response, and its whole body. Each method returns bytes ready to send, perhaps none."""
 
     def open(self) -> bytes:
-        """Return what comes before everything else."""
+        """The frames before all others."""
 
     def add_event(self, event: ShannonEvent) -> bytes:
         """Return the frames for `event`."""
@@ -37,7 +37,7 @@ class Encoder(Protocol):
 
 
 def usage_fields(usage: Usage) -> dict[str, Any]:
-    """Return OpenAI's usage object. `estimated` appears where an upstream did not tell."""
+    """Return OpenAI's usage object. `estimated` appears if an upstream did not report it."""
     fields: dict[str, Any] = {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,

@@ -9,10 +9,10 @@ from gateway.errors import GatewayError, RequestTooLarge
 
 
 class ErrorResponse(Response):
-    """Tells of an error that was raised before any status was sent, and notes its code for the access log."""
+    """The response for an error before any status was sent. Records its code for the access log."""
 
     def __init__(self, error: GatewayError, body: bytes | None = None) -> None:
-        """`body` stands in place of OpenAI's."""
+        """`body` replaces OpenAI's."""
         headers = error.headers()
         if isinstance(error, RequestTooLarge):
             headers["Connection"] = "close"  # the rest of the body is not worth reading

@@ -27,7 +27,7 @@ _CLOSING = bytes.maketrans(b"{[", b"}]")
 
 
 def load(body: bytes) -> Any:
-    """Return what a body says. Raises BadRequest where it is not JSON, or would take too much memory."""
+    """The value of a body. Raises BadRequest where it is not JSON, or would take too much memory."""
     try:
         if len(body) <= LARGE_BYTES:
             return orjson.loads(body)
@@ -35,7 +35,7 @@ def load(body: bytes) -> Any:
         try:
             return _load_pieces(body)
         except (_NotCut, orjson.JSONDecodeError):
-            return orjson.loads(body)  # it tells best what is wrong, and where
+            return orjson.loads(body)  # its message is the best
     except orjson.JSONDecodeError as error:
         # Without its cause, which holds the body once more.
         raise BadRequest(f"The request body is not valid JSON: {error}.") from None
@@ -46,8 +46,8 @@ class _NotCut(Exception):
 
 
 def _load_pieces(body: bytes) -> Any:
-    """Return what a body says, parsed in pieces. Raises _NotCut, and JSONDecodeError where a piece is not JSON."""
-    # Names that no body has: of what goes on from the piece before, and at the end of what goes on in the next one.
+    """The value of a body, parsed in pieces. Raises _NotCut, and JSONDecodeError where a piece is not JSON."""
+    # Names that no body has: of what continues the piece before, and at the end of what continues in the next one.
     first, last = secrets.token_hex(8), secrets.token_hex(8)
     opening = {"{": b'{"%b":' % first.encode(), "[": b"["}
     whole: Any = None
@@ -120,7 +120,7 @@ def _open_containers(whole: Any, stack: str, last: str) -> list[Any]:
 
 
 def _add(part: Any, containers: list[Any], first: str) -> None:
-    """Add what is in a piece to the containers that it goes on with."""
+    """Add what is in a piece to the containers that it continues."""
     for number, container in enumerate(containers):
         inner = None
         if number < len(containers) - 1:

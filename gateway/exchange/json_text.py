@@ -1,8 +1,8 @@
-"""What JSON text will become, told from its characters before any of it is parsed: its size in memory, its depth.
+"""The size in memory and the depth of JSON text, from its characters, before any of it is parsed.
 
 A parser holds the GIL until it is done, and 8 MiB of empty lists take it 700 ms and 200 MB. What is here is linear,
 works on pieces, and lets other threads run between two pieces. Text that is not JSON gets some figure; parsers refuse
-it. Fails with BadRequest, which names the field of the body that holds too much, and with
+it. Raises BadRequest, which names the field of the body that holds too much, and with
 ValueError.
 """
 
@@ -81,7 +81,7 @@ def check_nesting(text: str) -> str:
 
 
 def is_shallow(value: Any, most: int = MAX_DEPTH) -> bool:
-    """Tell whether a parsed value is nested at most `most` levels deep."""
+    """Whether a parsed value is nested at most `most` levels deep."""
     level = [value]
     for _ in range(most + 1):
         level = [one for one in level if isinstance(one, (dict, list))]
@@ -161,7 +161,7 @@ def _is_wide(text: bytes) -> bool:
 
 
 def pieces_of(text: bytes) -> Iterator[Piece]:
-    """Yield the pieces of JSON text. Two characters of it stand in the place of each escaped quote or backslash."""
+    """Yield the pieces of JSON text. Each escaped quote or backslash is replaced by two other characters."""
     if b"\\" in text:  # without those, every other quote ends a string
         text = text.replace(b"\\\\", b"__").replace(b'\\"', b"__")
     inside = False
@@ -169,11 +169,11 @@ def pieces_of(text: bytes) -> Iterator[Piece]:
         parts = text[start : start + _PIECE_BYTES].split(b'"')
         yield Piece(start, parts, inside)
         inside ^= not len(parts) % 2
-        time.sleep(0)  # whoever waits for the GIL gets it now, and not after 5 ms
+        time.sleep(0)  # gives the GIL to other threads now, and not after 5 ms
 
 
 def _unclosed(body: bytes) -> int:
-    """Return how many arrays and objects of `body` are not closed; less than 0 where more are closed than opened."""
+    """The number of arrays and objects in `body` that are not closed. Negative if more are closed than opened."""
     return sum(sum(_steps(piece.outside)) for piece in pieces_of(body))
 
 

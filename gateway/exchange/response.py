@@ -131,7 +131,7 @@ class GenerationResponse(Response):
                 await (self._send_stream(chunks, send) if self._stream else self._send_body(chunks, send))
         except asyncio.CancelledError:
             if not self._client_left and self._reason is None:
-                raise  # somebody else's cancellation
+                raise  # a cancellation from outside
             assert self._task is not None
             self._task.uncancel()
             failure = None if self._said else self._reason
@@ -193,7 +193,7 @@ class GenerationResponse(Response):
         self._state["error"] = failure.code
         if self._started:
             self._metrics.stream_failure(failure.code)
-        if failure.status >= 500:  # what was wrong with a request may be told in its client's words
+        if failure.status >= 500:  # the error of a request may name the client's fields
             request_id = self._state.get("request_id")
             log.log(failure.log_level, "request %s ended with %s: %s", request_id, failure.code, failure)
         body = self._render_error(failure, self._started)

@@ -26,17 +26,17 @@ _T = TypeVar("_T")
 
 
 class EventLoop(uvloop.Loop):
-    """See the module."""
+    """uvloop's loop with name lookups of our own."""
 
     def __init__(self, resolve: Resolver | None = None) -> None:
-        """`resolve` stands in for the system's name servers."""
+        """`resolve` replaces the system's name servers."""
         super().__init__()
         self._look_up = resolve or Resolver()
 
     async def getaddrinfo(
         self, host: str | bytes | None, port: Any, *, family: int = 0, type: int = 0, proto: int = 0, flags: int = 0
     ) -> list[Any]:
-        """Return what `socket.getaddrinfo` does. Raises OSError."""
+        """The same as `socket.getaddrinfo`. Raises OSError."""
         options = {"family": family, "type": type, "proto": proto}
         if not host or flags & ~socket.AI_ADDRCONFIG or _is_address(host):
             return list(await super().getaddrinfo(host, port, flags=flags, **options))

@@ -1,11 +1,11 @@
-"""Fetches what somebody else's URL names, without becoming their way into this network.
+"""Fetches client-supplied URLs with SSRF protection.
 
 One parser reads the URL, for the check and for the connection. The host is resolved once; every address that it has
 must be public (or in a network that the operator allows), and exactly these addresses are dialled, under the URL's
 own host name for TLS and the Host header. Redirects go through the same door. Bytes and time are bounded.
 
-Leaves out proxies, cookies, credentials, compression and HTTP/2. Fails with FetchError, whose message is safe for
-clients and the same for every failure that could tell them something about the network; the log knows the reason.
+Does not handle proxies, cookies, credentials, compression and HTTP/2. Raises FetchError, whose message is safe for
+clients and the same for every failure that could reveal something about the network; the log knows the reason.
 
     FetchError
     +- UrlRefused     what the URL itself says
@@ -118,7 +118,7 @@ def parse_url(text: str, ports: Sequence[int] = ()) -> httpx.URL:
 
 
 def is_public(address: Address) -> bool:
-    """Tell whether an address belongs to the public internet, the IPv4 address in it included if it holds one."""
+    """Whether an address belongs to the public internet, the IPv4 address in it included if it holds one."""
     if isinstance(address, IPv6Address):
         inner = address.ipv4_mapped or (IPv4Address(address.packed[-4:]) if address in _NAT64 else None)
         if inner is None:
@@ -159,7 +159,7 @@ class _Pinned(httpcore.AsyncNetworkBackend):
 
 
 class Fetcher:
-    """See the module. One instance serves the whole process and bounds what is fetched at once."""
+    """Fetches client-supplied URLs. One instance serves the whole process and bounds what is fetched at once."""
 
     def __init__(
         self,
@@ -168,7 +168,7 @@ class Fetcher:
         resolve: Resolve | None = None,
         ssl_context: ssl.SSLContext | None = None,
     ) -> None:
-        """`resolve` and `ssl_context` stand in for the system's names and certificates."""
+        """`resolve` and `ssl_context` replace the system's names and certificates."""
         self._settings = settings
         self._resolve = resolve or Resolver()
         self._given_ssl_context = ssl_context
@@ -180,7 +180,7 @@ class Fetcher:
         return self._given_ssl_context or httpx.create_ssl_context()
 
     async def fetch(self, text: str, *, max_bytes: int, accept: str = "*/*", admit: Admit | None = None) -> Fetched:
-        """Return what the URL `text` holds. Raises FetchError; cancelling closes the connection."""
+        """The resource at the URL `text`. Raises FetchError; cancelling closes the connection."""
         url = parse_url(text, self._settings.ports)
         try:
             async with asyncio.timeout(self._settings.timeout_s):
@@ -207,7 +207,7 @@ class Fetcher:
         raise FetchFailed("too many redirects")
 
     def _redirected(self, url: httpx.URL, location: str) -> httpx.URL:
-        """Return where a redirect leads. Raises FetchFailed: what is wrong with it is not the client's to know."""
+        """The target of a redirect. Raises FetchFailed, which does not say what is wrong with it."""
         try:
             target = parse_url(str(url.join(location)), self._settings.ports)
         except (UrlRefused, httpx.InvalidURL) as error:

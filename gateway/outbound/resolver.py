@@ -37,7 +37,7 @@ class NoSuchName(OSError):
 
 
 class Resolver:
-    """See the module. One instance serves the whole process."""
+    """Looks up names at the name servers of the system. One instance serves the whole process."""
 
     def __init__(self, *, servers: Sequence[str] = ()) -> None:
         """`servers` ("127.0.0.1:5353") replace those of /etc/resolv.conf."""

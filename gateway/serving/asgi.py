@@ -30,7 +30,7 @@ _STATUS_LINES = {status.value: b"HTTP/1.1 %d %b\r\n" % (status, status.phrase.en
 
 
 class Exchange:
-    """See the module. The connection tells it what came, and is told how the answer ended."""
+    """One request and its response. The connection passes in the body, and learns how the response ended."""
 
     def __init__(self, connection: Connection, head: Head, scope: Scope) -> None:
         self._connection = connection

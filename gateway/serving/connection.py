@@ -2,8 +2,8 @@
 
 Heads are read by `gateway.serving.request_head`, bodies by `gateway.serving.request_body`; uvicorn's parsers are not
 used. One request is served at a time. What comes behind it waits unparsed until its answer is complete, and reading
-goes on meanwhile, so that the client's departure is always seen. After a refusal, a body that was not read to its end,
-an answer that broke off or a flood of pipelined bytes, the connection closes and nothing that follows is parsed.
+continues meanwhile, so that the client's departure is always seen. After a refusal, a body that was not read to its
+end, an answer that broke off or a flood of pipelined bytes, the connection closes and nothing that follows is parsed.
 
 Every state in which no request is running has a deadline that no byte sent can put off:
 
@@ -15,7 +15,7 @@ Every state in which no request is running has a deadline that no byte sent can 
     client reads nothing of what waits       WRITE_TIMEOUT_S for each MIN_READ_BYTES
     closing, until the client closes too     LINGER_S once everything is written
 
-A client that closes its sending half has left as far as a running request can tell; what is answered all the same is
+A client that closes its sending half has left, as a running request sees it; what is answered all the same is
 still sent. Where too many clients are connected, `gateway.serving.connection_limit` closes those that have waited
 longest. At the end of a shutdown, a request whose body is not complete is refused.
 """
@@ -47,7 +47,7 @@ HEAD_TIMEOUT_S = 60.0
 """From the connection, or the first byte of a later request, to the end of the head; what nginx allows."""
 
 WRITE_TIMEOUT_S = 60.0
-"""How long a client may take to read MIN_READ_BYTES of what waits for it; nginx allows as much. A stream that nobody
+"""How long a client may take to read MIN_READ_BYTES of what waits for it; nginx allows as much. A stream that no client
 reads would keep its place in the engine."""
 
 MIN_READ_BYTES = 16_384
@@ -66,7 +66,7 @@ to pause reading would hide that the client has left."""
 
 
 class Connection(asyncio.Protocol):
-    """See the module. Built by uvicorn's server, which asks for `shutdown` at its end."""
+    """One HTTP connection of a client. Built by uvicorn's server, which asks for `shutdown` at its end."""
 
     transport: asyncio.Transport
     flow: FlowControl
@@ -297,7 +297,7 @@ class Connection(asyncio.Protocol):
         self._drop_what_comes()
         error = BadRequest(refusal.message, code=refusal.code)
         if self._exchange is not None:
-            self.flow.pause_reading()  # until the application has been told, and asks for more
+            self.flow.pause_reading()  # until the application has seen it, and asks for more
             self._exchange.fail(error)
             return
         request_id = new_request_id()

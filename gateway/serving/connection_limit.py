@@ -7,9 +7,9 @@ the store, engines, probes. The bound is below that, and connections are in two 
     working    a request of a known key runs
 
 At the bound, a new connection takes the place of the one that has been waiting longest. Clients without a key can't
-close working connections. An eighth of the bound is never given to working ones: there probes are answered, and
-clients are told that there is no room. One key gets at most three times as many of the other places as stay free, so
-that there is always room for another key. Raises Overloaded and RateLimitExceeded.
+close working connections. An eighth of the bound is never given to working ones: there probes are answered, and clients
+get an error that there is no room. One key gets at most three times as many of the other places as stay free, so that
+there is always room for another key. Raises Overloaded and RateLimitExceeded.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class ConnectionLimit:
 
 
 def most_connections(wanted: int) -> int:
-    """Return how many clients may be connected: `wanted`, or half as many as this process may open files.
+    """The number of clients that may be connected: `wanted`, or half of the files that this process may open.
 
     Raises the soft limit of open files as far as that helps: common defaults are 1024 and, for the hard limit, more
     than 500,000.

@@ -1,6 +1,6 @@
 """The sockets that the server listens on, from `server.host` and `server.port`.
 
-`::` stands for both families, as two sockets: IPv4 clients keep their own form of address that way. Fails with
+`::` stands for both families, as two sockets: IPv4 clients keep their own form of address that way. Raises
 ConfigError, in one line that names the address.
 """
 

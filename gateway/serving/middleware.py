@@ -30,7 +30,7 @@ log = logging.getLogger("shannon.access")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _PROBES = ("/health", "/ready")  # a kubelet asks for them by the pod's address
-_UNTRACED = (*_PROBES, "/metrics")  # they come every few seconds, and say nothing about anybody
+_UNTRACED = (*_PROBES, "/metrics")  # they come every few seconds, and have nothing to trace
 _MAX_PATH_CHARS = 200
 
 CLIENT_CLOSED_REQUEST = 499
@@ -40,7 +40,7 @@ UNMATCHED = "unmatched"
 
 
 class RequestMiddleware:
-    """See the module."""
+    """Request id, Host check, metrics, trace and access log of every request."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class RequestMiddleware:
             await self._app(scope, bounded, send_with_headers)
         except GatewayError as error:
             await ErrorResponse(error)(scope, receive, send_with_headers)
-        except ClientDisconnect:  # it left while sending its body; there is nobody to answer
+        except ClientDisconnect:  # it left while sending its body; there is no client to answer
             scope["state"]["error"] = CLIENT_DISCONNECTED
         except Exception:
             log.exception("request %s failed", request_id)
@@ -125,13 +125,13 @@ class RequestMiddleware:
         read.
 
         A body that goes over raises RequestTooLarge or RequestTimeout once; later calls drop what comes and wait for
-        the client to leave. So do all calls after the answer has `started`: nobody reads the body any more, and who
+        the client to leave. So do all calls after the answer has `started`: the body is not read any more, and who
         watches for the departure must not be ended by it.
         """
         announced = headers.get("content-length", "")
         left = self._max_body_bytes
         wait_s = self._body_timeout_s
-        """How long the client may still be waited for. Time in which nobody asks for the body is not its fault."""
+        """How long the client may still be waited for. Time in which the body is not read does not count."""
         reading = True
 
         async def receive_bounded() -> Message:
@@ -202,7 +202,7 @@ class RequestMiddleware:
 
 
 def _fields(scope: Scope, route: str, status: int, started: float, duration_s: float) -> dict[str, Any]:
-    """Return what the access log tells of a request: who, what, how much and how long, but nothing that was said."""
+    """The access log's fields of a request: who, what, how much and how long, and no text of prompts or answers."""
     state = scope["state"]
     meter: Meter | None = state.get("meter")
     fields = {

@@ -64,7 +64,7 @@ class Reload:
             log.error("the configuration was not reloaded, all is as before: %s", error)
             services.metrics.reloaded("refused")
             return
-        except Exception:  # whatever is in the file, the gateway goes on, and listens to the next signal
+        except Exception:  # whatever is in the file, the gateway continues, and listens to the next signal
             log.exception("the configuration was not reloaded, all is as before: %s", self._path)
             services.metrics.reloaded("refused")
             return
@@ -129,7 +129,7 @@ def _short(value: Any) -> str:
 
 
 def _key_changes(old: OwnKeys, new: OwnKeys) -> list[str]:
-    """Say which keys came, went or changed, by id: of secrets nothing is told but that they differ."""
+    """Say which keys came, went or changed, by id: of secrets only the fact that they differ."""
     changes = []
     for key_id in {**old, **new}:
         principal = (new.get(key_id) or old[key_id])[1]

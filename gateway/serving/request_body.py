@@ -1,7 +1,7 @@
 """The body of an HTTP/1.1 request: where it ends, and what of it is content (RFC 9112, 6 and 7.1).
 
 Both kinds take content off the front of a connection's bytes and never more than their own. `Refusal` is raised where
-the framing is broken; what follows can't be told from a request then.
+the framing is broken; what follows can't be distinguished from a request then.
 """
 
 from __future__ import annotations

@@ -248,7 +248,7 @@ def parse_field(line: bytes) -> tuple[bytes, bytes]:
 
 
 def has_fault(data: bytearray, start: int, end: int) -> bool:
-    """Return whether `data[start:end]`, of a head or a trailer, has a control character or a line break that is not
+    """Whether `data[start:end]`, of a head or a trailer, has a control character or a line break that is not
     CRLF. A CR at either side of the slice may belong to a CRLF."""
     start -= start > 0 and data[start - 1] == _CR
     breaks = data.count(b"\r\n", start, end)

@@ -1,6 +1,6 @@
 """uvicorn, with our way of stopping: SIGTERM drains first, and a failed engine ends the process. SIGHUP reloads.
 
-uvicorn alone closes its listening socket at once on SIGTERM. Here it goes on listening while running requests
+uvicorn alone closes its listening socket at once on SIGTERM. Here it continues listening while running requests
 finish, so that new ones get a 503 they can retry elsewhere instead of a refused connection.
 """
 
@@ -87,7 +87,7 @@ class Server(uvicorn.Server):
             loop.add_signal_handler(number, self._on_signal)
         tasks = [loop.create_task(self._exit_on_failure(name)) for name in self._services.engines]
         if self._reload is not None:
-            # Whoever starts us under nohup wants the end of the terminal to mean nothing.
+            # Under nohup, the end of the terminal must have no effect.
             in_terminal = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN and _has_terminal()
             loop.add_signal_handler(signal.SIGHUP, self._on_hangup, in_terminal)
             signals.append(signal.SIGHUP)
@@ -122,7 +122,7 @@ class Server(uvicorn.Server):
     def _on_signal(self) -> None:
         drain = self._services.drain
         if drain.hurried:
-            log.warning("third signal: closing without telling clients and without the last usage")
+            log.warning("third signal: closing without errors to clients and without the last usage")
             self.force_exit = self.should_exit = True
             return
         if drain.draining:
@@ -173,13 +173,13 @@ class Server(uvicorn.Server):
     async def _exit_on_failure(self, name: str) -> None:
         engine = self._services.engines[name]
         await engine.failed.wait()
-        log.critical("engine %s has failed for good: %s", name, engine.failure)
+        log.critical("engine %s has failed permanently: %s", name, engine.failure)
         self.exit_code = 1
         await self._drain()  # other engines may still be streaming
 
 
 def _has_terminal() -> bool:
-    """Return whether this process has a terminal that could be closed under it."""
+    """Whether this process has a terminal that could be closed under it."""
     try:
         os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
     except OSError:

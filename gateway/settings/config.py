@@ -2,7 +2,7 @@
 
 Unknown names are refused, with the path to them. Secrets are named by environment variable or file, never written
 here. `include` takes in another file under this one, so that several deployments share one model catalog.
-Leaves out reloading. Fails with ConfigError, whose message is one line for the operator.
+Does not handle reloading. Raises ConfigError, whose message is one line for the operator.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class AdmissionSettings(_Settings):
     other keys are about (within the last minute), so that they need not wait until one of a flood's generations
     ends."""
     max_in_flight: int | None = Field(None, ge=1)
-    """Sequences in the engine at once; null means as many as it runs, its `max_num_seqs`. A remote engine tells none
+    """Sequences in the engine at once; null means as many as it runs, its `max_num_seqs`. A remote engine reports none
     and has no bound."""
 
 
@@ -185,7 +185,7 @@ class RemoteSettings(_EngineSettings):
     breaker_max_open_s: float = Field(10.0, gt=0)
     """Longest pause between two such questions; servers take longer than this to start."""
     max_model_len: int | None = Field(None, ge=1)
-    """Context length in tokens. null takes what the servers tell, as vLLM does; others need it here."""
+    """Context length in tokens. null takes what the servers report, as vLLM does; others need it here."""
     takes_images: bool = True
     """Whether the model takes images."""
     cache_salt: bool | None = None
@@ -290,7 +290,7 @@ class ModelSettings(_Settings):
     limits: LimitSettings = LimitSettings()
     """Per key."""
     defaults: DefaultSettings = DefaultSettings()
-    """Sampling parameters for what a request leaves out."""
+    """Sampling parameters for requests that don't set them."""
     max_output_tokens: int | None = Field(None, ge=1)
     """Most completion tokens of one choice: a request that names more is refused, one that names none is held to it.
     null leaves it to the context. SHANNON_MAX_OUTPUT_TOKENS overrides it for all models."""
@@ -312,7 +312,7 @@ class KeySettings(_Settings):
     models: list[str] | None = None
     """Model ids that the key may use; null means all."""
     admin: bool = False
-    """May manage keys and see everybody's usage."""
+    """May manage keys and see the usage of all keys."""
     metrics: bool = False
     """May read /metrics, as admin keys may: for Prometheus, with `models: []`."""
     priority: Priority = "normal"
@@ -340,7 +340,7 @@ class StoreSettings(_Settings):
     """Longest wait for the store elsewhere: for sessions, streams, responses and jobs, which may be large, and for
     administration, where a late answer is better than none."""
     breaker_s: float = Field(1.0, gt=0)
-    """After a failure the store is left alone this long between probes; requests go on without it at once."""
+    """After a failure the store is left alone this long between probes; requests continue without it at once."""
     auth_cache_ttl_s: float = Field(300.0, ge=0)
     """How long a key that was seen stays valid while the store is away."""
 
@@ -442,7 +442,7 @@ class ServerSettings(_Settings):
     allowed_hosts: list[str] = Field(default_factory=list)
     """Host names accepted in the Host header, `*.example.com` for subdomains; empty accepts any."""
     trusted_proxies: list[str] = Field(default_factory=list)
-    """Addresses of proxies whose X-Forwarded-For tells the client's address; empty trusts none."""
+    """Addresses of proxies whose X-Forwarded-For is the client's address; empty trusts none."""
     cors_origins: list[str] = Field(default_factory=list)
     """Browser origins that may call the API; empty means none."""
     metrics_public: bool = False
@@ -468,7 +468,7 @@ class ServerSettings(_Settings):
     idle_connection_s: int = Field(120, ge=1)
     """How long an idle connection stays open; longer than the 60-90 s of common load balancers, so they close first."""
     drain_timeout_s: float = Field(30.0, ge=0)
-    """How long running requests may go on after SIGTERM."""
+    """How long running requests may continue after SIGTERM."""
 
     @property
     def hosts(self) -> list[str]:
@@ -654,8 +654,8 @@ BUILT_IN_TOOLS = (
 
 class AnswerSettings(_Settings):
     images: list[str] = Field(default_factory=list)
-    """Hosts whose pictures an answer of a model with agents may show, `*.example.com` for all below one. Empty allows
-    none: loading a picture tells its host whatever a page made the model write into the address."""
+    """Hosts whose images an answer of a model with agents may show, `*.example.com` for all below one. Empty allows
+    none: loading an image reports to its host whatever a page made the model write into the address."""
 
     @field_validator("images")
     @classmethod
@@ -791,7 +791,7 @@ class Config(_Settings):
 
 
 def _words(error: Any) -> str:
-    """Return what is wrong with a setting, in no words of Python's."""
+    """The error of a setting, without Python's terms."""
     known = {
         "model_type": "must be a mapping of settings",
         "dict_type": "must be a mapping",

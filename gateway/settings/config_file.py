@@ -23,7 +23,7 @@ class _Loader(yaml.SafeLoader):
     """Refuses a mapping that has a key twice."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Return the mapping as it stands in the file; what `<<` adds to it comes later, and may be overridden."""
+        """Return the mapping as it is in the file; what `<<` adds to it comes later, and may be overridden."""
         node = super().compose_mapping_node(anchor)
         seen: set[tuple[str, str]] = set()
         for key, _ in node.value:
@@ -68,7 +68,7 @@ def _load(path: Path) -> Any:
 
 
 def _problem(error: yaml.MarkedYAMLError) -> str:
-    """Return what is wrong and where, in one line; YAML's own words have an excerpt of the file in them."""
+    """The error and its place, in one line. YAML's own message has an excerpt of the file."""
     problem = " ".join(str(error.problem or error.context or "").split())
     mark = error.problem_mark or error.context_mark
     return problem if mark is None else f"{problem} in line {mark.line + 1}, column {mark.column + 1}"

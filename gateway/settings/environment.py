@@ -1,8 +1,8 @@
 """Environment variables that override settings of the YAML file, the names of older deployments among them.
 
 Works on plain values: `gateway.settings.config` checks them, and blames the variable for a bad one. A SHANNON_ name
-wins over an older one, a variable over the file; an empty one counts as unset. Leaves out secrets, which the file names
-itself, but for the hub's token.
+wins over an older one, a variable over the file; an empty one counts as unset. Does not handle secrets, which the file
+names itself, but for the hub's token.
 """
 
 from __future__ import annotations

@@ -41,13 +41,13 @@ _LAG_S = 0.005  # a timer that fires this late says that the loop was busy
 _MAX_WAITS = 5
 """A command that has waited this often its lane's patience for those before it is given up without being sent."""
 _CODE = re.compile(r"([A-Z]{3,32}) ")
-"""What a server's error begins with, unless it is the general ERR, which redis-py leaves out."""
+"""What a server's error begins with, unless it is the general ERR, which redis-py removes."""
 # RedisClusterException, of a cluster without a node that answers, is no RedisError.
 _FAILURES = (RedisError, RedisClusterException, OSError, TimeoutError)
 
 
 Unheard = Callable[[Any], None]
-"""Takes the result that no caller waits for any more; an exception where nobody knows whether the command was run."""
+"""Takes the result of a command whose caller has left, or an exception if it is unknown whether the command was run."""
 
 
 @dataclass(slots=True)
@@ -86,10 +86,10 @@ class Lane:
     ) -> None:
         """Use `client` for at most `in_flight` pipelines at once, each of `max_batch` commands, or one group of them.
 
-        `patience_s` is how long connecting may take when nobody waits, `revive` starts a server that is gone, and
+        `patience_s` is how long connecting may take when no caller waits, `revive` starts a server that is gone, and
         `words` say in the log that the breaker opened and closed. `check` raises StoreUnavailable if the server does
         not answer at all. It is called when an answer takes longer than `doubt_s`: a large value may take that long,
-        but nobody is to wait out the whole timeout for a server that is gone.
+        but no caller should wait for the whole timeout if the server is gone.
         """
         self._client = client
         self._clustered = isinstance(client, redis.RedisCluster)
@@ -226,7 +226,7 @@ class Lane:
                 self._open_breaker(error)
                 _fail(batch)
                 return
-            except BaseException as error:  # whatever it is, nobody shall wait for ever
+            except BaseException as error:  # of any kind, because no caller may wait forever
                 _fail([*batch, *self._queue])
                 self._queue.clear()
                 if not isinstance(error, Exception):
@@ -336,23 +336,23 @@ class Lane:
 
 
 async def end(task: asyncio.Task[None] | None) -> None:
-    """Cancel a task until it has ended: redis-py may take a cancellation for its own timeout, and go on."""
+    """Cancel a task until it has ended: redis-py may take a cancellation for its own timeout, and continue."""
     while task is not None and not task.done():
         task.cancel()
         await asyncio.wait([task], timeout=0.1)
 
 
 def speaks(found: Any) -> bool:
-    """Tell whether the layout version found is ours. A new server that takes no writes has none."""
+    """Whether the layout version found is ours. A new server that takes no writes has none."""
     return found is None or str(found) == str(SCHEMA)
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Tell whether a command's error is about that command alone: its script, or a value of another type.
+    """Whether a command's error is about that command alone: its script, or a value of another type.
 
     Every other error means that the server can't serve this gateway now, and the next command would get it as well:
     READONLY of a replica, which may not know the latest keys, CLUSTERDOWN, TRYAGAIN and MOVED of a cluster, MASTERDOWN,
-    BUSY during somebody's long script, NOPERM after a change of its ACL, and what is not known here.
+    BUSY during a long script, NOPERM after a change of its ACL, and what is not known here.
     """
     if isinstance(error, ClusterCrossSlotError):
         return True

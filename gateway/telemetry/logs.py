@@ -92,7 +92,7 @@ class _Handler(logging.StreamHandler[Any]):
 def configure(form: str, level: str) -> None:
     """Have all loggers of this process write to stderr in `form`, `text` or `json`, our own from `level` on.
 
-    Others begin at INFO at the earliest: what they tell below that may quote requests.
+    Others begin at INFO at the earliest: their debug lines may quote requests.
     """
     handler = _Handler()
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())

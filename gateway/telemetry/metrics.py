@@ -19,7 +19,7 @@ _LATENCY_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 1
 
 
 class Total(Collector):
-    """A counter that is kept elsewhere: its values, by label values, are set anew for every page."""
+    """A counter that is kept elsewhere: its values, by label values, are set again for every page."""
 
     def __init__(self, name: str, documentation: str, labels: list[str], *, registry: CollectorRegistry) -> None:
         self.values: dict[tuple[str, ...], float] = {}
@@ -194,7 +194,7 @@ class Metrics:
         )
         self.usage_refused = Counter(
             "shannon_usage_refused",
-            "Usage entries that the store or a full disk refused; they stand in the log alone.",
+            "Usage entries that the store or a full disk refused; they are only in the log.",
             registry=self._registry,
         )
         self._sessions = Counter(
@@ -218,7 +218,7 @@ class Metrics:
         )
         self.engine_restarts = Total(
             "shannon_engine_restarts",
-            "How often the engine was built anew, by cause: died, stalled, load (of a lazy one failed).",
+            "How often the engine was rebuilt, by cause: died, stalled, load (of a lazy one failed).",
             ["engine", "cause"],
             registry=self._registry,
         )
@@ -236,7 +236,7 @@ class Metrics:
         )
         self.upstream_discarded = Total(
             "shannon_upstream_discarded_tokens",
-            "Tokens of a server's answers that broke off before anybody had seen them. No key pays for them.",
+            "Tokens of a server's answers that broke off before they reached a client. No key pays for them.",
             ["engine", "upstream"],
             registry=self._registry,
         )

@@ -1,6 +1,6 @@
-"""Standard input, output and error of a process that goes on whatever becomes of them.
+"""Standard input, output and error of a process that continues whatever becomes of them.
 
-A pipe that nobody reads makes a writer wait, and a gateway writes its log on the event loop: one log collector that
+A pipe that is not read makes its writer wait, and a gateway writes its log on the event loop: one log collector that
 hangs would stop every request. So a stream here waits a moment at most, then loses lines and counts them. A disk that
 is full and a reader that is gone are no errors either. Linux and macOS.
 """
@@ -70,14 +70,14 @@ class LossyStream(io.TextIOBase):
         return len(text)
 
     def take_lost_lines(self) -> int:
-        """Return how many lines were lost since the last call, once it can be written again; 0 until then."""
+        """The number of lines lost since the last call, once the stream can be written again. 0 until then."""
         if not self._lost_lines or not self._poll.poll(0):
             return 0
         lost, self._lost_lines = self._lost_lines, 0
         return lost
 
     def _takes(self) -> bool:
-        """Return whether a piece can be written without waiting."""
+        """Whether a piece can be written without waiting."""
         if self._poll.poll(0):
             return True
         now = time.monotonic()

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PROVIDER = "shannon"
-"""Of generative AI: a name of our own, which the conventions leave to whoever is not on their list."""
+"""Of generative AI: a name of our own, which the conventions allow for systems that are not on their list."""
 SERVICE = "shannon-gateway"
 CANCELLED = "cancelled"
 """Error type of what its client, or the run that it belonged to, no longer wanted."""
@@ -78,7 +78,7 @@ def vllm_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def build_tracing(environment: Mapping[str, str]) -> Tracing:
-    """Return what `environment` asks for, started. The SDK reads the process's own for what is not the endpoint."""
+    """The tracing that `environment` configures, started. The SDK reads all settings but the endpoint itself."""
     endpoint = traces_endpoint(environment)
     if endpoint is None:
         return Tracing()
@@ -99,7 +99,7 @@ class Span:
 
     trace_id: str | None = None
     headers: Mapping[str, str] | None = None
-    """W3C trace context, for whoever goes on with the trace."""
+    """W3C trace context, for services that continue the trace."""
 
     def asked(self, request_id: str, key_id: str | None) -> None:
         """Note what the log knows a request by."""
@@ -251,7 +251,7 @@ class Tracing:
             span.end()
 
     async def close(self) -> None:
-        """Send what is left, within a bound: nobody waits at the end of a process for an endpoint that is gone."""
+        """Send what is left, within a bound: the end of a process must not wait for an endpoint that is gone."""
         if self._provider is None:
             return
         loop, closed = asyncio.get_running_loop(), asyncio.Event()
@@ -271,7 +271,7 @@ class Tracing:
         for provider in providers:
             if hasattr(provider, "shutdown"):
                 provider.shutdown()
-        with contextlib.suppress(RuntimeError):  # the loop is gone: nobody waits any more
+        with contextlib.suppress(RuntimeError):  # the loop is gone, and no task waits any more
             loop.call_soon_threadsafe(closed.set)
 
 

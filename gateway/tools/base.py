@@ -3,7 +3,7 @@
 A tool does one thing in the outside world and says what it found in words that a model can read, with the sources it
 came from. The box around it bounds the call: its arguments are checked, it has a time limit, failures that may pass
 are tried again, and a tool that is out of order is left alone for a while. An agent never sees an exception: a failed
-call is an observation that says what went wrong. What a tool brings is data; whoever puts it into a prompt marks it
+call is an observation that says what went wrong. The result of a tool is data; a prompt marks it
 as such.
 """
 
@@ -84,7 +84,7 @@ class Observation:
 
 
 class Tool(Protocol):
-    """One tool. `arguments` is a pydantic model; its JSON schema is what models are told."""
+    """One tool. `arguments` is a pydantic model; its JSON schema is part of prompts."""
 
     @property
     def name(self) -> str:
@@ -113,7 +113,7 @@ class Resource(Protocol):
     """What tools share and the box owns: it is started before the first call and closed after the last."""
 
     async def start(self) -> None:
-        """Return at once; what takes time goes on in the background."""
+        """Return at once; what takes time continues in the background."""
 
     async def close(self) -> None:
         """Free everything. Idempotent."""
@@ -219,7 +219,7 @@ class Toolbox:
 
 
 def nested_deeper(value: Any, most: int) -> bool:
-    """Return whether objects and lists are nested deeper than `most`."""
+    """Whether objects and lists are nested deeper than `most`."""
     level = [value]
     for _ in range(most):
         level = [

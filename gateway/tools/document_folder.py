@@ -1,8 +1,8 @@
-"""Finds and reads the documents of a folder, and names them without telling where the folder lies.
+"""Finds and reads the documents of a folder, and names them without the folder's path.
 
 A name is `local:` and the path within the folder. Hidden files and folders are skipped, links that lead out of the
-folder too, and whatever is no plain file. Leaves out watching: it is looked through again and again instead, which
-works on every file system. Fails with OSError where the folder itself can't be listed.
+folder too, and whatever is no plain file. Does not handle watching: it is looked through again and again instead, which
+works on every file system. Raises OSError where the folder itself can't be listed.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def scan(root: Path) -> dict[str, File]:
 
 
 def read(file: File, max_bytes: int) -> tuple[bytes, str]:
-    """Return what the file holds and its signature just before. Raises OSError."""
+    """The content of the file, and its signature before it was read. Raises OSError."""
     # It may have become something else since the scan: a link is not followed, a pipe not waited for.
     descriptor = os.open(file.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as opened:
@@ -109,7 +109,7 @@ def _files(top: str, folder: str, depth: int) -> Iterator[File]:
 
 
 def _inside(top: str, entry: os.DirEntry[str]) -> str | None:
-    """Return where the file lies, None for a link that leads out. Kubernetes mounts every file as a link within."""
+    """The real path of the file, None for a link to the outside. Kubernetes mounts every file as a link within."""
     if not entry.is_symlink():
         return entry.path
     path = os.path.realpath(entry.path, strict=True)

@@ -2,8 +2,8 @@
 
 Each method opens a connection of its own, so any thread and any number of processes may use the index at once; a
 document is replaced in one transaction. The index holds nothing that can't be made again: one that is damaged, of
-another version or of another folder is thrown away. Leaves out ranking by meaning, and network file systems, which
-SQLite's log does not work on. Fails with IndexFailed.
+another version or of another folder is thrown away. Does not handle ranking by meaning, and network file systems, which
+SQLite's log does not work on. Raises IndexFailed.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Excerpt:
 
 
 class DocumentIndex:
-    """See the module."""
+    """A full-text index of documents in SQLite."""
 
     def __init__(self, path: Path, folder: Path) -> None:
         """`path` is the file, `folder` where its documents come from."""
@@ -121,7 +121,7 @@ class DocumentIndex:
             except sqlite3.DatabaseError as error:
                 if type(error) is not sqlite3.DatabaseError:
                     raise
-                log.warning("the index of documents is damaged and made anew: %s", error)
+                log.warning("the index of documents is damaged and made again: %s", error)
                 self.discard()
                 self._touch()
                 self._create()
@@ -232,7 +232,7 @@ class DocumentIndex:
             connection.execute("COMMIT")
 
     def _touch(self) -> None:
-        """Make the file if there is none, readable to nobody else."""
+        """Make the file if there is none, readable only to its owner."""
         os.close(os.open(self._path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
 
     @contextlib.contextmanager

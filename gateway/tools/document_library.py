@@ -3,7 +3,7 @@
 The folder is looked through every so often; what is new or changed is read in a process of its own and indexed, what
 is gone is taken out. A folder that can't be listed, a disk that is away, changes nothing. Several gateways may share
 folder and index: one at a time looks through it. Until the first round is over, searches find what is in already.
-Fails with IndexFailed; what goes wrong in the background is logged, once for each document and reason.
+Raises IndexFailed; what goes wrong in the background is logged, once for each document and reason.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Changes:
 
 
 class DocumentLibrary:
-    """See the module."""
+    """An index that follows a folder of documents."""
 
     def __init__(self, settings: LocalSearchSettings, index_path: Path, reader: Reader) -> None:
         self._settings = settings
@@ -91,7 +91,7 @@ class DocumentLibrary:
                 changes = await self._catch_up()
             except IndexFailed as error:
                 if error.damaged:
-                    log.warning("the index of documents is damaged and made anew: %s", error)
+                    log.warning("the index of documents is damaged and made again: %s", error)
                     await self._in_thread(self._index.discard)
                     self._opened = False
                 raise
@@ -110,7 +110,7 @@ class DocumentLibrary:
                 if str(error) != said:
                     log.warning("the documents can't be looked through: %s", error)
                 said = str(error)
-            except Exception:  # the next round may fare better, and nobody else would notice that there is none
+            except Exception:  # the next round may succeed, and only this task starts one
                 log.exception("the documents can't be looked through")
             await asyncio.sleep(self._settings.refresh_s)
 
@@ -158,7 +158,7 @@ class DocumentLibrary:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[bool]:
-        """Tell whether no other gateway looks through the folder, and keep others from it meanwhile."""
+        """Whether no other gateway looks through the folder, and keep others from it meanwhile."""
         descriptor = os.open(self._lock_path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,9 +1,9 @@
 """What a file or a page says: its title, its date and its text, out of HTML, PDF, Markdown or plain text.
 
 Text comes back as Markdown as far as the source has structure, with a form feed between the pages of a PDF. Leaves
-out images, scripts and the text in pictures. This code meets what strangers made, and the parsers that it calls can
+out images, scripts and the text in pictures. This code reads untrusted files, and the parsers that it calls can
 take minutes, gigabytes or the whole process down over a few bytes: it runs in processes of their own, which
-`gateway.tools.reader` bounds. Fails with Unreadable; whatever else a parser raises is for the caller to catch.
+`gateway.tools.reader` bounds. Raises Unreadable; whatever else a parser raises is for the caller to catch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _INVISIBLE = re.compile(
     "[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\U000e0000-\U000e007f]"
 )
 _LIGATURES = {0xFB00: "ff", 0xFB01: "fi", 0xFB02: "fl", 0xFB03: "ffi", 0xFB04: "ffl", 0xFB05: "st", 0xFB06: "st"}
-"""PDFs write these for the letters that they stand for, and nobody searches for them."""
+"""PDFs write these for the letters that they stand for, and queries don't contain them."""
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),  # begins like UTF-16's
@@ -59,7 +59,7 @@ class Document:
 
 
 def read_document(content: bytes, kind: Kind, charset: str = "", max_chars: int = 2**21) -> Document:
-    """Return what `content` says, at most `max_chars` of it. Raises Unreadable, and what parsers raise."""
+    """The text of `content`, at most `max_chars` of it. Raises Unreadable, and what parsers raise."""
     if kind == "pdf":
         document = _read_pdf(content, max_chars)
     elif kind == "html":
@@ -74,7 +74,7 @@ def read_document(content: bytes, kind: Kind, charset: str = "", max_chars: int 
 
 
 def _decoded(content: bytes, charset: str) -> str:
-    """Return text from bytes: what they begin with tells most, then what the server said, then a guess."""
+    """The text of bytes. The encoding comes from their beginning, else from the server, else from a guess."""
     for bom, encoding in _BOMS:
         if content.startswith(bom):
             return content[len(bom) :].decode(encoding, "replace")
@@ -101,7 +101,7 @@ def _read_html(html: str) -> Document:
     from trafilatura.utils import load_html
 
     tree = load_html(html)
-    if tree is None:  # a page may leave out all that tells it from text, but its server or its name have told
+    if tree is None:  # a page may have no markup, but its server or its name says that it is HTML
         html = f"<!doctype html>{html}"
         tree = load_html(html)
     if tree is None:

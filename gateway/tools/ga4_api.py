@@ -1,7 +1,7 @@
 """Google Analytics' Data API (v1beta) over REST: what a property can report, and reports as plain values.
 
-https://developers.google.com/analytics/devguides/reporting/data/v1/rest. Leaves out funnels, cohorts, pivots and
-exports. Fails with ToolError, and with Refused where it is the request that is wrong, so that an agent can mend it.
+https://developers.google.com/analytics/devguides/reporting/data/v1/rest. Does not handle funnels, cohorts, pivots and
+exports. Raises ToolError, and with Refused where it is the request that is wrong, so that an agent can correct it.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Ga4Api:
         await self._client.close()
 
     async def metadata(self) -> Metadata:
-        """Return what the property can report. Raises ToolError."""
+        """The metrics and dimensions of the property. Raises ToolError."""
         async with self._asking:
             if self._metadata is None or self.clock() >= self._metadata_until:
                 answer = await self._ask("GET", "/metadata")
@@ -136,7 +136,7 @@ class Ga4Api:
             return Refused(f"Google Analytics refuses the request: {_message(answer.body)}")
         if status in (403, 404):
             log.error("Google Analytics: no access to property %s (status %d)", self._property_id, status)
-            message = "The service account may not read this property, which only the operator can mend."
+            message = "The service account may not read this property, which only the operator can fix."
             return ToolError(message, out_of_order=True)
         if status == 401:
             return ToolError("Google Analytics refuses the access token.", may_pass=True)
@@ -234,7 +234,7 @@ def _number(text: Any) -> int | float | str:
 
 
 def _notes(metadata: Mapping[str, Any]) -> list[str]:
-    """Return what the API says about how far its figures can be trusted."""
+    """The API's notes on the quality of its figures."""
     notes = []
     if metadata.get("samplingMetadatas"):
         notes.append("The figures are estimates from a sample.")

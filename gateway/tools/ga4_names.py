@@ -1,4 +1,4 @@
-"""Names of Google Analytics that its metadata method does not tell."""
+"""Names of Google Analytics that its metadata method does not return."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 The assertion is signed here, which takes a millisecond, and exchanged over the caller's own HTTP client, so that
 nothing blocks the event loop and everything can be cancelled (RFC 7523, as Google documents it for service accounts).
-Leaves out other kinds of credentials. Fails with ValueError on a file that is no service account's key, whose message
+Does not handle other kinds of credentials. Raises ValueError on a file that is no service account's key, whose message
 is for the operator, and with ToolError where Google gives no token.
 """
 
@@ -81,7 +81,7 @@ class ServiceAccount:
         form = {"grant_type": _GRANT, "assertion": assertion.decode()}
         answer = await client.ask("POST", self._token_url, form=form)
         if answer.status != 200:
-            # 4xx says that the key was revoked or the machine's clock is wrong, which time does not mend.
+            # 4xx says that the key was revoked or the machine's clock is wrong, which waiting does not fix.
             log.error("Google gives no access token for the service account (status %d)", answer.status)
             raise ToolError(
                 "Google refuses the service account's key.", may_pass=answer.status >= 500, out_of_order=True

@@ -1,7 +1,7 @@
-"""A pydantic model out of somebody else's JSON schema, so that their tools' arguments are checked as ours are.
+"""A pydantic model from the JSON schema of an MCP tool, so that its arguments are checked like those of our own tools.
 
-References within the schema are followed, others are not: a schema fetches nothing. Its patterns are somebody else's
-regular expressions: RE2 matches them, in linear time, and one that RE2 does not know is left to the server. Fails with
+References within the schema are followed, others are not: a schema fetches nothing. Its patterns are untrusted
+regular expressions: RE2 matches them, in linear time, and one that RE2 does not know is left to the server. Raises
 ValueError on a schema that is none.
 """
 

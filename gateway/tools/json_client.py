@@ -1,6 +1,6 @@
 """HTTP requests to a service that answers in JSON, within bounds of time and size.
 
-Follows no redirects and uses no proxies, cookies or .netrc. Fails with ToolError, whose message names the service and
+Follows no redirects and uses no proxies, cookies or .netrc. Raises ToolError, whose message names the service and
 nothing that it said; what a status means is the caller's to know.
 """
 
@@ -77,7 +77,7 @@ class JsonClient:
         return Answer(response.status_code, parsed, _retry_after_s(response))
 
     async def close(self) -> None:
-        """Close the connections. Idempotent; the next request opens them anew."""
+        """Close the connections. Idempotent; the next request opens them again."""
         client = self.__dict__.pop("_client", None)
         if client is not None:
             await client.aclose()

@@ -65,7 +65,7 @@ def _die_with_parent(parent: int) -> None:
 
 
 def _pass_lines(reads: int) -> None:
-    """Write what comes to standard output, line by line. Raises BrokenPipeError when nobody reads any more."""
+    """Write what comes to standard output, line by line. Raises BrokenPipeError when the reader is gone."""
     line, cut = bytearray(), False
     allowance, since = float(MESSAGES_PER_S), time.monotonic()
     while data := os.read(reads, _READ_BYTES):
@@ -90,7 +90,7 @@ def _write(data: bytes) -> None:
 
 
 def _error_for(line: bytearray) -> bytes:
-    """Return what stands for an answer that is too long. Without its id it is nothing, and the call times out."""
+    """The error in place of an answer that is too long. If the answer has no id, the call times out."""
     found = _ID.search(line[:_ID_BYTES]) or _ID.search(line[-_ID_BYTES:])
     if found is None:
         return b""

@@ -1,7 +1,7 @@
 """Tools for the operator's own documents: `local_search` finds passages, `local_read` reads on from there.
 
-Both see only what is in the index, under names that don't tell where the folder lies; nothing that an agent says is
-ever used as a path. Whoever may use a model with these tools sees all of the folder. Fails with ToolError.
+Both see only what is in the index, under names without the folder's path; nothing that an agent says is
+ever used as a path. Every user of a model with these tools sees the whole folder. Raises ToolError.
 """
 
 from __future__ import annotations

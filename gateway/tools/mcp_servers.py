@@ -2,10 +2,10 @@
 
 A server is connected when its tools are first wanted, over pipes to a process of its own or over streamable HTTP. One
 task owns each connection from beginning to end, because what the `mcp` package opens must be closed by the task that
-opened it; calls come from any task. A connection that is lost is made anew by the next call. A server process gets
+opened it; calls come from any task. A connection that is lost is made again by the next call. A server process gets
 none of the gateway's environment but what the configuration names (and PATH, HOME and the like), and never outlives it.
 
-Leaves out resources, prompts, sampling and elicitation: a server can't use our models or ask our users. Fails with
+Does not handle resources, prompts, sampling and elicitation: a server can't use our models or ask our users. Raises
 ToolError; a server that can't be reached has no tools, and is left alone for a while.
 """
 
@@ -51,7 +51,7 @@ _MAX_NUMBER_BITS = 3000
 _MAX_REFUSAL_CHARS = 300
 _LOST = "The connection to the server was lost."
 _MAX_TIMEOUTS = 3
-"""In a row, after which a server counts as hung and is connected anew, which starts its process anew."""
+"""In a row, after which a server counts as hung and is connected again, which restarts its process."""
 _RETRY_S = 30.0
 """A server that could not be reached is left alone this long when tools are listed; a call tries at once."""
 _LISTED_S = 600.0
@@ -220,7 +220,7 @@ class McpServer:
             connection.close()
             return ToolError(_LOST, may_pass=repeatable or forgotten)
         if code == INTERNAL_ERROR and self._url:
-            return ToolError("The server failed.", may_pass=repeatable)  # it, or what stands in front of it
+            return ToolError("The server failed.", may_pass=repeatable)  # it, or a proxy in front of it
         return ToolError(f"The server refuses the call: {message[:_MAX_REFUSAL_CHARS]}")
 
     async def _connect(self) -> _Connection:
@@ -257,13 +257,13 @@ class McpServer:
                 async with Client(self._transport(), read_timeout_seconds=self.timeout_s, client_info=info) as client:
                     connection.ready.set_result(client)
                     await anyio.sleep_forever()
-        except Exception as error:  # whatever a server, a network or the package can do; nobody awaits this task
+        except Exception as error:  # whatever a server, a network or the package can do; no caller awaits this task
             log.info("tools.mcp.%s: the connection has ended: %r", self.name, error)
         finally:
             connection.over = True
             if not connection.ready.done():
                 connection.ready.set_exception(ConnectionError("The server can't be reached."))
-                connection.ready.exception()  # taken note of, also where nobody waits any more
+                connection.ready.exception()  # retrieved, even if no caller waits any more
 
     @contextlib.asynccontextmanager
     async def _transport(self) -> AsyncIterator[Any]:
@@ -298,7 +298,7 @@ class McpTool:
         self.name = tool_name(server.name, listed.name)
         self.description = " ".join((listed.description or listed.title or "").split())[:_MAX_DESCRIPTION_CHARS]
         self.arguments: type[BaseModel] = arguments_model(dict(listed.input_schema))
-        # Room to connect anew first; then the server's own limit counts, which tells a slow answer from a dead server.
+        # Time to connect again first, then the server's own limit, so that a slow answer is not taken for a dead server.
         self.timeout_s = 2 * server.timeout_s + 1
         self._server = server
         self._own_name = listed.name
@@ -314,7 +314,7 @@ class McpTool:
 
 
 def tool_name(server: str, own_name: str) -> str:
-    """Return what agents call a tool of a server."""
+    """The name of a server's tool for agents."""
     return f"{server}{SEPARATOR}{_NOT_IN_NAMES.sub('_', own_name)}"[:_MAX_NAME_CHARS]
 
 

@@ -2,7 +2,7 @@
 
 Passages follow the text's own joints: pages, headings, paragraphs, sentences. None is left out and none overlaps, so
 that passages in a row are the text again. An anchor is a page (`page=3`) or a heading (`results`), numbered where
-several passages share it. Leaves out tables of contents and footnotes: they are paragraphs like others.
+several passages share it. Does not handle tables of contents and footnotes: they are paragraphs like others.
 """
 
 from __future__ import annotations

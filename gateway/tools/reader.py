@@ -1,9 +1,9 @@
-"""Reads documents that strangers made, in processes that can be killed.
+"""Reads untrusted documents in processes that can be killed.
 
 A page of a few megabytes keeps the best of HTML parsers busy for half a minute, and its regular expressions hold
 Python's lock while they run: a thread could neither be stopped nor kept from stopping the event loop with it. So each
-document goes to one of a few processes, which is killed when it takes too long or when nobody waits any more. They
-are started at the first document and end when they have been idle. Fails with Unreadable.
+document goes to one of a few processes, which is killed when it takes too long or when no caller waits any more. They
+are started at the first document and end when they have been idle. Raises Unreadable.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ KINDS: dict[str, Kind] = {
 
 
 def kind_of(media_type: str, content: bytes) -> Kind | None:
-    """Return what sort of document this is, None if it is none that can be read."""
+    """The type of a document, None if it can't be read."""
     head = content[:1024].lstrip().lower()
     if head.startswith(b"%pdf-"):
         return "pdf"
@@ -89,7 +89,7 @@ class _Process:
 
 
 class Reader:
-    """See the module. One instance has `processes` processes at most."""
+    """Reads documents in a pool of processes. One instance has `processes` processes at most."""
 
     def __init__(self, *, processes: int = 2, timeout_s: float = 15.0, idle_s: float = 60.0) -> None:
         """`timeout_s` is for one document, `idle_s` how long a process waits for the next before it ends."""
@@ -107,7 +107,7 @@ class Reader:
         return len(self._all)
 
     async def read(self, content: bytes, kind: Kind, *, charset: str = "", max_chars: int = 2**21) -> Document:
-        """Return what a document says. Raises Unreadable; cancelling kills the process that reads it.
+        """The text of a document. Raises Unreadable; cancelling kills the process that reads it.
 
         Waits for a process as long as one document may take. Keys share the processes fairly: of two, one key gets one.
         """
@@ -162,7 +162,7 @@ class Reader:
             if process.usable:
                 return process
             self._end(process)
-        # Shielded: to cancel it halfway would leave a process behind that nobody knows.
+        # Shielded: to cancel it halfway would leave an unknown process behind.
         start = asyncio.ensure_future(self._start())
         self._starting.add(start)
         start.add_done_callback(self._starting.discard)
@@ -179,7 +179,7 @@ class Reader:
     async def _start(self) -> _Process:
         if self._closed:
             raise OSError("closed")
-        # No secrets; and packages from where this process has them, for it may be told by PYTHONPATH.
+        # No secrets; and packages from where this process has them, because PYTHONPATH may name them.
         environment = {
             "PATH": os.environ.get("PATH", os.defpath),
             "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path if path),

@@ -1,4 +1,4 @@
-"""The process that documents are parsed in. Run by `gateway.tools.reader`, never by hand.
+"""The process that documents are parsed in. Only `gateway.tools.reader` runs it.
 
 Takes documents on standard input and answers on standard output until its input ends. Each message is its length in
 four bytes, a line of JSON, and for documents their bytes. It has no secrets in its environment, bounds its own memory,
@@ -49,7 +49,7 @@ def _answer(message: bytes) -> dict[str, Any]:
         return {"error": str(error)}
     except MemoryError:
         return {"error": "it takes too much memory to read"}
-    except Exception as error:  # parsers raise all sorts on what strangers send
+    except Exception as error:  # parsers raise any error on untrusted files
         return {"error": "it can't be read", "reason": f"{type(error).__name__}: {error}"[:500]}
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

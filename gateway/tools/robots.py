@@ -1,8 +1,8 @@
 """What a site's robots.txt lets this gateway read, by RFC 9309.
 
-The group for our own name counts, else the one for everybody; the longest rule that matches wins, with `*` and `$` as
+The group for our own name counts, else the one for all agents; the longest rule that matches wins, with `*` and `$` as
 the RFC has them, which Python's own parser does not know. A site without the file allows everything, one that fails to
-give it allows nothing for now. Leaves out crawl delays: agents read single pages. Fails with FetchError.
+give it allows nothing for now. Does not handle crawl delays: agents read single pages. Raises FetchError.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def parse(text: str, product: str = PRODUCT) -> list[Rule]:
 
 
 def allows(rules: Sequence[Rule], target: str) -> bool:
-    """Tell whether `target`, a path with its query, may be read."""
+    """Whether `target`, a path with its query, may be read."""
     if target.partition("?")[0] == "/robots.txt":
         return True
     path = normal(target)
@@ -139,7 +139,7 @@ class Robots:
 
 
 def _matches(pattern: str, path: str) -> bool:
-    """Tell whether a pattern matches the beginning of a path; in one go, whatever the pattern."""
+    """Whether a pattern matches the beginning of a path; in one go, whatever the pattern."""
     whole = pattern.endswith("$")
     first, *rest = pattern.removesuffix("$").split("*")
     if not path.startswith(first):

@@ -3,7 +3,7 @@
     SearXNG   a server of the operator's own, which asks others
     Brave, Tavily, Serper   sold by the search
 
-Leaves out what they offer beyond a list of results: answers, images, whole pages. An answer of another shape than
+Only their lists of results are used: no answers, images or whole pages. An answer of another shape than
 documented raises ValueError, TypeError or KeyError, which `gateway.tools.web_search` catches.
 """
 
@@ -40,7 +40,7 @@ _BRAVE_LANGUAGES = {
     "zh-HK": "zh-hant",
     "zh-TW": "zh-hant",
 }
-"""Where Brave's names differ from everybody's."""
+"""Names that only Brave uses."""
 _TAG = re.compile(r"</?[a-zA-Z][^<>]{0,200}>")
 _ISO = re.compile(r"\d{4}-\d{2}-\d{2}")
 _AGO = re.compile(r"(\d{1,3}) (minute|hour|day|week|month|year)s? ago")
@@ -49,7 +49,7 @@ _DAYS = {"minute": 0, "hour": 0, "day": 1, "week": 7, "month": 30, "year": 365}
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One result, as the service tells it."""
+    """One result in the service's form."""
 
     url: str
     title: str
@@ -78,7 +78,7 @@ class Provider:
         raise NotImplementedError
 
     def meaning(self, status: int, body: Any) -> Meaning:
-        """Return what a status other than 200 means. `body` is its JSON, None where it has none."""
+        """The error for a status other than 200. `body` is its JSON, None where it has none."""
         if status in (401, 403):
             return "key"
         if status in (404, 405) or 300 <= status < 400:
@@ -86,7 +86,7 @@ class Provider:
         return "busy" if status in (408, 425, 429) or status >= 500 else "query"
 
     def failure(self, body: Any) -> bool:
-        """Tell whether an answer without results is no answer."""
+        """Whether an answer without results is no answer."""
         return False
 
 
@@ -213,7 +213,7 @@ def sources(found: Iterable[Found], max_results: int, today: datetime.date) -> l
 
 
 def iso_date(text: str, today: datetime.date) -> str:
-    """Return the ISO date that a service means, empty where it can't be told."""
+    """Return the ISO date that a service means, empty if it is unknown."""
     text = text.strip()[:_MAX_DATE_CHARS]
     if iso := _ISO.match(text):
         return iso[0]

@@ -1,7 +1,7 @@
 """Words of any script, the way that SQLite's full-text index compares them.
 
 FTS5 cuts text into words at whatever is neither letter nor digit. Chinese, Japanese, Thai and their like put nothing
-between words: there each character is made a word of its own, and a query looks for pairs of them. Leaves out
+between words: there each character is made a word of its own, and a query looks for pairs of them. Does not handle
 dictionaries, so a pair may match across two words.
 """
 

@@ -5,8 +5,8 @@
     {position, block, advertiser, domain, title, description, url, extensions}
 
 where `block` is top, bottom or what else the provider says, and `url` is the advertiser's own page, without the search
-engine's click counter, or empty where the provider tells only the domain. The results page itself counts as a source
-that was read. Leaves out shopping and video ads. Fails with ToolError; no ads is not a failure.
+engine's click counter, or empty if the provider returns only the domain. The results page itself counts as a source
+that was read. Does not handle shopping and video ads. Raises ToolError; no ads is not a failure.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class SerpAdsArguments(BaseModel):
 
 
 class SerpAds:
-    """See the module."""
+    """The tool that finds ads on results pages."""
 
     name = "serp_ads"
     description = "Find the ads that a search engine shows for a query, with their texts and where they lead."
@@ -108,7 +108,7 @@ def _failure(answer: Answer) -> ToolError:
     # Serper says with status 400 that the credits are used up.
     if status in (401, 402, 403) or "credits" in str(answer.body.get("message")):
         log.error("serp_ads: the search service refuses the gateway's key, or its plan is used up (status %d)", status)
-        return ToolError("serp_ads is not configured rightly, which only the operator can mend.", out_of_order=True)
+        return ToolError("serp_ads is misconfigured; the operator has to fix it.", out_of_order=True)
     if status == 429:
         message = "The search service has no room at the moment."
         return ToolError(message, may_pass=True, retry_after_s=answer.retry_after_s)
@@ -149,7 +149,7 @@ def _ad(entry: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _landing_page(url: str, counters: int = 0) -> str:
-    """Return where an ad leads. A click counter's URL may name the page; following it would bill the advertiser."""
+    """The target of an ad. A click counter's URL may name the page; following it would bill the advertiser."""
     if len(url) > _MAX_URL_CHARS or any(character.isspace() for character in url):
         return ""
     try:
@@ -165,7 +165,7 @@ def _landing_page(url: str, counters: int = 0) -> str:
 
 
 def _extensions(entry: dict[str, Any]) -> list[str]:
-    """Return what stands below an ad: extensions and the titles of further links."""
+    """The text below an ad: extensions and the titles of further links."""
     found: list[str] = []
     links = entry.get("sitelinks") or []
     groups = list(links.values()) if isinstance(links, dict) else [links]

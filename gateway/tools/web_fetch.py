@@ -1,8 +1,8 @@
 """The tool `web_fetch`: a web page or a PDF as text.
 
 The URL goes through `gateway.outbound.fetch`, which keeps it out of this network, each step of its redirects through
-the site's robots.txt, and what comes back to a process of its own, which turns it into text. Leaves out scripts: a page
-that writes itself in the browser has nothing to say here. Fails with ToolError; where a host can't be reached, or must
+the site's robots.txt, and what comes back to a process of its own, which turns it into text. Scripts are not run: a
+page that writes itself in the browser has nothing to say here. Raises ToolError; where a host can't be reached, or must
 not be, the message is the same.
 """
 
@@ -31,7 +31,7 @@ class WebFetchArguments(BaseModel):
 
 
 class WebFetch:
-    """See the module."""
+    """The tool that reads web pages."""
 
     name = "web_fetch"
     description = "Read a web page or PDF as text."

@@ -1,7 +1,7 @@
 """The tool `web_search`: one query to the service that the operator chose.
 
 The service is trusted to be what it says, its results are not: their texts are cut and freed of markup, and an address
-is only kept if it can be fetched. Leaves out paging. Fails with ToolError; what is the operator's to mend (a wrong key,
+is only kept if it can be fetched. Does not handle paging. Raises ToolError; what the operator has to fix (a wrong key,
 a plan used up) is logged by its kind, never with what the service said, which may hold the key.
 """
 
@@ -35,7 +35,7 @@ _OPERATORS: dict[Meaning, str] = {
     "format": "the search server does not allow JSON: add `json` to `search.formats` in its settings.yml",
     "address": "there is no search service at the address in `tools.web_search.url`",
 }
-"""What only the operator can mend."""
+"""What only the operator can fix."""
 
 
 class WebSearchArguments(BaseModel):
@@ -44,7 +44,7 @@ class WebSearchArguments(BaseModel):
 
 
 class WebSearch:
-    """See the module."""
+    """The tool that searches the web."""
 
     name = "web_search"
     description = "Search the web. Returns titles, addresses and short excerpts; read a page with web_fetch."
@@ -72,7 +72,7 @@ class WebSearch:
         self.timeout_s = settings.timeout_s + _MAX_PACE_S
 
     async def run(self, arguments: WebSearchArguments) -> Observation:
-        """Return what was found, as sources that are not read yet. Raises ToolError."""
+        """The results, as sources that are not read yet. Raises ToolError."""
         limit = arguments.max_results or self._settings.max_results
         await self._wait_for_turn()
         body = await self._ask(self._provider.request(arguments.query, limit))
@@ -132,9 +132,7 @@ class WebSearch:
         meaning: Meaning = "busy" if status == 200 else self._provider.meaning(status, body)
         if meaning in _OPERATORS:
             log.error("web_search: %s (%s, status %d)", _OPERATORS[meaning], self._provider.name, status)
-            return ToolError(
-                "web_search is not configured rightly, which only the operator can mend.", out_of_order=True
-            )
+            return ToolError("web_search is misconfigured; the operator has to fix it.", out_of_order=True)
         log.warning("%s answered a search with status %d", self._provider.name, status)
         if meaning == "busy":
             message = "the search service has no room at the moment." if status == 429 else "the search service failed."

@@ -1,4 +1,4 @@
-// What screen readers are told, at a pace that they can follow: whole sentences, never tokens.
+// Announcements for screen readers, at a pace that can be followed: whole sentences, never tokens.
 
 import { byId } from "./dom.js";
 

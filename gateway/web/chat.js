@@ -203,7 +203,7 @@ export class Chat {
     byId("timeline-scroll").focus();
   }
 
-  // Follows the end until somebody scrolls back. Text that comes and goes moves the place as well: up by a little, and
+  // Follows the end until the reader scrolls back. Text that comes and goes moves the place as well: up by a little, and
   // the end out of reach.
   #scrolled({ scrollTop, scrollHeight, clientHeight }) {
     const up = this.#top - scrollTop;

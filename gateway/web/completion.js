@@ -4,7 +4,7 @@ import { GatewayError } from "./gateway.js";
 
 // Yields {kind, ...}:
 //   opened (sessionId), queued (position, waitS), text, reasoning (text), events (events), finish (reason), usage (usage)
-// Fails with GatewayError, also where an error frame ends the stream; aborting `signal` raises AbortError.
+// Raises GatewayError, also where an error frame ends the stream; aborting `signal` raises AbortError.
 export async function* complete(gateway, body, { sessionId, signal }) {
   const headers = sessionId ? { "X-Session-ID": sessionId } : {};
   const isLast = (frame) => frame.data === "[DONE]";

@@ -140,7 +140,7 @@ export class Inspector {
     this.intro.hidden = true;
     this.reply.hidden = false;
     this.reply.scrollIntoView({ block: "nearest" }); // on a telephone it is below the form
-    this.summary.textContent = "The model is loaded when somebody looks; the first time takes some seconds.";
+    this.summary.textContent = "The model is loaded on first use, which takes some seconds.";
     this.run.disabled = true;
     this.halt.hidden = false;
   }

@@ -75,7 +75,7 @@ function inspect(messages) {
   location.hash = "#inspector";
 }
 
-// Tells in front of the door whether anybody is at home. Neither route needs a key.
+// Shows on the sign-in page whether the server is live and ready. Neither route needs a key.
 async function tellState() {
   const state = byId("gateway-state");
   const line = (kind, text) => {

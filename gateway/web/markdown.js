@@ -1,7 +1,7 @@
 // Markdown to nodes: what a model writes becomes elements from the list below, and text, and nothing else.
 //
 // HTML in the source is text. Links lead to http, https and mailto only. Pictures are shown as links, because loading
-// one would tell its host what was said here.
+// one would send its host the text of the chat.
 
 import MarkdownIt from "./vendor/markdown-it/markdown-it.js";
 import { button, h } from "./dom.js";

@@ -4,7 +4,7 @@ import { h } from "./dom.js";
 import { bits, percent } from "./figures.js";
 import { visible } from "./token_strip.js";
 
-// Tokens that differ by the space in front of them are told apart here.
+// Tokens that differ only by a leading space are shown differently.
 const told = (text) => (text.startsWith(" ") ? [h("span", { class: "sign" }, "␣"), ...visible(text.slice(1))] : visible(text));
 
 // Returns the nodes that describe a token.

@@ -29,7 +29,7 @@ export class Answer {
   constructor(model, actions) {
     this.model = model;
     this.actions = actions;
-    // Not read out by itself: agents say more in a second than anybody can listen to. The announcer tells what matters.
+    // Not read out by itself: agents write faster than a screen reader can speak. The announcer reads what matters.
     this.status = h("span", { role: "status", "aria-live": "off" }, "waiting for the gateway");
     this.body = h("div", { class: "prose" });
     this.after = h("div");

@@ -38,7 +38,7 @@ export class Usage {
     }).observe(this.chart);
   }
 
-  // `names` tells what keys are called, by id.
+  // `names` are the names of keys, by id.
   async load(names) {
     this.#names = names;
     try {

@@ -1,7 +1,7 @@
 """The addresses of one run: which were read, which a search or the user gave, and how two spellings are compared.
 
 A model may spell an address in any way, and anything that it adds to one (a query, a fragment, a user name) may carry
-what it has read to whoever owns the host. So an address is looked up in a form without these, and what is then shown
+what it has read to the owner of the host. So an address is looked up in a form without these, and what is then shown
 or fetched is always the address as it was given, never as the model wrote it. Not handled: whether an address is safe
 to fetch, which `gateway.outbound.fetch` decides.
 """
@@ -32,7 +32,7 @@ _MARKDOWN = re.compile(r"[\x00-\x20<>`|\\\[\]\"^{}\x7f]|[^\x00-\x7f]")
 
 
 def normal_url(url: str) -> str:
-    """Return a URL in the form by which sources are told apart: no tracking, no trailing slash, no user name, and no
+    """Return a URL in the form that identifies a source: no tracking, no trailing slash, no user name, and no
     fragment, but for documents, whose passages are sources of their own."""
     url = url.strip()
     try:
@@ -56,7 +56,7 @@ def in_markdown(url: str) -> str:
 
 
 def split_end(address: str) -> tuple[str, str]:
-    """Return an address as it stands in a sentence, and the punctuation behind it."""
+    """An address in a sentence, and the punctuation after it."""
     bare = address.rstrip(_END)
     return bare, address[len(bare) :]
 
@@ -102,16 +102,16 @@ class Addresses:
         return self._given.get(normal_url(_with_scheme(written)))
 
     def has_doi(self, doi: str) -> bool:
-        """Return whether the user named a DOI, or it is part of an address that was given."""
+        """Whether the user named a DOI, or it is part of an address that was given."""
         doi = doi.lower()
         return doi in self._dois or any(doi in url.lower() for url in self._given)
 
     def has_host(self, name: str) -> bool:
-        """Return whether a host is that of an address which a search or the user gave."""
+        """Whether a host is that of an address which a search or the user gave."""
         return _host(name) in self._hosts
 
     def has_email(self, address: str) -> bool:
-        """Return whether the user named this mail address."""
+        """Whether the user named this mail address."""
         return address.lower() in self._emails
 
     def _name(self, written: str) -> None:
@@ -165,7 +165,7 @@ def _with_scheme(written: str) -> str:
 
 
 def _scheme(written: str) -> bool:
-    """Return whether something other than a host stands before the first colon, as in `local:a.md`."""
+    """Whether something other than a host stands before the first colon, as in `local:a.md`."""
     head, colon, tail = written.partition(":")
     return bool(colon) and head.isalnum() and not tail[:1].isdigit()
 

@@ -1,9 +1,9 @@
 """`shannon-ads-research`: who advertises for a query, with what offers and claims, compared in a table.
 
 Agents type queries into a search engine and note the ads that it shows; the pages that these lead to are read side by
-side; of each advertiser a model notes offer, price, claims and call to action, and code keeps what stands in the ads or
+side; of each advertiser a model notes offer, price, claims and call to action, and code keeps what is in the ads or
 on the page. Both tables are made by code; the analysis behind them names no price, page or domain that was not seen.
-Without a tool for ads it says so, and shows none. Fails with GatewayError.
+Without a tool for ads it says so, and shows none. Raises GatewayError.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class _AdsResearch:
                     agent.think(query)
                     found = await agent.use("serp_ads", query=query, country=wanted.country, language=wanted.language)
             except AGENT_FAILURES:
-                return  # reported by the agent itself; the others go on
+                return  # reported by the agent itself; the others continue
             if found.ok:
                 shown[query] = found.data
                 self._sources.add(found.sources)
@@ -127,7 +127,7 @@ class _AdsResearch:
                     if profile is not None:
                         one.profile = checked(profile, one.text)
             except AGENT_FAILURES:
-                pass  # what the ads say stands in the first table all the same
+                pass  # the ads are in the first table anyway
 
         return job
 
@@ -153,7 +153,7 @@ class _AdsResearch:
         return [*pages, self._sources.number(one.page.url) if one.page else None]
 
     def _material(self, one: Advertiser) -> str:
-        """Return what is known of an advertiser, for the analysis."""
+        """The facts about an advertiser, for the analysis."""
         profile = one.profile
         noted = (
             f"Offer: {profile.offer or '-'}\nPrice: {profile.price or '-'}\n"
@@ -200,7 +200,7 @@ class _AdsResearch:
 
 
 def _nothing(wanted: Queries, shown: dict[str, list[dict[str, Any]]]) -> str:
-    """Return what is said where there are no ads to speak of."""
+    """The answer if there are no ads to report."""
     failed = [cell(query) for query in wanted.queries if query not in shown]
     without = [cell(query) for query in wanted.queries if query in shown]
     lines = ["No ads were found, so there is nothing to compare."]

@@ -2,8 +2,8 @@
 
 Each generation goes through the run's meter, which limits and counts it; where the key's tokens-per-minute are used
 up it waits for the window as long as the run's time allows, and says so. Decisions are JSON held to a schema, so any
-model, however small, decides something that parses. What tools bring stands in the prompt between `<source>` tags,
-as data. Fails with GatewayError, and with OutOfBudget.
+model, however small, decides something that parses. Results of tools are in the prompt between `<source>` tags,
+as data. Raises GatewayError, and with OutOfBudget.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ AGENT_FAILURES = (BadRequest, InternalError, OutOfBudget)
 """What one agent may fail of without failing the run; a dead engine, or a key without rights, ends it."""
 FETCH = "web_fetch"
 PUBLIC_TOOLS = frozenset({FETCH, "web_search", "serp_ads"})
-"""Tools that bring what anybody can read. What any other brings must not get into an address that a model makes up.
+"""Tools whose results are public. Results of all other tools must not get into an address that a model makes up.
 
 What is asked of a search goes to the service that the operator chose, and a redirect from a given address carries
 nothing of the model's. Calls of MCP servers are not restricted by what others have said: `models.*.tools` is for that.
@@ -61,7 +61,7 @@ class Decision(BaseModel):
 
 
 class Agent:
-    """See the module. Use as a context: it reports when it begins and ends, and what it spent."""
+    """One agent of a run. Use as a context: it reports when it begins and ends, and what it spent."""
 
     def __init__(self, run: Run, agent_id: str, role: str) -> None:
         self.run = run
@@ -90,7 +90,7 @@ class Agent:
             self.run.emit("ERROR_OCCURRED", self.id, f"{self.id} {self._end(error)}", role=self.role, **spent)
 
     def _end(self, error: BaseException) -> str:
-        """Return how the agent ended, in words for strangers."""
+        """How the agent ended, without details that clients must not see."""
         if isinstance(error, (GatewayError, OutOfBudget)):
             return f"has failed: {error}"
         if isinstance(error, asyncio.CancelledError):
@@ -98,7 +98,7 @@ class Agent:
         return "has failed."
 
     def think(self, message: str, **payload: Any) -> None:
-        """Tell the client what goes on in the agent's head."""
+        """Tell the client what the agent is thinking."""
         self.run.emit("AGENT_THINKING", self.id, message, role=self.role, **payload)
 
     async def use(self, tool: str, /, **arguments: Any) -> Observation:
@@ -161,7 +161,7 @@ class Agent:
         return found
 
     async def write(self, prompt: Prompt, max_tokens: int) -> str:
-        """Return what the model says to `prompt`."""
+        """The model's answer to `prompt`."""
         return (await self._collect(prompt, max_tokens)).strip()
 
     async def decide(
@@ -223,7 +223,7 @@ class Agent:
         return "".join(text), finish_reason
 
     async def _collect(self, prompt: Prompt, max_tokens: int, **more: Any) -> str:
-        """Return the whole of a generation that is for agents only, thinking as little as the model can be told to."""
+        """Return the whole of a generation that is for agents only, with as little thinking as the model allows."""
         run = self.run
         while True:
             effort, thought = run.effort, False
@@ -260,7 +260,7 @@ class Agent:
         """Yield a generation's deltas, once the limits have room for it. `max_tokens` None makes it the answer."""
         run, final, waited = self.run, max_tokens is None, False
         while True:
-            # Until something has run the client is told of refusals by status, so the first token is waited for.
+            # Until something has run, refusals are sent as a status, so the first token is waited for.
             stream = run.request.stream and (final or not run.begun)
             prepared = await run.meter.prepare_first(self._requests(prompt, max_tokens, stream, more))
             most = prepared.prompt_tokens + prepared.max_tokens
@@ -300,7 +300,7 @@ class Agent:
                     yield delta
 
     def _wait_s(self, error: GatewayError, left_s: float) -> float:
-        """Return how long to wait at most. Raises OutOfBudget where neither time nor other agents will make room."""
+        """The most seconds to wait. Raises OutOfBudget if neither time nor other agents will make room."""
         wait_s = error.retry_after_s or 1.0
         if wait_s < left_s:
             return wait_s

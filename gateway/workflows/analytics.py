@@ -3,7 +3,7 @@
 For Google Analytics, a planner chooses metrics and dimensions from those that the property has, the reports run side
 by side, and what failed is planned once more. Tools of MCP servers (PTEngine's, or any other's) are called step by
 step by an agent of their own. Tables are made by code; the analysis behind them passes `FigureFilter`, so that no
-figure is in it that no report holds. Without an analytics tool it says so, and gives no figures. Fails with
+figure is in it that no report holds. Without an analytics tool it says so, and gives no figures. Raises
 GatewayError.
 """
 
@@ -104,7 +104,7 @@ class _Analysis:
         return await self._answer()
 
     async def _look_up(self) -> Menu | None:
-        """Return what the property can report, None where it can't be learnt."""
+        """The metrics and dimensions of the property, None if they are not available."""
         found = Observation("", ok=False)
         try:
             async with Agent(self._run, "planner", "planner") as planner:
@@ -169,7 +169,7 @@ class _Analysis:
                     agent.think(plan.title)
                     found[number] = await agent.use(plan.tool, **plan.arguments(self._today))
             except AGENT_FAILURES:
-                pass  # reported by the agent itself; the others go on
+                pass  # reported by the agent itself; the others continue
 
         return job
 

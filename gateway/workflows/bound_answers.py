@@ -33,7 +33,7 @@ class BoundFilter:
         self._held = ""
 
     def __call__(self, piece: str) -> str:
-        """Return what may be sent by now."""
+        """The text that may be sent so far."""
         if self._as_it_is:
             return piece
         if not self._is_json:
@@ -76,7 +76,7 @@ class BoundFilter:
 
 
 def _escapes(text: str, at: int) -> int:
-    """Return where the escapes end that stand at `at`: one, or two that are one character together."""
+    """The end of the escape at `at`, or of the two that form one character."""
     first = _ESCAPE.match(text, at)
     if first is None:
         return at
@@ -89,5 +89,5 @@ def _escapes(text: str, at: int) -> int:
 
 
 def _encoded(text: str) -> str:
-    """Return text as it stands in a string of JSON."""
+    """Text as it is written in a JSON string."""
     return json.dumps(text, ensure_ascii=False)[1:-1].encode("utf-8", "replace").decode()

@@ -1,7 +1,7 @@
 """What one run of a workflow may spend: time, tokens, tool calls, and agents at once.
 
 Tokens are set aside before a generation and given back as far as it did not spend them, so that agents side by side
-never spend more than the budget. Leaves out waiting. Fails with OutOfBudget.
+never spend more than the budget. Does not handle waiting. Raises OutOfBudget.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Budget:
         self.taken_tokens += most
 
     def give_back_tokens(self, unspent: int) -> None:
-        """Return what a generation did not spend of what was set aside for it."""
+        """Give back the tokens that a generation did not spend."""
         self.taken_tokens -= unspent
 
     def take_tool_call(self) -> None:

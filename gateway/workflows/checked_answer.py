@@ -2,7 +2,7 @@
 
 What code has put together stands first and is sent as it is; what the model writes passes through filters. Where the
 key's limits leave no room for an analysis, the tables stand alone. An answer that a grammar binds can't be checked in
-this way, since taking something out of it breaks it: such a request is refused. Fails with GatewayError.
+this way, since taking something out of it breaks it: such a request is refused. Raises GatewayError.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Filter(Protocol):
     """Lets an answer through piece by piece, changed or not."""
 
     def __call__(self, piece: str, /) -> str:
-        """Return what may be sent by now."""
+        """The text that may be sent so far."""
 
     def flush(self) -> str:
         """Return the rest."""

@@ -122,7 +122,7 @@ class MarkerFilter:
         self._skipping: Literal["", "section", "entries"] = ""
 
     def __call__(self, piece: str) -> str:
-        """Return what may be sent by now."""
+        """The text that may be sent so far."""
         return self._release(self._lines(piece), final=False)
 
     def flush(self) -> str:
@@ -145,7 +145,7 @@ class MarkerFilter:
     def _begin_line(self, text: str, at: int, final: bool) -> tuple[int, str] | None:
         """Look at a line's beginning: it may be the edge of code, or the heading of a list of sources.
 
-        Returns where to go on and what may be sent, None to wait for more.
+        Returns where to continue and what may be sent, None to wait for more.
         """
         end = text.find("\n", at)
         line = text[at:] if end < 0 else text[at:end]
@@ -223,14 +223,14 @@ class AnswerFilter:
     """Lets an answer through piece by piece, but for what the module says. `flush` at the end returns what is held."""
 
     def __init__(self, sources: Sources, said: str | Addresses = "", image_hosts: Collection[str] = ()) -> None:
-        """Addresses that stand in `said` are the user's own and may be repeated."""
+        """Addresses in `said` are the user's own and may be repeated."""
         addresses = Addresses(said) if isinstance(said, str) else said
         addresses.add([*sources.seen.values(), *(source for _, source in sources.fetched.values())])
         self._markers = MarkerFilter(sources, addresses)
         self._links = LinkFilter(addresses, image_hosts=image_hosts)
 
     def __call__(self, piece: str) -> str:
-        """Return what may be sent by now."""
+        """The text that may be sent so far."""
         return self._links(self._markers(piece))
 
     def flush(self) -> str:
@@ -272,7 +272,7 @@ def _may_be_marker(text: str, at: int) -> bool:
 
 
 def _may_be_heading(line: str) -> bool:
-    """Tell whether a line that has only begun may still become the heading of a list of sources."""
+    """Whether a line that has only begun may still become the heading of a list of sources."""
     if len(line) > _MAX_HEADING_CHARS:
         return False
     head = _HEADING_HEAD.match(line)
@@ -285,7 +285,7 @@ def _may_be_heading(line: str) -> bool:
 
 
 def _list_heading(line: str) -> Literal["", "section", "entries"]:
-    """Return how far the list goes that a line is the heading of: to the next heading, or as long as it has entries."""
+    """The end of the list under a heading: the next heading, or its last entry."""
     head = _HEADING_HEAD.match(line)
     assert head is not None
     rest = line[head.end() :].lower() if len(line) <= _MAX_HEADING_CHARS else ""

@@ -1,7 +1,7 @@
 """A supervisor that splits a task into steps with dependencies, runs them, and writes one answer.
 
 Steps that depend on nothing unfinished run side by side; each sees the results of those it depends on. A failed step is
-tried once more, and then left out: the answer says so, and the steps behind it do without. Fails with GatewayError
+tried once more, and then left out: the answer says so, and the steps behind it do without. Raises GatewayError
 where nothing can be answered.
 """
 
@@ -94,7 +94,7 @@ async def supervise(run: Run) -> None:
 
 
 def _from_servers(run: Run) -> bool:
-    """Return whether some of the tools, and what they say about themselves, come from MCP servers."""
+    """Whether some of the tools, and what they say about themselves, come from MCP servers."""
     return any(SEPARATOR in name for name in run.tools.names)
 
 
@@ -135,7 +135,7 @@ class _Execution:
 
     async def run_through(self) -> Mapping[int, Result]:
         """Return the results of the steps that worked, by id, in the plan's order."""
-        # Each job waits for its dependencies before it takes a place, so waiting ones block nobody.
+        # Each job waits for its dependencies before it takes a place, so waiting ones block no other.
         await self._run.gather([self._job(step) for step in self._steps], share=_GATHER_SHARE, ready=self._ready)
         return {step.id: self._results[step.id] for step in self._steps if step.id in self._results}
 

@@ -48,7 +48,7 @@ _LANGUAGE = re.compile(r"[\w+-]{1,40}")
 
 
 def is_drawn(info: str) -> bool:
-    """Return whether front ends draw a block with this info string."""
+    """Whether front ends draw a block with this info string."""
     return _language(info) in _LANGUAGES
 
 
@@ -59,8 +59,8 @@ def checked_line(info: str, line: str) -> str:
 
 
 def ends_command(before: str, text: str, word: re.Match[str], final: bool) -> bool | None:
-    """Return whether a word ends the name of a command of TeX that makes a link, loads something or styles, and an
-    argument follows; None where that can't be told yet. `before` is what stands before it, as a reader sees it."""
+    """Whether a word ends the name of a command of TeX that makes a link, loads something or styles, and an
+    argument follows; None if that is not known yet. `before` is the visible text before it."""
     _, backslash, name = before.rpartition("\\")
     letters = _LETTERS.match(word[0])
     if not backslash or letters is None or not (name.isalpha() or not name):

@@ -1,6 +1,6 @@
 """The parts of a long text that bear on a question, so that agents need not read, and pay for, all of it.
 
-Passages are weighed by the words that they share with the question, rare ones counting more. Leaves out meaning: a
+Passages are weighed by the words that they share with the question, rare ones counting more. Meaning is not compared: a
 passage that says the same in other words is found only beside one that does not.
 """
 
@@ -23,7 +23,7 @@ _MOST_OF_A_WORD = 3
 
 
 def one_line(text: str, most_chars: int) -> str:
-    """Return how a text begins, on one line. Only its beginning is looked at: it may have millions of words."""
+    """The beginning of a text, on one line. The rest is not read: it may have millions of words."""
     return " ".join(text.lstrip()[: 4 * most_chars].split())[:most_chars].rstrip()
 
 
@@ -51,7 +51,7 @@ def excerpt(text: str, question: str, most_chars: int) -> str:
 
 
 def _weights(pieces: list[str], question: str) -> list[float]:
-    """Return how much each piece bears on the question; the first, which says what the text is about, a little more."""
+    """The relevance of each piece to the question. The first piece, which introduces the text, gets a little more."""
     lowered = [piece.casefold() for piece in pieces]
     weights = [0.5 / (number + 1) for number in range(len(pieces))]
     for word in _words(question.casefold()):

@@ -40,7 +40,7 @@ class Fences:
 
     def __init__(self) -> None:
         self.certain = True
-        """False once it can't be told any more where blocks of code begin and end."""
+        """False once the beginnings and ends of code blocks are unknown."""
         self._fence: _Fence | None = None
         self._context = ""
         """Lines since the last one that begins a block at the margin."""
@@ -65,7 +65,7 @@ class Fences:
         return "" if self._fence is None else self._fence.mark * self._fence.length
 
     def may_matter(self, line: str) -> bool:
-        """Return whether a line that has only begun may yet open or close a block, or leave one."""
+        """Whether a line that has only begun may yet open or close a block, or leave one."""
         if len(line) > MAX_LINE_CHARS:
             self._doubt(line)
             return False
@@ -81,7 +81,7 @@ class Fences:
         return mark == "~" or "`" not in text[run:]
 
     def leaves(self, line: str) -> bool:
-        """Return whether a line that has begun, or is whole, is not in the open block any more; it is then closed."""
+        """Whether a line that has begun, or is whole, is not in the open block any more; it is then closed."""
         assert self._fence is not None
         if line.strip(" \t") and _indent(line) < self._fence.indent:
             self._fence, self.certain = None, False
@@ -89,7 +89,7 @@ class Fences:
         return False
 
     def closes(self, line: str) -> bool:
-        """Return whether a whole line closes the open block."""
+        """Whether a whole line closes the open block."""
         fence = self._fence
         assert fence is not None
         text = line.strip(" \t\r")
@@ -107,7 +107,7 @@ class Fences:
         return True
 
     def opens(self, line: str) -> bool:
-        """Return whether a whole line surely opens a block."""
+        """Whether a whole line surely opens a block."""
         text = line.strip(" \t\r")
         mark = text[:1]
         run = len(text) - len(text.lstrip(mark)) if mark else 0
@@ -156,13 +156,13 @@ class Fences:
         self._first = False
 
     def _doubt(self, line: str) -> None:
-        """Give up where a line is too long to tell whether it opens a block."""
+        """Give up if a line is too long to find out whether it opens a block."""
         text = line[:MAX_LINE_CHARS].lstrip(" \t")
         if self._fence is None and text.startswith(("```", "~~~")):
             self.certain = self.certain and text[0] == "`" and "`" in text.lstrip("`")
 
     def _is_fence(self, line: str) -> bool:
-        """Return whether the line opens a block behind those before it."""
+        """Whether the line opens a block behind those before it."""
         if len(self._context) > _MAX_CONTEXT_CHARS or self._looks >= _MAX_LOOKS:
             self.certain = False
             return False
@@ -173,7 +173,7 @@ class Fences:
 
 
 def _indent(line: str) -> int:
-    """Return how many columns a line is indented."""
+    """The columns of a line's indentation."""
     column = 0
     for character in line:
         if character == "\t":

@@ -5,7 +5,7 @@ the end of its sentence, unless a marker of its report stands there already. Mar
 taken out. What passes besides, without a marker: numbers of the question, days that reports are about, numbers of
 lists, ordinals, `top 5`, `the last 28 days`, and names that hold a digit or two, like GA4.
 
-Leaves out whether a number stands behind the right word, whole numbers up to ten in words, words such as half or
+Not checked: whether a number belongs to the right word, whole numbers up to ten in words, words such as half or
 twice, and words for numbers in languages other than English.
 """
 
@@ -31,7 +31,7 @@ _SPAN = re.compile(r"[\s-](?P<unit>days?|weeks?|minutes?)\b|\s?(?P<cjk>日|分|�
 
 
 class FigureFilter(SentenceFilter):
-    """See the module."""
+    """Removes sentences with figures that no report has."""
 
     def __init__(self, figures: Figures) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class FigureFilter(SentenceFilter):
         return sentence[:end] + marker + sentence[end:]
 
     def _looked_up(self, match: re.Match[str]) -> str:
-        """Return what stands in the place of a figure: itself, if it can be found."""
+        """The text for a figure: the figure itself if a report has it."""
         if match["marker"]:
             return self._marker(match[0])
         reports = self._reports(match)

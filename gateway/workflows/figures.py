@@ -89,13 +89,13 @@ class Figures:
     percents: dict[float, set[int]] = field(default_factory=dict)
     days: dict[datetime.date, set[int]] = field(default_factory=dict)
     texts: dict[str, set[int]] = field(default_factory=dict)
-    """What stands in reports, or in the question, and holds digits, such as pages' paths; in lower case."""
+    """Text in reports, or in the question, that has digits, such as pages' paths; in lower case."""
     spans: set[int] = field(default_factory=set)
     """How many days, or minutes, reports are about."""
     most_rows: int = 0
     reports: set[int] = field(default_factory=set)
     _sorted: dict[bool, list[float]] = field(default_factory=dict)
-    """The numbers in order, by whether they are percentages; made anew when there are more."""
+    """The numbers in order, by whether they are percentages; made again when there are more."""
 
     def add(self, value: float, report: int, *, percent: bool = False) -> None:
         """Note a number; `percent` says that it is one, in per cent."""
@@ -150,7 +150,7 @@ class Figures:
                 self.texts.setdefault(word.lower(), set()).add(report)
 
     def holds(self, value: float, *, percent: bool = False) -> bool:
-        """Tell whether any report holds just this number."""
+        """Whether any report holds just this number."""
         return any(math.isclose(value, known, rel_tol=1e-9) for known in self._near(value, percent))
 
     def find(self, value: float, grid: float, *, percent: bool = False) -> set[int]:
@@ -201,7 +201,7 @@ def day_of(match: re.Match[str]) -> Day:
 
 
 def values_of(match: re.Match[str]) -> list[tuple[float, float]]:
-    """Return what a `number` of `TOKEN` may mean: values, each with the step in which it is written."""
+    """The possible values of a `number` of `TOKEN`, each with the precision in which it is written."""
     scale = _SCALES[match["scale"].strip(" -").lower()] if match["scale"] else 1.0
     return [(value * scale, grid * scale) for value, grid in _readings(match["digits"])]
 
@@ -218,7 +218,7 @@ def _readings(digits: str) -> list[tuple[float, float]]:
         return [_reading(digits, "")]
     grouped = parts[0] != "0" and len(parts[0]) <= 3 and all(len(part) == 3 for part in parts[1:])
     readings = [_reading(digits.replace(sign, ""), "")] if grouped else []
-    if len(parts) == 2 and not (grouped and sign == ","):  # nobody gives three decimals behind a comma
+    if len(parts) == 2 and not (grouped and sign == ","):  # three decimals after a comma are not in use
         readings.append(_reading(digits, sign))
     return readings
 
@@ -244,6 +244,6 @@ def _is_rounding(value: float, grid: float, known: float) -> bool:
 
 
 def _is_plain(word: str) -> bool:
-    """Tell whether a word is a number or a date, which are looked up as such."""
+    """Whether a word is a number or a date, which are looked up as such."""
     match = _TOKEN.fullmatch(word)
     return match is not None and (match["number"] is not None or match["date"] is not None)

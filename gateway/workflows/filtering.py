@@ -16,7 +16,7 @@ _TURN_S = 0.01
 
 
 async def filtered(text: str, through: Callable[[str], str]) -> str:
-    """Return what a filter lets through of `text` by now."""
+    """The part of `text` that a filter has passed so far."""
     if len(text) <= _PIECE_CHARS:
         return through(text)
     out: list[str] = []

@@ -101,7 +101,7 @@ class Link:
 
     @classmethod
     def read(cls, text: str, at: int, final: bool, *, titled: bool) -> Link | None:
-        """Return what begins at `at`, None where it is not complete yet."""
+        """The construct at `at`, None if it is not complete yet."""
         limit = min(len(text), at + MAX_LINK_CHARS)
         open_ended = limit == len(text) and limit < at + MAX_LINK_CHARS and not final
         link = cls()
@@ -155,7 +155,7 @@ class Link:
 
 
 def _behind_space(text: str, at: int, limit: int) -> int:
-    """Return where white space ends; behind a line's end the marks of a quotation belong to it."""
+    """The end of white space. After a line's end, quotation marks belong to it."""
     newline = False
     limit = min(limit, at + _MAX_SPACE_CHARS)
     while at < limit and (text[at] in " \t\r\n" or (newline and text[at] == ">")):
@@ -169,7 +169,7 @@ def _space_in(text: str, start: int, end: int) -> bool:
 
 
 def title_closes(text: str, at: int, final: bool) -> bool | None:
-    """Return whether what follows a definition's destination is no title, or one that ends on its line; None to wait.
+    """Whether what follows a definition's destination is no title, or one that ends on its line; None to wait.
 
     CommonMark ends a title where a block of code begins, other renderers (marked, mistune) read on to its closing
     quote and so disagree about which lines are code.
@@ -189,7 +189,7 @@ def title_closes(text: str, at: int, final: bool) -> bool | None:
 
 
 def closing_bracket(text: str) -> int | None:
-    """Return where the bracket closes that `text` begins with; a picture's description ends with its paragraph."""
+    """The end of the bracket that `text` begins with. An image's description ends with its paragraph."""
     depth, at = 0, 0
     while at < len(text):
         character = text[at]
@@ -208,7 +208,7 @@ def closing_bracket(text: str) -> int | None:
 
 
 def begins_tag_that_leads(text: str, at: int, final: bool) -> bool | None:
-    """Return whether what begins at `at` is a tag with attributes, one whose content loads something, or a link in
+    """Whether what begins at `at` is a tag with attributes, one whose content loads something, or a link in
     angle brackets; None to wait."""
     name = _TAG_NAME.match(text, at)
     if name is None:
@@ -226,7 +226,7 @@ def begins_tag_that_leads(text: str, at: int, final: bool) -> bool | None:
 
 
 def is_picture_of(destination: str, hosts: Collection[str]) -> bool:
-    """Return whether a destination is an address of one of these hosts and spelled in one way only."""
+    """Whether a destination is an address of one of these hosts and spelled in one way only."""
     if not hosts or not destination.isprintable() or set(destination) & set(" \\"):
         return False
     try:
@@ -240,7 +240,7 @@ def is_picture_of(destination: str, hosts: Collection[str]) -> bool:
 
 
 def leads_out(destination: str) -> bool:
-    """Return whether a browser could take a destination for another host, or for more than an address."""
+    """Whether a browser could take a destination for another host, or for more than an address."""
     bare = _BLANK.sub("", destination)
     return bare[:2].replace("\\", "/") == "//" or _SCHEME.match(bare) is not None
 
@@ -256,12 +256,12 @@ def meaning(text: str, at: int) -> tuple[str, int]:
 
 
 def unfinished(text: str, at: int) -> bool:
-    """Return whether an escape or an entity has only begun at the end of `text`."""
+    """Whether an escape or an entity has only begun at the end of `text`."""
     return text[at:] == "\\" or (text[at] == "&" and _ENTITY_BEGINNING.match(text, at) is not None)
 
 
 def reading(text: str, at: int, most: int, final: bool, until: str = "") -> tuple[str, list[int], bool]:
-    """Return what a reader sees from `at` to the next white space, at most so many characters.
+    """The visible text from `at` to the next white space, at most so many characters.
 
     Behind the second one, those in `until` end it as well, and are still in it.
 
@@ -283,7 +283,7 @@ def reading(text: str, at: int, most: int, final: bool, until: str = "") -> tupl
 
 
 def follows(text: str, at: int, sign: str, final: bool) -> bool | None:
-    """Return whether `sign` follows, as a reader sees it; None where it is not there yet."""
+    """Whether `sign` follows, as a reader sees it; None where it is not there yet."""
     window, _, whole = reading(text, at, len(sign), final)
     if window == sign:
         return True
@@ -291,7 +291,7 @@ def follows(text: str, at: int, sign: str, final: bool) -> bool | None:
 
 
 def ends_there(text: str, at: int, final: bool) -> bool | None:
-    """Return whether every renderer takes an address to end at `at`, None where that can't be told yet."""
+    """Whether every renderer takes an address to end at `at`, None if that is not known yet."""
     behind = text[at : at + 20]
     rest = behind.lstrip(").,;:!?*_~")
     if not rest:
@@ -300,7 +300,7 @@ def ends_there(text: str, at: int, final: bool) -> bool | None:
 
 
 def begins_address(text: str, sign: str, behind: str) -> bool:
-    """Return whether a text ends with a host, which a sign and what stands behind that make an address. A number
+    """Whether a text ends with a host, which a sign and what stands behind that make an address. A number
     behind the slash of an IPv4 address is the size of a network."""
     number = sign == "/" and behind.isdigit()
     return _ends_with_host(text) or (not number and IPV4.fullmatch(host_at_end(text)) is not None)
@@ -314,7 +314,7 @@ def _ends_with_host(text: str) -> bool:
 
 
 def is_below_domain(name: str) -> bool:
-    """Return whether a name is that of a host below a domain, whose owner learns of each name that is looked up."""
+    """Whether a name is that of a host below a domain, whose owner learns of each name that is looked up."""
     above, dot, ending = name.strip(".-").lower().rpartition(".")
     return bool(dot) and "." in above and _is_ending(ending) and not above.replace(".", "").isdigit()
 
@@ -342,7 +342,7 @@ def _end_of(text: str, characters: str) -> str:
 
 
 def end_of_address(text: str, at: int, final: bool) -> int | None:
-    """Return where an address ends, None where it may still continue."""
+    """The end of an address, None if it may continue."""
     limit = at + MAX_ADDRESS_CHARS
     rest = _REST.match(text, at, limit)
     end = at if rest is None else rest.end()

@@ -1,7 +1,7 @@
 """Lets no link, picture or address of an answer through but those that were read or that the user named.
 
-A page may tell a model to put what it has read into an address; a front end that renders such an answer then sends
-it to whoever owns the host, a picture without any click. Renderers differ in what they take for a link, and a stream
+A page may instruct a model to put what it has read into an address; a front end that renders such an answer then sends
+it to the owner of the host, a picture without any click. Renderers differ in what they take for a link, and a stream
 is rendered while it is not complete. So the filter does not ask what is a link, but where whatever some renderer
 takes for one could lead: each destination behind `](` and `]:`, each `<`, and each address in the text, with
 backslashes and entities resolved as markdown-it resolves them, is replaced unless it is known. What is known is
@@ -62,7 +62,7 @@ _HARMLESS = re.compile(r"#?[\w,+*=-]*")
 
 
 class LinkFilter(MarkdownStream):
-    """See the module. `flush` at the end returns what is held, and closes a block of code that was left open."""
+    """Removes links to addresses that may not be shown. `flush` returns the held text and closes open code blocks."""
 
     def __init__(
         self,
@@ -272,7 +272,7 @@ class LinkFilter(MarkdownStream):
 
     def _label(self, text: str, run: re.Match[str], final: bool) -> Parsed:
         """Take a word behind a dot, which may end a host's name. Some renderers make links of names alone, and browsers
-        look up the hosts of links: a name below a domain tells the domain's owner whatever it holds."""
+        look up the hosts of links: a name below a domain reveals its text to the domain's owner."""
         if run.end() == len(text) and not final:
             return None if len(run[0]) < _MAX_HOST_CHARS else self._pass(run.end(), run[0], run[0])
         name = host_at_end(self._tail) + run[0]
@@ -373,7 +373,7 @@ class LinkFilter(MarkdownStream):
         return self._pass(rest, self._removal() + end, " ")
 
     def _shown(self, address: str, behind: str = "", form: str = "{}") -> str:
-        """Return what is shown for an address: itself as it was given, or that it was removed.
+        """The text for an address: itself as it was given, or a note that it was removed.
 
         `behind` is the character that follows.
         """
@@ -386,7 +386,7 @@ class LinkFilter(MarkdownStream):
         return self._removal()
 
     def _mentioned(self, address: str, behind: str) -> bool:
-        """Return whether an address was found but not read: then it may be shown, but not as a link."""
+        """Whether an address was found but not read: then it may be shown, but not as a link."""
         if self._addresses.given(address) is None:
             return False
         return not self._prose or (self._spans and behind != "`" and not self._tail.endswith("`"))
@@ -396,5 +396,5 @@ class LinkFilter(MarkdownStream):
         return f" {construct}" if self._tail.endswith("\\") else construct
 
     def _removal(self) -> str:
-        """Return what takes an address's place; behind an exclamation mark its brackets would be a picture's."""
+        """The replacement of an address. After an exclamation mark, brackets would make an image."""
         return f" {REMOVED}" if self._tail.endswith(("!", ".", "/", ":")) else REMOVED

@@ -1,4 +1,4 @@
-"""Markdown that grows, read piece by piece: which of it is code, and which is text that somebody looks at.
+"""Markdown that grows, read piece by piece: which of it is code, and which is shown as text.
 
 A subclass says what becomes of text and of the content of code spans; blocks of code pass as they are, but for those
 that front ends draw (see `gateway.workflows.drawings`). What counts as
@@ -20,7 +20,7 @@ Parsed = tuple[int, str] | None
 _MAX_SPAN_CHARS = 400
 """Of a code span; a longer one is treated as text."""
 _MAX_LINE_CHARS = 2400
-"""Kept of a line, to tell blocks of code."""
+"""Characters of a line that are kept, to recognize blocks of code."""
 _MAX_TAIL_CHARS = 320
 _TICKS = re.compile(r"`+")
 _RUN = re.compile(r"[A-Za-z0-9]+")
@@ -50,7 +50,7 @@ class Lines:
 
 
 class MarkdownStream:
-    """See the module. `flush` at the end returns what is held, and closes a block of code that was left open."""
+    """Markdown that grows, divided into code and text. `flush` returns the held text and closes open code blocks."""
 
     def __init__(self, *, prose: bool = True) -> None:
         """`prose` False says that there is no code in the text."""
@@ -67,7 +67,7 @@ class MarkdownStream:
         """The rest of the line is left out: it is too long to be checked."""
         self._fences = Fences()
         self._spans = prose
-        """Code spans can be told: no backtick of this paragraph is still without its partner."""
+        """Code spans are known: every backtick of this paragraph has its partner."""
         self._tail = ""
         """The end of what was sent, back to the last white space, as a reader sees it."""
         self._dollar = False
@@ -82,11 +82,11 @@ class MarkdownStream:
         raise NotImplementedError
 
     def _checked_code(self, content: str) -> str:
-        """Return what is sent for the content of a code span."""
+        """The text for the content of a code span."""
         raise NotImplementedError
 
     def __call__(self, piece: str) -> str:
-        """Return what may be sent by now."""
+        """The text that may be sent so far."""
         self._held += self._lines(piece) if self._prose else piece
         return self._release(final=False)
 
@@ -213,7 +213,7 @@ class MarkdownStream:
         return self._pass(closer.end(), f"{ticks[0]}{self._checked_code(content)}{ticks[0]}", "`")
 
     def _is_certain(self, content: str) -> bool:
-        """Return whether a pair of backticks is a code span even where cells or formulas bind tighter."""
+        """Whether a pair of backticks is a code span even where cells or formulas bind tighter."""
         if "|" in content.replace("\\|", ""):
             return False
         return not ("$" in content and self._dollar) and not ("\\)" in content or "\\]" in content)

@@ -1,7 +1,7 @@
-"""Lets no price, percentage or domain of an answer through that stands in no ad and on no page.
+"""Lets no price, percentage or domain of an answer through that is in no ad and on no page.
 
-Other numbers pass: an answer about ads counts, and proposes. Leaves out names of companies, which can't be told from
-other words.
+Other numbers pass: an answer about ads counts, and proposes. Does not handle names of companies, which can't be
+distinguished from other words.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _DOMAIN = re.compile(
     r"(?<![\w@/.-])(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]{2,24}(?![\w-]|\.\w)", re.IGNORECASE
 )
 _NO_ENDINGS = frozenset({"html", "htm", "pdf", "txt", "md", "csv", "json", "js", "css", "php", "png", "jpg", "svg"})
-"""Of files, not of domains that anybody has."""
+"""Of files, not of registered domains."""
 _MOST_NAMED = 10_000
 """Domains out of what the user wrote. Each domain of an answer is compared with all of them."""
 
 
 class OfferFilter(SentenceFilter):
-    """See the module."""
+    """Removes sentences with prices, percentages or domains that no ad or page has."""
 
     def __init__(self, figures: Figures, domains: Collection[str], said: str) -> None:
         """`figures` are those of ads and pages, `domains` the advertisers'; `said` is what the user wrote."""
@@ -66,5 +66,5 @@ class OfferFilter(SentenceFilter):
         return PRICE_REMOVED
 
     def _is_below(self, domain: str) -> bool:
-        """Tell whether a domain belongs to a known one, or a known one to it."""
+        """Whether a domain belongs to a known one, or a known one to it."""
         return any(domain.endswith(f".{known}") or known.endswith(f".{domain}") for known in self._domains)

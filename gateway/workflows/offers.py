@@ -1,8 +1,8 @@
 """Advertisers: what their ads say, where they lead, and what a model noted of both, as far as it stands there.
 
 A model notes offers, prices and claims in the words of the ads and the page. Code looks each note up in them: a number
-must stand there, and so must most of its words, or the note is dropped. Leaves out meaning: words that stand there may
-still be put together wrongly.
+must stand there, and so must most of its words, or the note is dropped. Meaning is not checked: words that stand there
+may still be put together wrongly.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gateway.workflows.tables import cell, table
 
 MOST_CLAIMS = 4
 _FOUND_SHARE = 0.6
-"""Of a note's words, that must stand in the ads or the page."""
+"""Share of a note's words that must be in the ads or the page."""
 _UNSPACED = re.compile("[\u0e00-\u0eff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]{2,}")
 """Scripts that put nothing between words: pairs of characters stand for them."""
 _WORD = re.compile(r"[^\W\d_]+")
@@ -73,7 +73,7 @@ class Advertiser:
 
 
 def advertisers_of(shown: Iterable[tuple[str, Sequence[Mapping[str, Any]]]]) -> list[Advertiser]:
-    """Return who advertises, in the order of the pages, by the ads that each query showed."""
+    """The advertisers in the order of the pages, by the ads that each query showed."""
     found: dict[str, Advertiser] = {}
     for query, ads in shown:
         for ad in ads:
@@ -89,7 +89,7 @@ def _content(ad: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def checked(profile: Profile, text: str) -> Profile:
-    """Return a profile without what does not stand in `text`."""
+    """A profile with only what is in `text`."""
     return Profile(
         advertiser=profile.advertiser if stands_in(profile.advertiser, text) else "",
         offer=profile.offer if stands_in(profile.offer, text) else "",
@@ -100,7 +100,7 @@ def checked(profile: Profile, text: str) -> Profile:
 
 
 def stands_in(note: str, text: str) -> bool:
-    """Tell whether a note may be told of a text: all of its numbers, and most of its words, stand there."""
+    """Whether a text supports a note: it has all of its numbers, and most of its words."""
     if not note.strip():
         return False
     known = text.casefold()

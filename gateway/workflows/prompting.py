@@ -102,12 +102,12 @@ class Prompt:
 
 
 def quoted(number: int, source: Source, text: str) -> str:
-    """Return what was read, marked as data: what stands in it is never followed."""
+    """The text of a source, marked as data so that instructions in it are not followed."""
     return _fence("source", text, number=str(number), title=source.title, url=source.url)
 
 
 def fenced(kind: str, text: str) -> str:
-    """Return what has no source of its own, such as a tool's result, marked as data."""
+    """Text without a source, such as a tool's result, marked as data."""
     return _fence("source", text, kind=kind)
 
 

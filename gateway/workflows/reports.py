@@ -1,7 +1,7 @@
 """Reports: what an analytics tool brought, as a table, as text for a model, and as the figures that it holds.
 
 Figures that a reader may want and a report does not hold (shares, changes, means, rates in per cent) are worked out
-here, by code, and offered to the model beside the report: it is told not to count itself. Leaves out charts.
+here, by code, and offered to the model beside the report: it is instructed not to count itself. Does not handle charts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MAX_TEXT_CHARS = 1500
 _MAX_VALUES = 5000
 _ADDITIVE = ("TYPE_INTEGER", "TYPE_CURRENCY")
 _NOT_ADDITIVE = ("users", "dau", "wau")
-"""In names: somebody who came on two days is one user, so the parts are more than the whole."""
+"""In names: a user who came on two days is one user, so the parts are more than the whole."""
 
 Number = int | float
 
@@ -43,13 +43,13 @@ class Report:
 
     @property
     def markdown(self) -> str:
-        """The report as it stands in an answer."""
+        """The report in an answer."""
         notes = "".join(f"\n\n*{note}*" for note in self.notes)
         return f"### Report {self.number}: {cell(self.title, 400)}\n\n{self.table}{notes}"
 
 
 def ga4_report(number: int, tool: str, data: Mapping[str, Any], figures: Figures) -> Report:
-    """Return what `gateway.tools.ga4` brought as a report, and note its figures."""
+    """The result of `gateway.tools.ga4` as a report. Records its figures."""
     figures.reports.add(number)
     figures.most_rows = max(figures.most_rows, len(data["rows"]))
     dimensions = list(data["dimensions"])
@@ -84,7 +84,7 @@ def ga4_report(number: int, tool: str, data: Mapping[str, Any], figures: Figures
 
 
 def _rows_left_out(data: Mapping[str, Any], number: int, figures: Figures) -> list[str]:
-    """Return what the report says about itself, and how many rows stand in the table of how many."""
+    """The report's notes, and the numbers of shown and of all rows."""
     shown, there = min(len(data["rows"]), MAX_TABLE_ROWS), data["row_count"] or len(data["rows"])
     if there <= shown:
         return list(data["notes"])
@@ -185,7 +185,7 @@ class _Derived:
         return f"{share:.1f} %"
 
     def _is_rate(self, name: str) -> bool:
-        """Tell whether a metric is a part of one, which people read in per cent."""
+        """Whether a metric is a part of one, which people read in per cent."""
         return name.lower().endswith("rate")
 
     def _is_additive(self, name: str) -> bool:
@@ -200,7 +200,7 @@ def _label(row: Mapping[str, Any], dimensions: list[str]) -> str:
 def other_report(
     number: int, tool: str, arguments: Mapping[str, Any], text: str, data: Any, figures: Figures
 ) -> Report:
-    """Return what any other tool brought as a report, and note every figure in it."""
+    """The result of any other tool as a report. Records every figure in it."""
     figures.reports.add(number)
     asked = json.dumps(dict(arguments), ensure_ascii=False) if arguments else ""
     title = f"{tool} {asked[:200]}".strip()

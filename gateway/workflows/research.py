@@ -3,7 +3,7 @@
 What differs between them is a `Strategy`. Every agent has its own sub-question; notes name sources by number; deep
 strategies let agents decide step by step, judge what is covered, and go round again for the gaps; the academic one
 checks its claims against the sources before it answers. One agent's failure is reported and left behind. Without a
-search tool the models answer from what they know, and say so. Fails with GatewayError where nothing can be answered.
+search tool the models answer from what they know, and say so. Raises GatewayError where nothing can be answered.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ class _Research:
         return Researcher(self._run, self._library, part, self._strategy.each).work
 
     async def _gaps(self, round_number: int) -> list[SubQuestion]:
-        """Return what is still open, by the judgement of a reviewer."""
+        """The open questions, as judged by a reviewer."""
         run = self._run
         if run.budget.left_s(_GATHER_SHARE) <= 0 or not self._notes:
             return []
@@ -210,7 +210,7 @@ class _Research:
             return []
 
     def _material(self) -> list[str]:
-        """Return everybody's notes, and what was read by agents that brought none."""
+        """The notes of all agents, and what agents without notes have read."""
         library = self._library
         left_over = [key for key in library.texts if key not in library.noted]
         question = self._run.question

@@ -72,10 +72,10 @@ class Library:
     texts: dict[str, tuple[Source, str]] = field(default_factory=dict)
     """By normal URL of what was asked for, in order."""
     noted: set[str] = field(default_factory=set)
-    """Normal URLs of what stands in somebody's notes."""
+    """Normalized URLs of the sources in an agent's notes."""
 
     def quoted(self, key: str, question: str, most_chars: int) -> str:
-        """Return what a source says on `question`, as data with its number."""
+        """The passages of a source about `question`, as data with its number."""
         source, text = self.texts[key]
         return quoted(self.sources.number(source.url) or 0, source, excerpt(text, question, most_chars))
 
@@ -95,7 +95,7 @@ class Thoroughness:
 
 
 class Researcher:
-    """See the module. `work` is one agent's life."""
+    """Agents that research sub-questions side by side. `work` is one agent's life."""
 
     def __init__(self, run: Run, library: Library, part: SubQuestion, thoroughness: Thoroughness) -> None:
         self._run = run
@@ -126,7 +126,7 @@ class Researcher:
                     return None
                 return await self._take_notes()
         except AGENT_FAILURES:
-            return None  # the agent has told; the others go on
+            return None  # reported by the agent; the others continue
 
     async def _gather_sources(self) -> None:
         await self._search(self._part.queries)

@@ -2,7 +2,8 @@
 
 A workflow is a coroutine over a `Run`; `conduct` turns it into the generator of events that routes know. Everything
 that it starts is a task below it: when the client leaves, the generator is closed, the tasks are cancelled, and each
-generation leaves the engine and is settled. Every generation goes through the meter. Leaves out what workflows do.
+generation leaves the engine and is settled. Every generation goes through the meter. What workflows do is in their
+modules.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class Run:
         self.options = options
         self.image_hosts = image_hosts
         self.result: dict[str, Any] = {"sources": []}
-        """What WORKFLOW_COMPLETED tells in machine form."""
+        """The payload of WORKFLOW_COMPLETED."""
         self.begun = False
         """Something was generated or called. Until then the client may still be refused with a status of its own."""
         self.running = 0
@@ -85,7 +86,7 @@ class Run:
         self.settlements = 0
         """Generations that have ended, and gave back what they did not use."""
         self.numbers = itertools.count()
-        """Tell the run's generations and tool calls apart."""
+        """Numbers that identify the run's generations and tool calls."""
         self.effort = request.reasoning_effort
         """How much agents that plan and judge should think; lowered when a model is seen to think."""
         self.thought_tokens = 0
@@ -179,7 +180,7 @@ class Run:
             await asyncio.to_thread(lambda: self.earlier_turns)  # which is kept
 
     def written(self, text: str) -> str:
-        """Return what a model wrote, for a prompt: as text from outside where it may repeat such."""
+        """A model's text for a prompt, marked as outside text if it may repeat such."""
         return Outside(text) if self.has_outside else text
 
     @property
@@ -276,7 +277,7 @@ class Run:
 
         `ready` is awaited with a job's number before it takes one of the places; a job may not gather others.
         Returns their results in order, None for those that ran out of time.
-        Raises what a job raises, and ends the others: it concerns the run, since agents keep their own failures.
+        Raises the error of a job, and ends the others. Agents handle their own failures, so the error concerns the run.
         """
         before, self._share = self._share, share
         tasks = [asyncio.ensure_future(self._in_turn(job, number, ready)) for number, job in enumerate(jobs)]

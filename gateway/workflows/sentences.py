@@ -1,7 +1,7 @@
 """A filter for answers that works on whole sentences, while they are being written.
 
-It holds back the sentence that has only begun, so that what decides about it, numbers and markers behind them, is
-there when it is looked at. A line of a list or a table counts as a sentence. Leaves out what is done to a sentence.
+It holds back the sentence that has only begun, so that what decides about it, numbers and markers behind them, is there
+when it is looked at. A line of a list or a table counts as a sentence. Only finds sentences; changes none.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class SentenceFilter:
         self._line_start = True
 
     def check(self, sentence: str) -> str:
-        """Return what is said in place of a sentence, white space behind it included."""
+        """The replacement of a sentence, including the white space after it."""
         raise NotImplementedError
 
     def __call__(self, piece: str) -> str:
-        """Return what may be sent by now."""
+        """The text that may be sent so far."""
         self._held += piece
         out: list[str] = []
         begin = 0
@@ -45,7 +45,7 @@ class SentenceFilter:
         return self._checked(rest) if rest else ""
 
     def _end(self, begin: int) -> int | None:
-        """Return where the sentence ends that begins at `begin`, None while it has not."""
+        """The end of the sentence that begins at `begin`, None if it is not complete."""
         limit = begin + _MAX_HELD_CHARS
         for match in _END.finditer(self._held, begin):
             if match.end() > limit + 1:

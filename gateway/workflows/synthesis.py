@@ -1,8 +1,8 @@
 """The last step of every workflow with agents: one answer, streamed as it is written, and the sources that it names.
 
 Where the client binds the answer to a grammar, nothing is put in front of it or added to it, and only links to what
-was not read are taken out of it: then the sources stand in the payload only. Where the key's limits leave no room for
-the answer, what was found is sent as it is. Fails with GatewayError.
+was not read are taken out of it: then the sources are only in the payload. Where the key's limits leave no room for
+the answer, what was found is sent as it is. Raises GatewayError.
 """
 
 from __future__ import annotations

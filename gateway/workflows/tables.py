@@ -1,4 +1,4 @@
-"""Markdown tables out of values that strangers wrote: what stands in a cell is text, never markup."""
+"""Markdown tables of untrusted values: a cell is text, never markup."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LINKED = re.compile(r"://|//|(?<=@)(?=\w)|\bwww\b(?=\.)", re.I)
 
 
 def cell(text: object, max_chars: int = MAX_CELL_CHARS) -> str:
-    """Return a value as it may stand in a cell, or anywhere on a line of Markdown; a dash for nothing."""
+    """A value as text for a cell, or anywhere on a line of Markdown. A dash for none."""
     line = " ".join(str(text).split())
     if len(line) > max_chars:
         line = line[: max_chars - 1].rstrip() + "…"

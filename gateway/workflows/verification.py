@@ -1,6 +1,6 @@
 """Checks what a draft claims against the sources that it names, each claim by an agent of its own.
 
-Leaves out repairing the draft: the answer is written anew, by somebody who is told what was found. A claim whose
+The draft is not repaired: another agent writes it again with the findings. A claim whose
 check fails counts as unchecked.
 """
 
@@ -61,7 +61,7 @@ async def verify(run: Run, library: Library, notes: list[str]) -> list[Checked]:
             found = await reviewer.decide(prompt, Claims, 90 * _MOST_CLAIMS)
             claims = found.claims if found is not None else []
     except AGENT_FAILURES:
-        pass  # the agent has told; the answer says that nothing was checked
+        pass  # reported by the agent; the answer says that nothing was checked
     outcomes = await run.gather([_check(run, library, claim) for claim in claims], share=_SHARE)
     checked = [outcome for outcome in outcomes if outcome is not None]
     supported = sum(outcome.verdict == "supported" for outcome in checked)
@@ -97,7 +97,7 @@ def findings(checked: list[Checked]) -> str:
 
 
 def limitations(text: str, checked: list[Checked], read: int) -> str:
-    """Return what an answer's section on limitations must say, whatever the model wrote there."""
+    """The required text of an answer's section on limitations."""
     open_claims = [one for one in checked if one.verdict != "supported"]
     lines = [f"{read} sources were read by a program; no person has checked this answer."]
     if checked:

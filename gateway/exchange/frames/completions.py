@@ -72,7 +72,7 @@ class CompletionFrames:
 
 
 def _logprobs(entries: list[TokenLogprob], offset: int) -> dict[str, Any]:
-    """Return the legacy logprobs object; `offset` is where the first token stands in the text."""
+    """Return the legacy logprobs object; `offset` is the position of the first token in the text."""
     offsets = []
     for entry in entries:
         offsets.append(offset)

@@ -53,7 +53,7 @@ class _Block:
 
 
 class MessageFrames:
-    """The frames of one message. `usage` tells the tokens so far, of what still runs as well."""
+    """The frames of one message. `usage` returns the tokens so far, including running generations."""
 
     def __init__(self, message_id: str, model_id: str, usage: Callable[[], Usage], *, events: bool) -> None:
         self._fields = {"id": message_id, "type": "message", "role": "assistant", "model": model_id}
@@ -208,7 +208,7 @@ def _frame(name: str, fields: dict[str, Any]) -> bytes:
 
 
 def _stop(finish_reason: FinishReason | None, stop_sequence: str | None, *, called: bool) -> dict[str, Any]:
-    """Return how a message ended. A forced call ends with "stop" in OpenAI's words, and is a call all the same."""
+    """The stop reason of a message. OpenAI's finish reason of a forced call is "stop"; here it is a tool use."""
     if finish_reason == "stop" and stop_sequence is not None:
         return {"stop_reason": "stop_sequence", "stop_sequence": stop_sequence}
     if finish_reason == "stop" and called:

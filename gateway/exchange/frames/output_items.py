@@ -44,7 +44,7 @@ class OutputItem:
 
     @property
     def place(self) -> dict[str, Any]:
-        """The fields by which events tell where they belong."""
+        """The fields that locate events."""
         place: dict[str, Any] = {"item_id": self.id, "output_index": self.index}
         return place if self.kind == "function_call" else place | {"content_index": 0}
 

@@ -138,7 +138,7 @@ class ResponseFrames:
         return message
 
     def stop(self, error: GatewayError | None) -> None:
-        """Note that the response ended before its time, by `error`, or because nobody wanted it any more."""
+        """Note that the response ended before its time, by `error`, or because it was no longer wanted."""
         if self.status not in RUNNING:
             return
         self.status = "cancelled" if error is None or isinstance(error, Cancelled) else "failed"

@@ -1,7 +1,7 @@
--- Close a log for good and drop its queue. Its readers have a moment to learn why.
+-- Close a log and drop its queue. Its readers have a moment to learn why.
 --
 -- KEYS  log, entries, queue
--- ARGV  1 writer, or empty for anybody entitled to it  2 why  3 how long it is still known, in ms; 0: until its
+-- ARGV  1 writer, or empty for a caller entitled to it  2 why  3 how long it is still known, in ms; 0: until its
 --       writer has seen it
 -- Returns  the process that writes it, or nil if there is no such log
 

@@ -1,6 +1,6 @@
 -- Become the writer of a log, or a reader of the log that another writer holds. A log whose writer's lease has run out
--- is taken over with everything in it; one that was closed begins anew. Numbers only ever grow: a log that takes over
--- goes on behind what was stored, and behind what the client has seen.
+-- is taken over with everything in it; one that was closed begins again. Numbers only ever grow: a log that takes over
+-- continues after what was stored, and behind what the client has seen.
 --
 -- KEYS  log, entries, queue
 -- ARGV  1 owner  2 writer  3 process  4 reader  5 number of the last frame that the client has seen

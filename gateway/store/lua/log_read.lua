@@ -2,7 +2,7 @@
 --
 -- KEYS  log, entries
 -- ARGV  1 owner  2 number of the last frame that it has  3 how many parts of the next one it has  4 most bytes
---       5 reader, of whom only the newest may go on, or empty where any number may read
+--       5 reader, of whom only the newest may continue, or empty where any number may read
 --       6 how long it counts as there, in ms
 -- Returns  {'gone' | 'replaced' | 'closed' | 'orphaned' | 'ended' | 'running', number of the last frame,
 --          why it was closed,

@@ -1,4 +1,4 @@
--- Renew a writer's lease, and tell it what others have done to its log. A lease of 0 ms gives the log away.
+-- Renew a writer's lease, and return what other gateways have done to its log. A lease of 0 ms gives the log away.
 --
 -- KEYS  log, entries, queue
 -- ARGV  1 writer  2 lease in ms  3 time to live in ms  4 how much of the queue it knows  5 most bytes of jobs

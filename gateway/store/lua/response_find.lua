@@ -1,4 +1,4 @@
--- Tell its owner about a response.
+-- The state of a response, for its owner.
 --
 -- KEYS  response, state, lease
 -- ARGV  1 tenant  2 whether the response itself is wanted (0 or 1)

@@ -1,4 +1,4 @@
--- Store one turn under the number it got when its request came in, so that order is arrival, whoever finishes first.
+-- Store one turn under the number it got when its request came in, so that the order is that of arrival.
 -- Turns are trimmed oldest first to the bounds. A session that was deleted or taken over meanwhile stays as it is,
 -- also if there is a session under its id again: that is another incarnation.
 --

@@ -1,7 +1,7 @@
 -- Hand older turns of a session to its owner.
 --
 -- KEYS  session, turns
--- ARGV  1 tenant  2 the turn number to go on at, or '+inf'  3 how many members with that number are known
+-- ARGV  1 tenant  2 the turn number to continue at, or '+inf'  3 how many members with that number are known
 --       4 most bytes of turns
 -- Returns  {when it was created, turns and their numbers, 1 if there are more}, or {} if there is no such session of the tenant
 

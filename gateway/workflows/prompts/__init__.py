@@ -20,7 +20,7 @@ def _load(name: str) -> tuple[Template, list[Template]]:
 
 
 def preamble() -> str:
-    """Return what all agents are told first."""
+    """The first instructions of all agents."""
     return _load("preamble")[0].template
 
 

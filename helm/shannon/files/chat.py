@@ -1,6 +1,6 @@
 """Ask a release whether it is ready, and chat with it as a client would: one whole answer and one stream.
 
-SHANNON_URL and SHANNON_BOOTSTRAP_KEY name the release and the key. Fails with what the gateway said.
+SHANNON_URL and SHANNON_BOOTSTRAP_KEY name the release and the key. Raises the gateway's error.
 """
 
 import json

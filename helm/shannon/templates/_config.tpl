@@ -5,7 +5,7 @@ are refused in `config` by _validate.tpl, so that manifests and configuration ca
 
 {{- define "shannon.port" -}}8080{{- end -}}
 
-{{/* Engines as YAML; the demo model where none are named. Several nodes are told to vLLM here. */}}
+{{/* Engines as YAML; the demo model where none are named. Several nodes are passed to vLLM here. */}}
 {{- define "shannon.engines" -}}
 {{- $engines := deepCopy (.Values.config.engines | default (dict "main" (dict "kind" "embedded" "model" "demo"))) -}}
 {{- if eq .Values.workload "LeaderWorkerSet" -}}
@@ -19,7 +19,7 @@ are refused in `config` by _validate.tpl, so that manifests and configuration ca
 {{- $defaults = dict "max_num_seqs" 256 "max_num_batched_tokens" 8192 -}}
 {{- end -}}
 {{- $_ := set $engine "args" (mergeOverwrite $defaults (deepCopy ($engine.args | default dict)) $args) -}}
-{{- /* An engine built anew would wait for workers that still belong to the dead one: the whole group starts anew. */ -}}
+{{- /* An engine rebuilt would wait for workers that still belong to the dead one: the whole group restarts. */ -}}
 {{- $_ := set $engine "max_engine_restarts" 0 -}}
 {{- end -}}
 {{- end -}}
@@ -59,7 +59,7 @@ are refused in `config` by _validate.tpl, so that manifests and configuration ca
 {{- mergeOverwrite (deepCopy .Values.config) $own | toYaml -}}
 {{- end -}}
 
-{{/* What must change for the pods to be replaced. Not the number of replicas: scaling must restart nobody. */}}
+{{/* What must change for the pods to be replaced. Not the number of replicas: scaling must restart no pod. */}}
 {{- define "shannon.configChecksum" -}}
 {{- $config := include "shannon.config" . | fromYaml -}}
 {{- $_ := unset $config.limits "replicas" -}}
