@@ -1,4 +1,4 @@
-"""What an engine is: the protocol, the values that cross it, and its errors.
+"""The engine protocol: the values that cross it, and its errors.
 
 Names are vLLM's. An engine turns a `GenerationRequest` into a `Prepared` (the exact prompt, counted) and a
 `Prepared` into a stream of `Delta`s. It knows no keys, tenants, sessions or HTTP. Every failure leaves as an

@@ -1,13 +1,13 @@
 """An engine that is watched, and rebuilt when it dies or hangs.
 
-`SupervisedEngine` is an `Engine` around a factory of engines. It asks the current one for its health every second.
-An engine that for `engine_stall_s` neither answers nor uses CPU time counts as dead, which is how a frozen core is
-found. One that does not answer but works, because it compiles or captures graphs, has `engine_busy_s`; that bound is
-for a core that spins without getting anywhere, as one does whose GPU hangs. A dead engine is closed, which
-ends its running generations with EngineDied, and a new one is built in the same process. More than
-`max_engine_restarts` within `restart_window_s`, or a first start that fails, is final: `failed` is set, and whoever
-owns the process should end it so that a supervisor outside takes over. A lazy engine stays idle until the first
-request, which waits for it to load; a load that fails counts as a restart.
+`SupervisedEngine` is an `Engine` around a factory of engines. It asks the current one for its health every second. An
+engine that neither answers nor uses CPU time for `engine_stall_s` counts as dead. This finds a frozen core. An engine
+that does not answer but works, because it compiles or captures graphs, has `engine_busy_s`. This bound finds a core
+that spins without progress, for example because its GPU hangs. A dead engine is closed, which ends its running
+generations with EngineDied, and a new one is built in the same process. More than `max_engine_restarts` within
+`restart_window_s`, or a first start that fails, is final: `failed` is set, and the owner of the process should end it
+so that an outside supervisor takes over. A lazy engine stays idle until the first request, which waits for it to load.
+A load that fails counts as a restart.
 """
 
 from __future__ import annotations

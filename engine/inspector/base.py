@@ -1,4 +1,4 @@
-"""What it is to look into a served checkpoint: the protocol, and the values that cross it.
+"""The inspector protocol, and the values that cross it.
 
 vLLM keeps its attention weights to itself, so the checkpoint that an engine serves is run a second time, elsewhere
 (`engine.inspector.transformers_inspector`). Here is where that checkpoint lies and what it measures, which needs

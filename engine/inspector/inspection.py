@@ -1,4 +1,4 @@
-"""What a model thinks of each token: transformers with eager attention, one forward pass per step.
+"""Attention weights and token probabilities: transformers with eager attention, one forward pass per step.
 
 A step gives the distribution that its token was drawn from (its entropy and its ten best tokens) and the last token's
 row of attention weights in one layer. The prompt goes through in chunks, so that a request that was left ends soon.
@@ -231,7 +231,7 @@ class Subject:
 
 
 class _Context:
-    """What the model has read so far of a growing text, cut to its last `max_model_len` tokens."""
+    """KV cache for a growing token sequence, limited to the last `max_model_len` tokens."""
 
     def __init__(self, subject: Subject, max_model_len: int) -> None:
         self._subject = subject

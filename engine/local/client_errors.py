@@ -1,4 +1,4 @@
-"""Whose fault is what vLLM raises about a request.
+"""Which errors of vLLM are the client's fault.
 
 vLLM 0.32 declares a client's errors as `VLLMClientError`, but not all of them yet: its own server still answers every
 ValueError, TypeError and OverflowError with 400 (`vllm/entrypoints/serve/exception_handling/error_response.py`). That
@@ -112,7 +112,7 @@ def _refusal(error: Exception, prompt_param: str) -> EngineError | None:
         if isinstance(cause, TimeoutError) and module.startswith("vllm.renderers"):
             return EngineOverloaded("The prompt could not be rendered in time.")
         if isinstance(cause, (TypeError, UnicodeError)) and _SURROGATES.search(str(cause)):
-            return InvalidRequest("The text holds half of a surrogate pair, which is no character.", prompt_param)
+            return InvalidRequest("The text contains half of a surrogate pair, which is not a character.", prompt_param)
         if module.startswith(_GRAMMARS) and not isinstance(cause, (ImportError, MemoryError)):
             return InvalidRequest(_cut(str(cause)) if isinstance(cause, ValueError) else "it can't be compiled.")
         for kind, origin, words in _DECLARED:

@@ -218,7 +218,7 @@ class EmbeddedEngine(AsyncLLMEngine):
         except GracefulHTTPError as error:  # vLLM's own admission control
             raise EngineOverloaded(str(error)) from error
         except Unreadable as error:
-            raise EngineError("What the model wrote can't be read.") from error
+            raise EngineError("The model's output could not be parsed.") from error
         except EngineError:
             raise
         except Exception as error:  # what the core died of arrives here, in any type

@@ -113,7 +113,7 @@ class Renderer:
         return await self._render(request, contexts=1)
 
     async def tokenize(self, request: GenerationRequest) -> list[int]:
-        """Return the prompt's token ids, though they be more than the context holds. Raises InvalidRequest."""
+        """Return the prompt's token ids, even if they exceed the context length. Raises InvalidRequest."""
         with counted(request.prompt_param, self._config):
             rendered = await self._render(request, contexts=COUNTED_CONTEXTS)
         return list(rendered.engine_input["prompt_token_ids"])

@@ -1,4 +1,4 @@
-"""Asks vLLM what it thinks of engines' settings, without loading a model. Run by `gateway.doctor.engine_settings`.
+"""Has vLLM validate the settings of engines, without loading a model. Run by `gateway.doctor.engine_settings`.
 
 A process of its own, because importing vLLM takes seconds and ends in a signal where it was built for another CPU.
 Takes a JSON list on standard input, of the arguments of `judge`; the last line of standard output is a JSON list of

@@ -1,4 +1,4 @@
-"""Who goes next: a bounded queue, first in first out within a flow, fair across flows by the tokens they were served.
+"""Order of service: a bounded queue, first in first out within a flow, fair across flows by the tokens they received.
 
 Requests hold slots of the engine's batch, one per sequence. A free slot goes to the best class of priority, there to
 the flow with the least counter, there to the request that came first. The counter is the virtual token counter of

@@ -1,4 +1,4 @@
-"""How fast an engine gets through requests, measured: what predictions about its queue rest on.
+"""Measured throughput of an engine, the basis of predictions about its queue.
 
 The prediction itself is in `engine.queue.fair_queue`. Raises nothing.
 """

@@ -1,4 +1,4 @@
-"""An engine elsewhere: generations are forwarded to OpenAI-compatible servers over HTTP.
+"""A remote engine: generations are forwarded to OpenAI-compatible servers over HTTP.
 
 Behind one `RemoteEngine` stand replicas of one model: bare `vllm serve`s, a router over them, another Shannon,
 anything that speaks the protocol.
@@ -21,9 +21,9 @@ A request is tried at another replica for as long as its client has seen nothing
 until the end of a whole answer. Afterwards every failure is EngineDied, with no word of the server's own. What failed
 attempts spent is on no key's bill, but in `Replica.discarded_tokens`.
 
-Replicas that can't be reached are no failure of this engine: `start` returns without them and `check_health` is
-content, because rebuilding this engine, or ending the process, repairs nothing on another server. Requests get
-EngineUnavailable meanwhile, and a replica takes part from the moment it answers.
+Replicas that can't be reached are no failure of this engine. `start` returns without them. `check_health` succeeds
+anyway: restarting this engine or process would not repair a remote server. Requests get EngineUnavailable meanwhile,
+and a replica is used from the moment it answers.
 
 Every wait ends: connecting, a silence and a queue by the settings, tokenizing, probes and the ends of streams by fixed
 times, all of them when the caller leaves or the engine is closed.
@@ -181,7 +181,7 @@ class RemoteEngine(TaskEngine):
 
     async def _wait_for(self, replica: Replica) -> None:
         """Return when a replica whose breaker is open answers again."""
-        log.warning("replica %s is left alone for %.1f s", replica.url, replica.breaker.wait_s)
+        log.warning("replica %s is not used for %.1f s", replica.url, replica.breaker.wait_s)
         while replica.breaker.state == "open":
             await asyncio.sleep(replica.breaker.wait_s)
             await self._probe(replica)

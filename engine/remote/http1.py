@@ -1,8 +1,8 @@
 """A transport for httpx: HTTP/1.1 on asyncio's own protocols, parsed by httptools.
 
-For streams that come a token per chunk. httpx's own transport takes 65 us for each (h11 and anyio, both in Python),
-this one 17, of which the system call is most. There is no bound on the number of connections. What has arrived of a
-response, but was not read, is available without waiting in the extension `arrived`.
+For streams with one token per chunk. httpx's own transport takes 65 us per chunk (h11 and anyio, both in Python), this
+one 17, most of it in the system call. The number of connections has no bound. The `arrived` extension returns buffered,
+unread body bytes without waiting.
 
 A connection is kept for a few seconds and used again only if nothing about it is in doubt:
 
@@ -287,7 +287,7 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._complete:  # nothing was asked
-            self.abort(httpx.RemoteProtocolError("an answer to no request"))
+            self.abort(httpx.RemoteProtocolError("a response without a request"))
             return
         if not self.answering:
             self._is_plain = data[:5] == b"HTTP/"[: len(data)]  # httptools skips empty lines

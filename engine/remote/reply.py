@@ -1,4 +1,4 @@
-"""What replicas answer: the frames of a stream as deltas and token counts, vectors, tokens. No I/O.
+"""Answers of replicas: the frames of a stream as deltas and token counts, vectors, tokens. No I/O.
 
 Ignores what only decorates a stream: roles, fingerprints, other servers' extensions. A whole completion is read as a
 stream of one frame. What is not OpenAI's protocol fails with AttemptFailed, an error in the stream as
@@ -295,9 +295,9 @@ def read_vectors(answer: Any, inputs: list[str | list[int]]) -> tuple[list[list[
         vectors = [_vector(row["embedding"]) for row in rows]
         indices = [row["index"] for row in rows]
     except (TypeError, KeyError, ValueError) as error:
-        raise AttemptFailed("failed", "sent something else than embeddings") from error
+        raise AttemptFailed("failed", "sent something other than embeddings") from error
     if len(vectors) != len(inputs):
-        raise AttemptFailed("failed", "sent another number of embeddings")
+        raise AttemptFailed("failed", "sent a wrong number of embeddings")
     if indices != list(range(len(inputs))) or len({len(vector) for vector in vectors}) > 1:
         raise AttemptFailed("failed", "sent embeddings that don't belong to the inputs")
     told = read_count(answer.get("usage"), "prompt_tokens")

@@ -246,7 +246,7 @@ def transport_failures(is_answering: Callable[[], bool] = lambda: False) -> Iter
         outcome: Outcome = "stalled" if is_answering() else "slow"
         raise AttemptFailed(outcome, "fell silent" if is_answering() else "did not answer in time") from error
     except httpx.DecodingError as error:
-        raise AttemptFailed("failed", "sent what its content-encoding does not explain") from error
+        raise AttemptFailed("failed", "sent data that does not match its content-encoding") from error
     except httpx.HTTPError as error:
         raise AttemptFailed("unreachable", f"could not be reached ({type(error).__name__})") from error
 

@@ -1,9 +1,9 @@
-"""What is said to an OpenAI-compatible server, and what its refusals mean. No I/O.
+"""Request bodies for OpenAI-compatible servers, and the meaning of their errors. No I/O.
 
-What a server says of a request's fault reaches the client as an InvalidRequest in our own words: at most the name of a
-field that requests have, and an error code of plain words, are the server's. Everything else that it may answer is an
-AttemptFailed, whose outcome `engine.remote.pool` has rules for. An error is read alike wherever it is: in the body of a
-refusal, in a body with status 200, or in a frame of a stream.
+A server's 4xx becomes an InvalidRequest with our own message. Only a field name and an error code are copied from the
+server, and only if they look like identifiers. Every other answer becomes an AttemptFailed, for whose outcome
+`engine.remote.pool` has rules. An error is read in the same way in the body of a refusal, in a body with status 200,
+and in a frame of a stream.
 """
 
 from __future__ import annotations

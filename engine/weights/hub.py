@@ -185,7 +185,7 @@ class Hub:
         try:
             yield
         except Damaged as error:
-            raise WeightsError(f"{model}: {error} arrives damaged time and again; try again later") from error
+            raise WeightsError(f"{model}: {error} repeatedly arrives damaged; try again later") from error
         except errors.OfflineModeIsEnabled as error:
             raise Offline(f"{model}: HF_HUB_OFFLINE is set, so the hub can't be asked; unset it") from error
         except errors.HfHubHTTPError as error:
@@ -215,7 +215,7 @@ class Hub:
         if code == "RevisionNotFound":
             return NotFound(f"{model} has no revision {revision!r}; check --revision, or `revision` of the engine")
         if code == "EntryNotFound":
-            return NotFound(f"{model} has no file {error.response.url.path} any more; run the same again")
+            return NotFound(f"{model} has no file {error.response.url.path} any more; run the command again")
         if code == "RepoNotFound" or status in (401, 404):
             return NotFound(
                 f"there is no model {model} at {self.endpoint}, or it is private; check the id, or set "

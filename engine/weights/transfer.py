@@ -1,4 +1,4 @@
-"""One file over HTTP into a cache, going on from where a former attempt, or a former process, stopped.
+"""One file over HTTP into a cache, continuing where an earlier attempt, or an earlier process, stopped.
 
 The bytes grow in a partial file that is locked while it is written, and become the blob once their checksum is
 right. `engine.weights.cache` knows the hub. Raises Damaged, and what httpx2,

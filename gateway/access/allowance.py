@@ -1,4 +1,4 @@
-"""What a key may do with a model, and where it stands: the figures of limits, without the store that keeps them."""
+"""Limits of a key on a model, and its standing: the figures, without the store that keeps them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What this process has under way, and the renewal of its leases in the store.
+"""Open reservations and running requests of this process, and the renewal of their leases in the store.
 
 A lease says until when a reservation, or a running request, counts without a word from its gateway. It is short, so
 that what a killed gateway held is soon free again, and renewed by lua/hold.lua while a generation runs. When the

@@ -1,4 +1,4 @@
-"""Limits per API key and model: room is reserved before a generation and what it did not use is given back after.
+"""Limits per API key and model: room is reserved before a generation, and unused room is given back after it.
 
 The promise: in any 60 s, over any number of gateways, never more requests or tokens than the limit. A reservation is
 the exact prompt plus the most the completion may take, so concurrent requests can't slip past. The arithmetic is in
@@ -216,7 +216,7 @@ class Limits:
         if answer[0] == "late":  # but the answer came in time: the store's clock is another one than believed
             answer = await self._question(wanted, left)
             if answer[0] == "late":
-                raise StoreUnavailable("the store takes every reservation for late", sent=True)
+                raise StoreUnavailable("the store considers every reservation late", sent=True)
         reservation = self._reservation(wanted, answer)
         self._note(wanted, answer, reservation)
         if answer[0]:

@@ -1,4 +1,4 @@
-"""How much there is to tokenize in a prompt, before it is: whether a request that is refused has cost something."""
+"""Size of a prompt before it is tokenized: whether refusing the request has already cost work."""
 
 from __future__ import annotations
 

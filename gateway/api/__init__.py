@@ -1,1 +1,1 @@
-"""The front doors: one module per wire protocol, each a thin parse on the way to a workflow."""
+"""The HTTP API: one module per wire protocol. Each parses a request and passes it to a workflow."""

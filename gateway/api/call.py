@@ -1,4 +1,4 @@
-"""What the routes that generate have in common: reading a body, opening the call, and answering it.
+"""Common code of the routes that generate: reading a body, opening the call, and answering it.
 
 A route parses its protocol and names an encoder; the rest of the path is the same for all of them. Errors about a
 request carry the caller's rate-limit standing: every metered response has it, refusals as well.

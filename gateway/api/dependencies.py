@@ -1,4 +1,4 @@
-"""What routes ask for: the app's services, and the caller's Principal."""
+"""FastAPI dependencies of the routes: the app's services, and the caller's Principal."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ async def authenticate(request: Request, services: Annotated[Services, Depends(s
 async def while_authenticated(
     chunks: AsyncGenerator[bytes, None], request: Request, services: Services
 ) -> AsyncGenerator[bytes, None]:
-    """Pass on what an open stream yields, for as long as the key that opened it is good.
+    """Pass on the pieces of an open stream while the key that opened it is valid.
 
-    Raises what `Authenticator` raises: the key may have been revoked since, or rotated, and then what comes may be for
-    whoever has the new secret.
+    Raises what `Authenticator` raises. The key may have been revoked since, or rotated: then the rest may be for the
+    holder of the new secret.
     """
     checked_at = time.monotonic()
     async with aclosing(chunks):

@@ -45,7 +45,7 @@ class EmbeddingBody(Schema):
     """Accepted for compatibility; the API key identifies the caller."""
 
     @model_validator(mode="after")
-    def _must_be_bearable(self) -> EmbeddingBody:
+    def _must_be_within_limits(self) -> EmbeddingBody:
         check_ids(self.inputs, "input")
         return self
 

@@ -1,4 +1,4 @@
-"""Looking into a model: what it weighed at every token, and what its attention rests on.
+"""Inspection of a model: token probabilities and attention weights, step by step.
 
     POST /v1/inspect              events: `token` and `trace` for each step, `done` at the end
     POST /v1/inspect/attention    the whole attention matrix of one layer and head
@@ -6,7 +6,7 @@
     POST /chat/stream             as /v1/inspect, of the default model
     POST /inspect/full_attn       as /v1/inspect/attention, of the default model
 
-The last two have plain errors, `{"error": text, "code": word}`, 422 for what can't be right about a body, and a limit
+The last two have plain errors, `{"error": text, "code": word}`, 422 for an invalid body, and a limit
 per address; `inspector.public` opens them to callers without a key. A request counts as one for the key's limits but
 costs no tokens: the inspector runs the checkpoint itself, and the ledger holds what vLLM has counted, nothing else.
 """

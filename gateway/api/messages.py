@@ -31,7 +31,7 @@ Body = TypeVar("Body", bound=CountTokensRequest)
 
 
 class _Route(APIRoute):
-    """Gives errors from before the first byte Anthropic's shape, and every response the header that its SDKs log."""
+    """Renders errors before the first byte in Anthropic's format, and adds the request-id header to every response."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()

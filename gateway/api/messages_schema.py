@@ -126,7 +126,7 @@ class InputMessage(Schema):
             if block["type"] not in allowed[self.role]:
                 place = f"{where}.content[{number}].type"
                 raise BadRequest(
-                    f"A message of role '{self.role}' can't hold a block of type '{block['type']}'.", place
+                    f"A message of role '{self.role}' can't have a block of type '{block['type']}'.", place
                 )
 
     def for_engine(self) -> list[Message]:

@@ -88,7 +88,7 @@ async def get_file(version: str, name: str, request: Request) -> Response:
     """Return one of the page's files. Raises NotFound, also for another version of the page."""
     data = _FILES.get(name)
     if data is None or version != _VERSION:
-        raise NotFound("The page has no such file, or not any more: reload it.")
+        raise NotFound("The page does not have this file any more. Reload the page.")
     return _response(request, data, Path(name).suffix, _FOR_GOOD)
 
 

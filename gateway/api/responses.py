@@ -230,7 +230,7 @@ def _live_response(call: Call, body: ResponseRequest, asked: _Asked, meter: Mete
 
 async def _detach(call: Call, live: LiveResponse, chunks: AsyncGenerator[bytes, None], meter: Meter) -> Response:
     if not live.store:
-        raise BadRequest("A response in the background must be stored, which this server can't.", "background")
+        raise BadRequest("A response in the background must be stored, and this server can't store it.", "background")
     try:
         fields = await call.services.responses.detach(live, chunks)
     except GatewayError as error:
@@ -255,7 +255,7 @@ def assemble(instructions: str | None, turns: list[list[Message]], own: list[Mes
 def _check_outputs(messages: list[Message]) -> None:
     """Refuse an input without messages, and outputs of calls that were never made, in OpenAI's words."""
     if not messages:
-        raise BadRequest("Invalid value for 'input': it holds no message.", "input")
+        raise BadRequest("Invalid value for 'input': it has no message.", "input")
     made: set[str] = set()
     for message in messages:
         made.update(call["id"] for call in message.get("tool_calls", ()))

@@ -1,4 +1,4 @@
-"""The body of POST /v1/responses: OpenAI's fields, plus vLLM's that are safe in a client's hands.
+"""The body of POST /v1/responses: OpenAI's fields, plus vLLM's fields that clients may safely set.
 
 What only OpenAI has (its own tools, stored conversations, prompts) is refused by name, as is what the field is called
 in the chat protocol. Raises BadRequest, which names the parameter.

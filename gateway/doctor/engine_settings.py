@@ -1,4 +1,4 @@
-"""What vLLM itself thinks of the settings of engines in this process: `engine.local.trial`, in a process of its own."""
+"""vLLM's validation of the settings of engines in this process: `engine.local.trial`, in a process of its own."""
 
 from __future__ import annotations
 

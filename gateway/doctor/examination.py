@@ -1,4 +1,4 @@
-"""All checks, in the order in which an operator would fix things. Findings are cleared of secrets before they leave."""
+"""All checks, in the order in which an operator would fix things. Secrets are removed from findings."""
 
 from __future__ import annotations
 

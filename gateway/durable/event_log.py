@@ -69,7 +69,7 @@ class Opened(NamedTuple):
     since: int
     """Number before the first frame of what is unfinished."""
     running: str
-    """What its former writer was at when it went, by the former's own words."""
+    """Job id that the previous writer was running when it disappeared, as that writer recorded it."""
     queue: list[str]
 
 

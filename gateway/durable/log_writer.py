@@ -1,4 +1,4 @@
-"""The two ends of an event log: who writes it, and one stream's place in it. See `gateway.durable.event_log`."""
+"""The writer and the readers of an event log. See `gateway.durable.event_log`."""
 
 from __future__ import annotations
 

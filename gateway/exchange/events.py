@@ -1,4 +1,4 @@
-"""What a workflow yields: tokens (`engine.base.Delta`) and Shannon events, in the order they happen."""
+"""Events of a workflow: tokens (`engine.base.Delta`) and Shannon events, in the order they happen."""
 
 from __future__ import annotations
 

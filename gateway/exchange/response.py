@@ -71,7 +71,7 @@ class GenerationResponse(Response):
         to say meanwhile."""
         media_type = "text/event-stream; charset=utf-8" if stream else "application/json"
         super().__init__(None, 200, _STREAM_HEADERS if stream else None, media_type)
-        # An empty body made starlette announce its length.
+        # For an empty body, starlette would send Content-Length: 0.
         self.raw_headers = [header for header in self.raw_headers if header[0] != b"content-length"]
         self._chunks = chunks
         self._more_headers = headers

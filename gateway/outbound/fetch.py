@@ -238,7 +238,7 @@ class Fetcher:
                 raise FetchFailed(f"{type(error).__name__}: {error}") from error
 
     async def _addresses(self, url: httpx.URL) -> Sequence[str]:
-        """Return the addresses to dial. All must be allowed: one that is not makes the name a trick, not a host."""
+        """The addresses to dial. All must be allowed; a host that also resolves to a private one is rejected."""
         try:
             addresses = await self._resolve(url.raw_host.decode("ascii"), _port(url))
         except OSError as error:

@@ -1,4 +1,4 @@
-"""What happens around every request, in pure ASGI: request id, host check, body cap, timing, access log, last resort.
+"""ASGI middleware around every request: request id, host check, body limit, timing, access log, last resort.
 
 Starlette's `BaseHTTPMiddleware` is not used: it hides the client's disconnect from the route, so nothing would abort.
 """
@@ -36,7 +36,7 @@ _MAX_PATH_CHARS = 200
 CLIENT_CLOSED_REQUEST = 499
 """Logged and counted when the client left before any status was sent; nginx's number for it."""
 UNMATCHED = "unmatched"
-"""The route of what no route is for."""
+"""Route label for requests that matched no route."""
 
 
 class RequestMiddleware:

@@ -1,4 +1,4 @@
-"""uvicorn, with our way of stopping: SIGTERM drains first, and a failed engine ends the process. SIGHUP reloads.
+"""uvicorn with our shutdown: SIGTERM drains first, and a failed engine ends the process. SIGHUP reloads.
 
 uvicorn alone closes its listening socket at once on SIGTERM. Here it continues listening while running requests
 finish, so that new ones get a 503 they can retry elsewhere instead of a refused connection.

@@ -78,7 +78,7 @@ def _base_url(url: str) -> str:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("must be an http or https URL")
     if parts.username or parts.password or parts.query or parts.fragment:
-        raise ValueError("must hold no credentials, query or fragment; keys are named by environment variable")
+        raise ValueError("must not contain credentials, a query or a fragment; keys are named by environment variable")
     return url
 
 
@@ -174,7 +174,7 @@ class RemoteSettings(_EngineSettings):
     """How long a replica may go without a token, the first included, while comments in its stream show that it lives:
     another Shannon sends them from its queue. SDKs give up after 600 s."""
     idle_timeout_s: float = Field(60.0, gt=0)
-    """How long a stream may be silent after its first token; longer than the slowest step of a well server."""
+    """How long a stream may be silent after its first token; longer than the slowest step of a healthy server."""
     retries: int = Field(2, ge=0, le=10)
     """Further attempts of a request whose client has seen nothing yet, each at another replica if there is one."""
     breaker_failures: int = Field(3, ge=1)
@@ -207,7 +207,7 @@ class RemoteSettings(_EngineSettings):
             if parts.scheme not in ("http", "https") or not parts.hostname or not parts.path.endswith("/v1"):
                 raise ValueError("must be http or https URLs that end in /v1")
             if parts.username or parts.password or parts.query or parts.fragment:
-                raise ValueError("must hold no credentials, query or fragment; the key goes into api_key_env")
+                raise ValueError("must not contain credentials, a query or a fragment; the key goes into api_key_env")
         if len(set(urls)) < len(urls):
             raise ValueError("must differ from each other")
         return urls
@@ -481,7 +481,7 @@ class ServerSettings(_Settings):
     def _host_must_be_addresses(cls, host: str | list[str]) -> str | list[str]:
         for name in host.split(",") if isinstance(host, str) else host or [""]:
             if not _HOST_NAME.fullmatch(name.strip()) and not _is_ipv6(name.strip()):
-                raise ValueError(f"{name!r} is no address or host name to listen on, such as 0.0.0.0 or ::1")
+                raise ValueError(f"{name!r} is not an address or host name to listen on, such as 0.0.0.0 or ::1")
         return host
 
 
@@ -546,7 +546,7 @@ class WebSearchSettings(_Settings):
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("url: must be an http or https URL")
         if parts.username or parts.password or parts.query or parts.fragment:
-            raise ValueError("url: must hold no credentials, query or fragment; the key goes into api_key_env")
+            raise ValueError("url: must not contain credentials, a query or a fragment; the key goes into api_key_env")
         return self
 
 

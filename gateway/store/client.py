@@ -101,7 +101,7 @@ class Store(Lane):
         with contextlib.suppress(StoreUnavailable):
             _, found = await self.greet()
             if not speaks(found):
-                raise StoreError(f"the store has layout version {found}, this gateway speaks {SCHEMA}")
+                raise StoreError(f"the store has layout version {found}, this gateway needs {SCHEMA}")
             version = await self._version()
             if int(version.partition(".")[0]) < _OLDEST_REDIS:
                 raise StoreError(f"the store is Redis {version}; Redis {_OLDEST_REDIS} or Valkey is needed")

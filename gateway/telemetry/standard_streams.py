@@ -1,4 +1,4 @@
-"""Standard input, output and error of a process that continues whatever becomes of them.
+"""Standard input, output and error that can fail without stopping the process.
 
 A pipe that is not read makes its writer wait, and a gateway writes its log on the event loop: one log collector that
 hangs would stop every request. So a stream here waits a moment at most, then loses lines and counts them. A disk that

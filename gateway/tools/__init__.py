@@ -1,1 +1,1 @@
-"""What agents may call, one module per tool."""
+"""Tools of agents, one module per tool."""

@@ -1,4 +1,4 @@
-"""What a tool is, and the box that calls them for agents.
+"""The tool protocol, and the toolbox that calls tools for agents.
 
 A tool does one thing in the outside world and says what it found in words that a model can read, with the sources it
 came from. The box around it bounds the call: its arguments are checked, it has a time limit, failures that may pass

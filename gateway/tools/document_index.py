@@ -121,7 +121,7 @@ class DocumentIndex:
             except sqlite3.DatabaseError as error:
                 if type(error) is not sqlite3.DatabaseError:
                     raise
-                log.warning("the index of documents is damaged and made again: %s", error)
+                log.warning("the index of documents is damaged and is rebuilt: %s", error)
                 self.discard()
                 self._touch()
                 self._create()

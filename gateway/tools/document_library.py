@@ -91,7 +91,7 @@ class DocumentLibrary:
                 changes = await self._catch_up()
             except IndexFailed as error:
                 if error.damaged:
-                    log.warning("the index of documents is damaged and made again: %s", error)
+                    log.warning("the index of documents is damaged and is rebuilt: %s", error)
                     await self._in_thread(self._index.discard)
                     self._opened = False
                 raise
@@ -108,10 +108,10 @@ class DocumentLibrary:
                 said = ""
             except (IndexFailed, OSError) as error:
                 if str(error) != said:
-                    log.warning("the documents can't be looked through: %s", error)
+                    log.warning("the folder of documents can't be checked: %s", error)
                 said = str(error)
             except Exception:  # the next round may succeed, and only this task starts one
-                log.exception("the documents can't be looked through")
+                log.exception("the folder of documents can't be checked")
             await asyncio.sleep(self._settings.refresh_s)
 
     async def _catch_up(self) -> Changes:

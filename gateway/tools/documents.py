@@ -1,4 +1,4 @@
-"""What a file or a page says: its title, its date and its text, out of HTML, PDF, Markdown or plain text.
+"""The title, date and text of a file or a page in HTML, PDF, Markdown or plain text.
 
 Text comes back as Markdown as far as the source has structure, with a form feed between the pages of a PDF. Leaves
 out images, scripts and the text in pictures. This code reads untrusted files, and the parsers that it calls can

@@ -88,5 +88,5 @@ class ServiceAccount:
             )
         token, life_s = answer.body.get("access_token"), answer.body.get("expires_in", _ASSERTION_S)
         if not isinstance(token, str) or not isinstance(life_s, int | float):
-            raise ToolError("Google's answer holds no access token.", may_pass=True)
+            raise ToolError("Google's answer has no access token.", may_pass=True)
         return token, float(life_s)

@@ -87,7 +87,7 @@ class JsonClient:
         async for chunk in response.aiter_bytes():
             content += chunk
             if len(content) > MAX_ANSWER_BYTES:
-                raise ToolError(f"{self._whom} gave an answer that is too long.", out_of_order=True)
+                raise ToolError(f"{self._whom} returned a response that is too long.", out_of_order=True)
         return bytes(content)
 
 

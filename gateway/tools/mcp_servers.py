@@ -298,7 +298,7 @@ class McpTool:
         self.name = tool_name(server.name, listed.name)
         self.description = " ".join((listed.description or listed.title or "").split())[:_MAX_DESCRIPTION_CHARS]
         self.arguments: type[BaseModel] = arguments_model(dict(listed.input_schema))
-        # Time to connect again first, then the server's own limit, so that a slow answer is not taken for a dead server.
+        # Time to connect again, then the server's own limit, so that a slow answer is not taken for a dead server.
         self.timeout_s = 2 * server.timeout_s + 1
         self._server = server
         self._own_name = listed.name

@@ -122,7 +122,7 @@ class Reader:
             except TimeoutError:
                 raise Unreadable(f"it took longer than {self._timeout_s:g} s to read") from None
             except (OSError, EOFError) as error:  # of memory, of its alarm, or of a parser's own fault
-                log.warning("a process died of a document (%s, %d bytes)", kind, len(content))
+                log.warning("a process died while it read a document (%s, %d bytes)", kind, len(content))
                 raise Unreadable("it can't be read") from error
             finally:
                 self._give_back(process, whole)

@@ -66,7 +66,7 @@ class SerpAds:
         if not self._api_key:
             raise ConfigError(f"tools.serp_ads: {variable} is not set; {settings.provider} needs its API key there")
         if not self._api_key.isascii() or not self._api_key.isprintable():
-            raise ConfigError(f"tools.serp_ads: {variable} does not hold an API key")
+            raise ConfigError(f"tools.serp_ads: {variable} does not contain an API key")
         self._settings = settings
         self._url = (settings.url or _BASE_URLS[settings.provider]).rstrip("/")
         self._client = JsonClient("The search service", settings.timeout_s)

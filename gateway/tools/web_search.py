@@ -81,7 +81,7 @@ class WebSearch:
             nothing = not found and self._provider.failure(body)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             log.error("%s answers a search in another shape than documented: %r", self._provider.name, error)
-            raise ToolError("the search service gave an answer that can't be read.", out_of_order=True) from error
+            raise ToolError("the search service returned an unreadable response.", out_of_order=True) from error
         if nothing:
             raise ToolError("the search engines behind the search server do not answer.", may_pass=True)
         lines = [
@@ -147,7 +147,7 @@ def _provider(settings: WebSearchSettings, environment: Mapping[str, str]) -> Pr
     if variable and not api_key:
         raise ConfigError(f"tools.web_search: {variable} is not set; {kind.name} needs its API key there")
     if not api_key.isascii() or not api_key.isprintable():
-        raise ConfigError(f"tools.web_search: {variable} does not hold an API key")
+        raise ConfigError(f"tools.web_search: {variable} does not contain an API key")
     return kind((settings.url or kind.default_url).rstrip("/"), api_key, settings.language)
 
 
@@ -156,7 +156,7 @@ async def _read(response: httpx.Response) -> bytes:
     async for chunk in response.aiter_bytes():
         content += chunk
         if len(content) > _MAX_ANSWER_BYTES:
-            raise ToolError("the search service gave an answer that is too long.", out_of_order=True)
+            raise ToolError("the search service returned a response that is too long.", out_of_order=True)
     return bytes(content)
 
 

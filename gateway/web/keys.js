@@ -47,7 +47,7 @@ export class KeyList {
   }
 
   #confirm(action, record) {
-    const text = { Rotate: `“${record.name}” gets a new secret, and the old one is void within a second.`, Revoke: `“${record.name}” is void within a second, for good. Its usage stays.` }[action];
+    const text = { Rotate: `“${record.name}” gets a new secret, and the old one is void within a second.`, Revoke: `“${record.name}” is void within a second, permanently. Its usage stays.` }[action];
     const failure = h("p", { class: "note bad", role: "alert", hidden: true });
     const dialog = this.#dialog(`${action} this key?`, [h("p", {}, text), failure], action, async () => {
       const [method, path] = action === "Rotate" ? ["POST", `/admin/keys/${record.id}/rotate`] : ["DELETE", `/admin/keys/${record.id}`];

@@ -1,1 +1,1 @@
-"""What a model id does with a request: async generators of Events, one module per workflow."""
+"""Workflows: how a model id answers a request. Async generators of Events, one module per workflow."""

@@ -1,4 +1,4 @@
-"""Links and pictures in answers that a grammar binds: as in others, only what was read or named by the user.
+"""Links and images in answers that a grammar binds: only those that were read or named by the user.
 
 JSON stays valid: the filter looks into each string of it, with escapes resolved, and writes it again. Such answers are
 read by programs: addresses that are in no link, picture or tag of HTML stay, so does an answer that is one of the

@@ -1,4 +1,4 @@
-"""Lets no figure of an answer through that no report holds, and says of each which report it came from.
+"""Removes figures from an answer that no report has, and marks every other figure with its report.
 
 The answer passes sentence by sentence. A number that can't be found is taken out; one that can gets a marker `[R1]` at
 the end of its sentence, unless a marker of its report stands there already. Markers of reports that there are not are

@@ -1,4 +1,4 @@
-"""Lets no link, picture or address of an answer through but those that were read or that the user named.
+"""Removes links, images and addresses from an answer, except those that were read or named by the user.
 
 A page may instruct a model to put what it has read into an address; a front end that renders such an answer then sends
 it to the owner of the host, a picture without any click. Renderers differ in what they take for a link, and a stream

@@ -1,4 +1,4 @@
-"""Lets no price, percentage or domain of an answer through that is in no ad and on no page.
+"""Removes sentences of an answer with a price, percentage or domain that is in no ad and on no page.
 
 Other numbers pass: an answer about ads counts, and proposes. Does not handle names of companies, which can't be
 distinguished from other words.

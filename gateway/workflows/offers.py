@@ -1,4 +1,4 @@
-"""Advertisers: what their ads say, where they lead, and what a model noted of both, as far as it stands there.
+"""Advertisers: the text of their ads, the pages behind them, and what a model noted of both.
 
 A model notes offers, prices and claims in the words of the ads and the page. Code looks each note up in them: a number
 must stand there, and so must most of its words, or the note is dropped. Meaning is not checked: words that stand there

@@ -1,4 +1,4 @@
-"""The workflows by the name that models know them by in the configuration; `chat` is not among them: it is one call."""
+"""The workflows by their name in the configuration. `chat` is not among them, because it is a single call."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ class Menu:
             + (["In the last minutes:", ", ".join((*REALTIME_METRICS, *REALTIME_DIMENSIONS))] if realtime else [])
         )
         self.realtime_rule = (
-            "- when is `days`, or `last_minutes` for what goes on right now; then days do not matter."
+            "- when is `days`, or `last_minutes` for what happens right now; then days do not matter."
             if realtime
             else ""
         )

@@ -1,4 +1,4 @@
-"""What sub-agents are called: stations of Tokyo's Yamanote line, clockwise, behind the field's oldest name."""
+"""Names of sub-agents: stations of Tokyo's Yamanote line, clockwise, after the field's oldest name."""
 
 from __future__ import annotations
 

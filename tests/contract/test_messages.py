@@ -263,7 +263,7 @@ async def test_maximum_is_a_bound_and_not_a_demand(start: Start) -> None:
         ({"max_tokens": None}, "'max_tokens'"),
         ({"messages": []}, "'messages'"),
         ({"messages": [{"role": "user", "content": [{"type": "document"}]}]}, "'messages[0].content[0].type'"),
-        ({"messages": [{"role": "user", "content": [CALL]}]}, "can't hold a block of type 'tool_use'"),
+        ({"messages": [{"role": "user", "content": [CALL]}]}, "can't have a block of type 'tool_use'"),
         ({"messages": [*HELLO, {"role": "assistant", "content": "Well,"}]}, "must end with a message of role 'user'"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "'tools[0]"),
         ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "other"}}, "not among the tools"),

@@ -398,11 +398,11 @@ async def test_background_goes_on_after_trouble(folder: Path, tmp_path: Path, ca
     folder.rmdir()
     desk = Desk(folder, tmp_path / "index.sqlite3", refresh_s=0.01)
     await desk.tools.start()
-    await until(lambda: "the documents can't be looked through" in caplog.text)
+    await until(lambda: "the folder of documents can't be checked" in caplog.text)
     folder.mkdir()
 
     await until(lambda: desk.library.complete)
-    assert caplog.text.count("the documents can't be looked through") == 1
+    assert caplog.text.count("the folder of documents can't be checked") == 1
     await desk.tools.close()
 
 

@@ -253,7 +253,7 @@ async def test_failing_agent_is_reported_and_left_behind() -> None:
     def found(arguments: Any) -> Observation:
         observation: Observation = original(arguments)
         if arguments.query == "query 2":
-            place.over.engine.faults.append(Fault(error=EngineError("What the model wrote can't be read.")))
+            place.over.engine.faults.append(Fault(error=EngineError("The model's output could not be parsed.")))
         return observation
 
     place.search.found = found  # type: ignore[method-assign]

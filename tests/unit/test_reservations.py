@@ -487,7 +487,7 @@ async def test_renewal_is_one_command_for_many(bench: Bench) -> None:
         return await send(commands)
 
     bench.store._send = watch  # type: ignore[method-assign]
-    bench.limits._leases._start(list(bench.limits._leases._held.values()), [], take_up=False)
+    bench.limits._leases._start(list(bench.limits._leases._held.values()), [], restore=False)
     await until(lambda: not bench.limits._leases._renewals)
 
     assert len(sent) == 1

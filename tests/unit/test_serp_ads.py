@@ -172,5 +172,5 @@ async def test_wrong_arguments_are_refused(web: respx.Router, arguments: dict[st
 def test_missing_key_is_named() -> None:
     with pytest.raises(ConfigError, match=r"^tools\.serp_ads: SERPER_API_KEY is not set"):
         SerpAds(SerpAdsSettings(provider="serper"), {})
-    with pytest.raises(ConfigError, match="MINE does not hold an API key"):
+    with pytest.raises(ConfigError, match="MINE does not contain an API key"):
         SerpAds(SerpAdsSettings(provider="serper", api_key_env="MINE"), {"MINE": "a\nb"})

@@ -376,14 +376,14 @@ async def test_answer_of_another_shape_is_a_failure(
 
     error = await failure(search(provider))
 
-    assert (str(error), error.may_pass) == ("the search service gave an answer that can't be read.", False)
+    assert (str(error), error.may_pass) == ("the search service returned an unreadable response.", False)
     assert "another shape than documented" in caplog.text
 
 
 async def test_answer_that_is_too_long_is_not_read(web: respx.MockRouter) -> None:
     web.route(url__startswith=URLS["tavily"]).respond(content=b"x" * (4 * 2**20 + 1))
 
-    assert str(await failure(search("tavily"))) == "the search service gave an answer that is too long."
+    assert str(await failure(search("tavily"))) == "the search service returned a response that is too long."
 
 
 async def test_box_tries_again_what_may_pass(web: respx.MockRouter) -> None:

@@ -1,4 +1,4 @@
-"""What agents are told, one Markdown file per prompt: its instructions, a line `---`, and the task.
+"""Prompts of agents, one Markdown file each: its instructions, a line `---`, and the task.
 
 Places are `$name`, as in string.Template. `preamble.md` stands before the instructions of all of them.
 """
