@@ -170,7 +170,7 @@ async def test_completion_that_nobody_reads_is_ended(serve: Start, monkeypatch: 
     async with resume(other, path_of(response), taken.last) as read:
         await rest.take(read)
     error = json.loads(list(rest.events.values())[-1])["error"]
-    assert error["message"] == "Nobody took the stream up again in time."
+    assert error["message"] == "The stream was not resumed in time."
 
 
 async def test_completion_that_is_read_elsewhere_goes_on(serve: Start, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -189,7 +189,7 @@ async def test_engine_that_fails_to_start_names_itself_and_its_reason(
     bad.gate.set()
     await running.ended()
 
-    assert "engine spare has failed for good: no such weights" in caplog.text
+    assert "engine spare has failed permanently: no such weights" in caplog.text
     assert running.server.exit_code == 1
     assert {name: engine.state for name, engine in running.engines.items()} == {"main": "closed", "spare": "closed"}
 
@@ -371,7 +371,7 @@ async def test_loads_that_fail_too_often_end_the_process_and_name_engine_and_rea
     await running.ended()
 
     assert running.server.exit_code == 1
-    assert "engine spare has failed for good: Engine spare failed 2 times in 600 s: no weights" in caplog.text
+    assert "engine spare has failed permanently: Engine spare failed 2 times in 600 s: no weights" in caplog.text
 
 
 async def test_drain_while_it_loads_does_not_hang(house: Open) -> None:

@@ -316,7 +316,7 @@ async def test_missing_right_is_told_without_google_s_words(google: respx.Router
     found = await failing(google, tools, httpx.Response(status, json=error))
     assert not found.ok
     assert "4711" not in found.text
-    assert "only the operator can mend" in found.text
+    assert "only the operator can fix" in found.text
     assert google["report"].call_count == 1
 
 

@@ -89,7 +89,7 @@ class Bench:
         meter = Meter(lease or "r", CALLER, model, self.limits, self.ledger, self.store.metrics)
         entry = meter.account._entry(None)
         entry.completion_tokens = spent
-        meter.account._release(reservation, entry, ran=True)
+        meter.account._release(reservation, entry, ran=not reservation.refused)
         entry.lease = lease
         if lease:
             self.limits.end(lease)

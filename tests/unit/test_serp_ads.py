@@ -138,8 +138,8 @@ async def test_entry_that_names_no_advertiser_is_left_out(web: respx.Router, ent
 @pytest.mark.parametrize(
     ("answers", "said"),
     [
-        ([httpx.Response(401)], "only the operator can mend"),
-        ([httpx.Response(400, json={"message": "Not enough credits"})], "only the operator can mend"),
+        ([httpx.Response(401)], "the operator has to fix it"),
+        ([httpx.Response(400, json={"message": "Not enough credits"})], "the operator has to fix it"),
         ([httpx.Response(400, json={"message": "serper-secret"})], "refused the query"),
         ([httpx.Response(503)] * 3, "The search service failed."),
         ([httpx.ConnectError("no route to 10.0.0.1")] * 3, "The search service can't be reached."),

@@ -179,7 +179,7 @@ def test_command_whose_output_can_not_be_written_is_one_line(
     with open("/dev/full", "w") as out:
         monkeypatch.setattr(sys, "stdout", out)
         assert main([*command, "--config", str(deployment)]) == 2
-    assert capsys.readouterr().err == "shannon: can't go on: No space left on device\n"
+    assert capsys.readouterr().err == "shannon: can't continue: No space left on device\n"
 
 
 def test_encoding_without_a_character_has_it_escaped(deployment: Path, monkeypatch: pytest.MonkeyPatch) -> None:

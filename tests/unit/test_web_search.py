@@ -311,7 +311,7 @@ async def test_refusal_says_whose_matter_it_is(
     error = await failure(search(provider))
 
     assert {
-        "operator": "web_search is not configured rightly, which only the operator can mend.",
+        "operator": "web_search is misconfigured; the operator has to fix it.",
         "busy": f"the search service {'has no room at the moment' if status == 429 else 'failed'}.",
         "query": "the search service refused the query; try a shorter or simpler one.",
     }[meaning] == str(error)
