@@ -227,9 +227,15 @@ class EngineOverloaded(EngineError):
 class EngineUnavailable(EngineError):
     """The engine can't take requests now."""
 
+    def __init__(self, message: str = "The engine is not running.") -> None:
+        super().__init__(message)
+
 
 class EngineDied(EngineUnavailable):
     """The engine failed under a running generation."""
+
+    def __init__(self, message: str = "The engine failed during generation.") -> None:
+        super().__init__(message)
 
 
 class Engine(Protocol):

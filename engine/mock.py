@@ -143,11 +143,11 @@ class MockEngine(TaskEngine):
         if self._frozen:
             await self._dead.wait()
         if not self.started:
-            raise EngineUnavailable("The engine is not running.")
+            raise EngineUnavailable()
 
     async def _prepare(self, request: Request) -> Prepared:
         if not self.started:
-            raise EngineUnavailable("The engine is not running.")
+            raise EngineUnavailable()
         if isinstance(request, PoolingRequest):
             return await self._prepare_pooling(request)
         self.requests.append(request)
@@ -183,7 +183,7 @@ class MockEngine(TaskEngine):
 
     async def tokenize(self, request: GenerationRequest) -> list[int]:
         if not self.started:
-            raise EngineUnavailable("The engine is not running.")
+            raise EngineUnavailable()
         return await _beside(request, lambda: [self._id(word) for word in _prompt_words(request)])
 
     def _id(self, word: str) -> int:
@@ -231,7 +231,7 @@ class MockEngine(TaskEngine):
         if self._frozen:
             await dead.wait()
         if dead.is_set():
-            raise EngineDied("The engine failed during generation.")
+            raise EngineDied()
 
     def _count(self, prepared: Prepared, delta: Delta) -> None:
         if not prepared.usage.prompt_tokens:
@@ -317,7 +317,7 @@ async def _fail(fault: Fault, dead: asyncio.Event) -> None:
     if fault.error is not None:
         raise fault.error
     await dead.wait()
-    raise EngineDied("The engine failed during generation.")
+    raise EngineDied()
 
 
 def _deltas(reply: Sequence[str | Delta], max_tokens: int, request: GenerationRequest) -> list[Delta]:

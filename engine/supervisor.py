@@ -29,6 +29,7 @@ from engine.base import (
     GenerationRequest,
     Prepared,
     Request,
+    Task,
 )
 from engine.wrapper import EngineWrapper
 
@@ -106,6 +107,11 @@ class SupervisedEngine(EngineWrapper):
         if self.state != "ready":
             raise EngineUnavailable(_SENTENCES[self.state])
         return self._engine
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """The engine's tasks, whether or not it is ready."""
+        return self._engine.tasks
 
     async def start(self) -> None:
         """Start the engine and its watch, or nothing yet if it is lazy. A failure here sets `failed` and is raised."""

@@ -76,14 +76,16 @@ class GatewayError(Exception):
     retry_after_s: float | None = None
     """When a retry is likely to succeed; sent as Retry-After (whole seconds, rounded up) and retry-after-ms."""
 
+    default_message: ClassVar[str] = ""
+
     def __init__(
         self,
-        message: str,
+        message: str | None = None,
         param: str | None = None,
         code: str | None = None,
         retry_after_s: float | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(self.default_message if message is None else message)
         self.param = param
         self.extra_headers: dict[str, str] = {}
         if code is not None:
@@ -195,6 +197,7 @@ class RateLimitExceeded(GatewayError):
 
 
 class InternalError(GatewayError):
+    default_message = "The server had an error while processing your request."
     log_level = logging.ERROR
 
 
@@ -203,6 +206,7 @@ class Unavailable(GatewayError):
 
     status = 503
     code = "engine_unavailable"
+    default_message = "The server shut down before the response was complete."
     should_retry = True
     log_level = logging.WARNING
     retry_after_s = 5.0
@@ -228,7 +232,7 @@ def from_engine(error: EngineError) -> GatewayError:
         )
     if isinstance(error, EngineUnavailable):
         return Unavailable(str(error))
-    return InternalError("The server had an error while processing your request.")
+    return InternalError()
 
 
 def from_store(error: StoreUnavailable, what: str = "The store does not answer at the moment.") -> Unavailable:

@@ -176,7 +176,7 @@ class Meter:
             outcome = Outcome(error, aborted=False)
             raise
         except Exception:
-            outcome = Outcome(InternalError("The server had an error while processing your request."), aborted=False)
+            outcome = Outcome(InternalError(), aborted=False)
             raise
         finally:
             self.account.whole = False

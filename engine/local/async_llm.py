@@ -171,7 +171,7 @@ class AsyncLLMEngine(TaskEngine):
 
     def _running(self) -> AsyncLLM:
         if self._llm is None:
-            raise EngineUnavailable("The engine is not running.")
+            raise EngineUnavailable()
         return self._llm
 
     async def start(self) -> None:
@@ -248,7 +248,7 @@ class AsyncLLMEngine(TaskEngine):
     def _core_answer(self) -> contextlib.AbstractAsyncContextManager[None]:
         """Await something of the core in here. Raises EngineUnavailable, EngineDied when the core dies meanwhile."""
         if self._core is None:
-            raise EngineUnavailable("The engine is not running.")
+            raise EngineUnavailable()
         return self._core.answer()
 
     def _end_requests(self) -> None:
@@ -280,7 +280,7 @@ class AsyncLLMEngine(TaskEngine):
             yield llm
         except EngineError as error:
             if self._llm is not llm:
-                raise EngineUnavailable("The engine is not running.") from error
+                raise EngineUnavailable() from error
             raise
 
     async def check_health(self) -> None:

@@ -51,7 +51,7 @@ class ChoiceReader:
             if self._constraint is not None and choice.finish_reason == "error":
                 what = f"Invalid value for '{self._constraint}': it is too complex to be compiled to a grammar."
                 raise InvalidRequest(what, self._constraint) from None
-            raise EngineDied("The engine failed during generation.") from None
+            raise EngineDied() from None
         if self._parser is None:
             return Delta(choice.text, choice.index, finish_reason, logprobs, stop_reason=_stop_string(choice))
         delta = Delta("", choice.index, finish_reason, logprobs, stop_reason=_stop_string(choice))

@@ -68,7 +68,7 @@ def client_errors(prompt_param: str = "messages") -> Iterator[None]:
     except (EngineError, GracefulHTTPError):
         raise
     except EngineDeadError as error:
-        raise EngineUnavailable("The engine is not running.") from error
+        raise EngineUnavailable() from error
     except Exception as error:
         raise _refusal(error, prompt_param) or defect(error) from error
 

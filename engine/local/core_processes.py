@@ -26,7 +26,7 @@ _STOPPED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
 
 def died() -> EngineDied:
     """Return the error of a request whose core is gone."""
-    return EngineDied("The engine failed during generation.")
+    return EngineDied()
 
 
 class CoreProcesses:

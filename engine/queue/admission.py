@@ -123,7 +123,7 @@ class QueuedEngine(EngineWrapper):
 
     def _open(self) -> FairQueue:
         if self._queue is None:
-            raise EngineUnavailable("The engine is not running.")
+            raise EngineUnavailable()
         return self._queue
 
     async def _wait(self, queue: FairQueue, ticket: Ticket) -> None:
@@ -140,7 +140,7 @@ class QueuedEngine(EngineWrapper):
             prepared.waiting = None
             prepared.queue_s += self._clock() - ticket.entered_at
         if ticket.admitted_at is None:  # woken by close
-            raise EngineUnavailable("The engine is not running.")
+            raise EngineUnavailable()
         if prepared.recheck is not None:
             await prepared.recheck()
 

@@ -60,7 +60,7 @@ class RemoteEmbeddings:
                     vectors = await self._embed_at(replica, prepared)
             except AttemptFailed as failure:
                 if self._upstream.closed:
-                    raise EngineDied("The engine failed during generation.") from failure
+                    raise EngineDied() from failure
                 attempts.fail(replica, failure)
             else:
                 attempts.succeed(replica)

@@ -287,7 +287,7 @@ class RemoteEngine(TaskEngine):
                         raise
                     if isinstance(failure, AttemptFailed) and not self._upstream.closed:
                         blame(replica, failure)
-                    raise EngineDied("The engine failed during generation.") from failure
+                    raise EngineDied() from failure
                 else:
                     for delta in whole:
                         yield delta

@@ -1,7 +1,9 @@
 """A transport for httpx: HTTP/1.1 on asyncio's own protocols, parsed by httptools.
 
-For streams with one token per chunk. httpx's own transport takes 65 us per chunk (h11 and anyio, both in Python), this
-one 17, most of it in the system call. The number of connections has no bound. The `arrived` extension returns buffered,
+For streams with one token per chunk. CPU per chunk, by `tests/bench/remote_client.py`: 10 us here, 12 with aiohttp
+(1.13 times), 35 with httpx's own transport (3.4 times). aiohttp is not used in its place because it reuses connections
+after doubtful framing: of eleven such responses it reused the connection after six, and read bytes that arrived after
+one response as the next response. The number of connections has no bound. The `arrived` extension returns buffered,
 unread body bytes without waiting.
 
 A connection is kept for a few seconds and used again only if nothing about it is in doubt:

@@ -111,7 +111,7 @@ class Upstream:
     def running(self) -> httpx.AsyncBaseTransport:
         """Return the connection pool. Raises EngineUnavailable when closed."""
         if self._transport is None:
-            raise EngineUnavailable("The engine is not running.")
+            raise EngineUnavailable()
         return self._transport
 
     def open(self) -> None:

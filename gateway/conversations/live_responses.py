@@ -253,7 +253,7 @@ class LiveResponses:
 
     async def close(self) -> None:
         """End what is still being made in the background."""
-        reason = Unavailable("The server shut down before the response was complete.")
+        reason = Unavailable()
         for live in list(self._live.values()):
             live.interrupt(reason)
         if self._watcher is not None:

@@ -305,7 +305,7 @@ class ResumableStreams:
 
     async def close(self) -> None:
         """End what is still being made."""
-        await self._background.close(Unavailable("The server shut down before the response was complete."))
+        await self._background.close(Unavailable())
         if self._watcher is not None:
             self._watcher.cancel()
 

@@ -74,4 +74,4 @@ def told(error: Exception) -> GatewayError:
     if isinstance(error, EngineError):
         return from_engine(error)
     log.error("request failed", exc_info=error)
-    return InternalError("The server had an error while processing your request.")
+    return InternalError()

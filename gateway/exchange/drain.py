@@ -60,7 +60,7 @@ class Drain:
         except TimeoutError:
             rest = list(self._running)
             for exchange in rest:
-                exchange.interrupt(Unavailable("The server shut down before the response was complete."))
+                exchange.interrupt(Unavailable())
             await self._idle.wait()
             return len(rest)
         finally:

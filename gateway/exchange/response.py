@@ -141,7 +141,7 @@ class GenerationResponse(Response):
             failure = from_engine(error)
         except Exception:
             log.exception("request failed")
-            failure = InternalError("The server had an error while processing your request.")
+            failure = InternalError()
         self._ended = True  # nothing can interrupt it any more
         self._stop_comments()
         if self._client_left:

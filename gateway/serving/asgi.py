@@ -81,7 +81,7 @@ class Exchange:
         except Exception:
             log.exception("request failed")
             if not self.started:
-                await self._send_error(InternalError("The server had an error while processing your request."))
+                await self._send_error(InternalError())
         finally:
             if not self.answered and not self._lost:
                 self._connection.break_off(cut=self.started and not self._chunked and self._left_bytes is None)

@@ -107,7 +107,7 @@ class RequestMiddleware:
             log.exception("request %s failed", request_id)
             scope["state"]["error"] = InternalError.code
             if status == CLIENT_CLOSED_REQUEST:
-                unexpected = InternalError("The server had an error while processing your request.")
+                unexpected = InternalError()
                 await ErrorResponse(unexpected)(scope, receive, send_with_headers)
         finally:
             self._record(scope, status, started, span)

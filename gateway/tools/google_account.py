@@ -2,8 +2,9 @@
 
 The assertion is signed here, which takes a millisecond, and exchanged over the caller's own HTTP client, so that
 nothing blocks the event loop and everything can be cancelled (RFC 7523, as Google documents it for service accounts).
+google-auth signs. The public asynchronous credentials of its version 2.62 (`google.auth.aio`) have no service accounts.
 Does not handle other kinds of credentials. Raises ValueError on a file that is no service account's key, whose message
-is for the operator, and with ToolError where Google gives no token.
+is for the operator, and ToolError if Google gives no token.
 """
 
 from __future__ import annotations

@@ -3,6 +3,9 @@
 The group for our own name counts, else the one for all agents; the longest rule that matches wins, with `*` and `$` as
 the RFC has them, which Python's own parser does not know. A site without the file allows everything, one that fails to
 give it allows nothing for now. Does not handle crawl delays: agents read single pages. Raises FetchError.
+
+Protego 0.7 does not choose groups as the RFC does: it ignores a group for `shannon-gateway/1.0`, and applies one for
+`shannon`. So it is not used here.
 """
 
 from __future__ import annotations

@@ -174,7 +174,7 @@ async def test_engine_that_fails_in_an_unknown_way_is_500(gateway: Gateway, stre
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_engine_that_is_away_is_503_and_says_when_to_come_back(gateway: Gateway, stream: bool) -> None:
-    gateway.mock.faults.append(Fault(error=EngineUnavailable("The engine is not running.")))
+    gateway.mock.faults.append(Fault(error=EngineUnavailable()))
     response = await gateway.chat(stream=stream)
 
     assert response.status_code == 503

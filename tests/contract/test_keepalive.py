@@ -51,7 +51,7 @@ async def test_headers_come_with_the_first_comment(quiet: Gateway) -> None:
 
 
 async def test_failure_after_a_comment_is_an_error_frame(quiet: Gateway) -> None:
-    quiet.mock.faults.append(Fault(error=EngineDied("The engine failed during generation.")))
+    quiet.mock.faults.append(Fault(error=EngineDied()))
     async with quiet.stream() as response:
         raw = await response.aread()
 

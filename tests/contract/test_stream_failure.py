@@ -35,7 +35,7 @@ async def test_failure_before_the_first_token_has_its_real_status(gateway: Gatew
 
 
 async def test_failure_after_a_token_is_one_error_frame_and_the_end(gateway: Gateway) -> None:
-    gateway.mock.faults.append(Fault(at_token=2, error=EngineDied("The engine failed during generation.")))
+    gateway.mock.faults.append(Fault(at_token=2, error=EngineDied()))
     async with gateway.stream() as response:
         raw = await response.aread()  # a body cut short would raise RemoteProtocolError
 
@@ -69,7 +69,7 @@ async def test_unknown_failure_after_a_token_tells_nothing_of_its_cause(gateway:
 
 
 async def test_failure_of_a_whole_body_has_its_real_status_however_late(gateway: Gateway) -> None:
-    gateway.mock.faults.append(Fault(at_token=3, error=EngineDied("The engine failed during generation.")))
+    gateway.mock.faults.append(Fault(at_token=3, error=EngineDied()))
     response = await gateway.chat()
 
     assert response.status_code == 503
@@ -88,7 +88,7 @@ async def test_connection_serves_on_after_a_failed_stream(gateway: Gateway) -> N
 
 
 async def test_openai_sdk_raises_on_the_error_frame(gateway: Gateway) -> None:
-    gateway.mock.faults.append(Fault(at_token=2, error=EngineDied("The engine failed during generation.")))
+    gateway.mock.faults.append(Fault(at_token=2, error=EngineDied()))
     seen: list[str | None] = []
     async with openai.AsyncOpenAI(api_key=gateway.key, base_url=f"{gateway.url}/v1", max_retries=0) as client:
         stream = await client.chat.completions.create(

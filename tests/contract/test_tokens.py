@@ -206,7 +206,7 @@ async def test_engine_that_is_away_is_a_503(start: Start) -> None:
 async def test_failure_is_in_the_ledger(start: Start) -> None:
     class Broken(MockEngine):
         async def tokenize(self, request: GenerationRequest) -> list[int]:
-            raise EngineUnavailable("The engine is not running.")
+            raise EngineUnavailable()
 
     gateway = await start(mock=Broken)
     await tokenize(gateway, prompt="a")

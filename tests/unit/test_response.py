@@ -148,7 +148,7 @@ async def test_body_announces_its_length() -> None:
 @pytest.mark.parametrize("stream", [True, False])
 async def test_failure_before_the_first_frame_has_its_real_status(stream: bool) -> None:
     exchange = Exchange(stream=stream)
-    exchange.source.put(EngineDied("The engine failed during generation."))
+    exchange.source.put(EngineDied())
     await exchange.finished()
 
     assert exchange.client.status == 503
@@ -160,7 +160,7 @@ async def test_failure_before_the_first_frame_has_its_real_status(stream: bool) 
 
 async def test_failure_after_the_first_frame_is_one_error_frame() -> None:
     exchange = Exchange()
-    exchange.source.put(b"data: 1\n\n", EngineDied("The engine failed during generation."))
+    exchange.source.put(b"data: 1\n\n", EngineDied())
     await exchange.finished()
 
     first, error = exchange.client.body.split(b"\n\n", 1)
@@ -281,7 +281,7 @@ async def test_silence_before_the_first_frame_is_broken_by_a_comment() -> None:
 async def test_failure_after_a_comment_is_an_error_frame() -> None:
     exchange = Exchange(keepalive_s=SOON_S)
     await until(lambda: KEEPALIVE in exchange.client.body)
-    exchange.source.put(EngineDied("The engine failed during generation."))
+    exchange.source.put(EngineDied())
     await exchange.finished()
 
     assert error_in(exchange.client.body.replace(KEEPALIVE, b""))["code"] == "engine_unavailable"
@@ -319,7 +319,7 @@ async def test_nothing_is_sent_after_the_error_frame_of_a_stalled_stream() -> No
     exchange.source.put(b"data: 1\n\n")
     await until(lambda: exchange.client.body != b"")
     exchange.client.reading.clear()
-    exchange.source.put(EngineDied("The engine failed during generation."))
+    exchange.source.put(EngineDied())
     await until(lambda: exchange.source.closed)
     with pytest.raises(TimeoutError):
         await until(lambda: exchange.client.complete, within_s=5 * SOON_S)
@@ -338,7 +338,7 @@ async def test_departure_while_the_error_frame_waits_ends_the_exchange_quietly()
     exchange.source.put(b"data: 1\n\n")
     await until(lambda: exchange.client.body != b"")
     exchange.client.reading.clear()
-    exchange.source.put(EngineDied("The engine failed during generation."))
+    exchange.source.put(EngineDied())
     await until(lambda: exchange.source.closed)
 
     exchange.client.leave()
@@ -352,7 +352,7 @@ async def test_interruption_while_the_error_frame_waits_changes_nothing() -> Non
     exchange.source.put(b"data: 1\n\n")
     await until(lambda: exchange.client.body != b"")
     exchange.client.reading.clear()
-    exchange.source.put(EngineDied("The engine failed during generation."))
+    exchange.source.put(EngineDied())
     await until(lambda: exchange.source.closed)
 
     exchange.response.interrupt(Unavailable("Shutting down."))

@@ -144,7 +144,7 @@ async def test_entry_that_names_no_advertiser_is_left_out(web: respx.Router, ent
         ([httpx.Response(503)] * 3, "The search service failed."),
         ([httpx.ConnectError("no route to 10.0.0.1")] * 3, "The search service can't be reached."),
         ([httpx.ReadTimeout("")] * 3, "did not answer within 20 s."),
-        ([httpx.Response(200, content=b"x" * (9 * 2**20))], "an answer that is too long"),
+        ([httpx.Response(200, content=b"x" * (9 * 2**20))], "a response that is too long"),
     ],
 )
 async def test_failure_is_told_without_the_service_s_words(web: respx.Router, answers: list[Any], said: str) -> None:

@@ -441,7 +441,7 @@ def test_date_is_read_in_the_ways_that_services_write_it(text: str, date: str) -
     [
         ({"provider": "searxng"}, "url: SearXNG needs the address of your server"),
         ({"provider": "searxng", "url": "searxng:8080"}, "url: must be an http or https URL"),
-        ({"provider": "searxng", "url": "http://me:pw@searxng"}, "url: must hold no credentials"),
+        ({"provider": "searxng", "url": "http://me:pw@searxng"}, "url: must not contain credentials"),
         ({"provider": "bing"}, "provider: "),
         ({"provider": "brave", "language": "German"}, "language: "),
     ],
