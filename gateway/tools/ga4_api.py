@@ -1,7 +1,7 @@
 """Google Analytics' Data API (v1beta) over REST: what a property can report, and reports as plain values.
 
 https://developers.google.com/analytics/devguides/reporting/data/v1/rest. Does not handle funnels, cohorts, pivots and
-exports. Raises ToolError, and with Refused where it is the request that is wrong, so that an agent can correct it.
+exports. Raises ToolError, and Refused if the request is wrong, so that an agent can correct it.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Each generation goes through the run's meter, which limits and counts it; where the key's tokens-per-minute are used
 up it waits for the window as long as the run's time allows, and says so. Decisions are JSON held to a schema, so any
 model, however small, decides something that parses. Results of tools are in the prompt between `<source>` tags,
-as data. Raises GatewayError, and with OutOfBudget.
+as data. Raises GatewayError and OutOfBudget.
 """
 
 from __future__ import annotations

@@ -462,7 +462,7 @@ def test_variable_that_is_not_set_is_named() -> None:
     [
         ({}, "give either command or url"),
         ({"command": ["x"], "url": "http://mcp.test"}, "give either command or url"),
-        ({"url": "http://me:pw@mcp.test"}, "no credentials"),
+        ({"url": "http://me:pw@mcp.test"}, "must not contain credentials"),
         ({"url": "ftp://mcp.test"}, "http or https"),
         ({"url": "http://mcp.test", "env": ["A"]}, "use headers_env"),
         ({"command": ["x"], "headers_env": {"A": "B"}}, "use env"),

@@ -200,7 +200,7 @@ async def test_store_of_another_layout_is_refused(store_url: str, store_server: 
     with store_server.client() as raw:
         raw.set("sh:schema", "2")
     async with opened(store_url, start=False) as store:
-        with pytest.raises(StoreError, match=r"layout version 2.*speaks 1"):
+        with pytest.raises(StoreError, match=r"layout version 2.*needs 1"):
             await store.start()
 
 

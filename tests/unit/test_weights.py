@@ -307,7 +307,7 @@ async def test_file_that_stays_damaged_is_an_error(stub: HubStub, cache: Path) -
     stub.add(MODEL, FILES)
     stub.fault("model.safetensors", Fault(damage=True), Fault(damage=True))
 
-    with pytest.raises(WeightsError, match=r"org/model: model\.safetensors arrives damaged"):
+    with pytest.raises(WeightsError, match=r"org/model: model\.safetensors repeatedly arrives damaged"):
         await fetch(stub, cache)
     assert find_snapshot(MODEL, None, cache) is None
 
