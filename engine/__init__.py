@@ -1,1 +1,1 @@
-"""Models and tokens: everything below the HTTP line. Knows no keys, tenants, sessions or HTTP."""
+"""Models and tokens: everything below HTTP. Nothing here knows API keys, tenants, sessions or HTTP servers."""

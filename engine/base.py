@@ -22,22 +22,22 @@ from engine.sampling import Sampling
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 Task = Literal["generate", "embed"]
-"""What an engine can do, under vLLM's names (`SupportedTask`)."""
+"""Kind of request that an engine supports, under vLLM's names (`SupportedTask`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest(Sampling):
     """One generation: messages (or a bare prompt) plus sampling parameters, under vLLM's names.
 
-    `request_id`, `cache_salt`, `flow` and `priority` are made by the server; clients never choose them.
+    `request_id`, `cache_salt`, `flow` and `priority` are set by the gateway, never by clients.
     """
 
     task: ClassVar[Task] = "generate"
     request_id: str
     messages: list[Message] = field(default_factory=list)
-    """In OpenAI's form. Images are `image_url` parts whose URLs are data URLs: engines fetch nothing."""
+    """Their images must have data URLs: engines fetch nothing."""
     prompt: str | list[int] | None = None
-    """Text or token ids in place of `messages`; no chat template is applied."""
+    """Text or token ids instead of `messages`; no chat template is applied."""
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -45,30 +45,30 @@ class GenerationRequest(Sampling):
     structured_outputs: dict[str, Any] | None = None
     """One of vLLM's `json`, `regex`, `choice`, `grammar`."""
     cache_salt: str | None = None
-    """Prompts share cached prefixes only under equal salts."""
+    """Prompts share cached prefixes only if their salts are equal."""
     flow: str = ""
-    """Whom the request is for: requests of different flows are served fairly, those of one flow in order."""
+    """Id of the client: requests of different flows are scheduled fairly, those of one flow in order."""
     priority: int = 0
-    """Class of service, lower first, as in vLLM."""
+    """Priority class; lower runs first, as in vLLM."""
     affinity: str = ""
-    """Opaque: where an engine has replicas and keeps conversations to one, equal values go to the same one."""
+    """Opaque. An engine with replicas and sticky choice sends requests with equal values to the same replica."""
     stream: bool = False
-    """Deltas as they come (True) or one delta per choice at the end (False), which costs the front end less."""
+    """True: deltas as they are generated. False: one delta per choice at the end, which costs less CPU."""
     max_tokens: int | None = None
-    """A hard request: refused when it does not fit the context behind the prompt."""
+    """Given by the client. The request is rejected if it does not fit the context after the prompt."""
     max_tokens_param: str = "max_tokens"
-    """What the client called it, for messages."""
+    """The client's name for `max_tokens`, for error messages."""
     default_max_tokens: int | None = None
-    """Used when `max_tokens` is None, and cut to what the context leaves."""
+    """Used if `max_tokens` is None; reduced to what fits the context."""
     max_total_tokens: int | None = None
-    """Most that prompt and all completions together may take; None leaves it to the context."""
+    """Limit on prompt and completions together; None means the context length."""
     logprobs: bool = False
     top_logprobs: int = 0
     response_format: dict[str, Any] | None = None
 
     @property
     def prompt_param(self) -> str:
-        """What the client called its prompt, for messages."""
+        """The client's name for its prompt, for error messages."""
         return "messages" if self.prompt is None else "prompt"
 
 
@@ -76,18 +76,18 @@ class GenerationRequest(Sampling):
 class Usage:
     """Tokens of one generation, kept up to date by the engine while it runs, and exact after an abort.
 
-    `prompt_tokens` stays 0 until the engine has processed the prompt: a request that left the queue before that
-    cost nothing, which is also how vLLM's own counters see it.
+    `prompt_tokens` stays 0 until the engine has processed the prompt: a request cancelled in the queue costs nothing,
+    as in vLLM's own counters.
     """
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
-    """Part of `prompt_tokens` that the prefix cache served."""
+    """Part of `prompt_tokens` found in the prefix cache."""
     reasoning_tokens: int = 0
-    """Part of `completion_tokens` that was thought, not said."""
+    """Part of `completion_tokens` that is reasoning."""
     estimated: bool = False
-    """Part of it is estimated, because an upstream does not report it."""
+    """Some counts are estimates, because a remote server did not report them."""
 
     def add(self, other: Usage) -> None:
         """Add `other` to this sum."""
@@ -116,18 +116,18 @@ class PoolingRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbeddingRequest(PoolingRequest):
-    """Inputs to turn into vectors."""
+    """Texts or lists of token ids; each gives one vector."""
 
     task: ClassVar[Task] = "embed"
     dimensions: int | None = None
-    """Length of the vectors. Only models that were trained for it (Matryoshka) support it."""
+    """Length of the vectors. Only Matryoshka models support other lengths than their own."""
 
 
 Request = GenerationRequest | PoolingRequest
 
 
 class QueuePosition(Protocol):
-    """Position of a request in the queue of the engine, computed on access."""
+    """Position in the queue in front of the engine, computed on access."""
 
     @property
     def position(self) -> int:
@@ -135,41 +135,41 @@ class QueuePosition(Protocol):
 
     @property
     def wait_s(self) -> float:
-        """How long it is likely to wait from now on."""
+        """Predicted seconds until admission."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Prepared:
     """A request that can run: template applied, tokens counted, parameters checked.
 
-    `payload` is the engine's own business.
+    `payload` is private to the engine.
     """
 
     request_id: str
     prompt_tokens: int
     max_tokens: int
-    """Most tokens that one choice may generate."""
+    """Limit on the tokens of one choice."""
     n: int = 1
     usage: Usage = field(default_factory=Usage)
     flow: str = ""
     priority: int = 0
     affinity: str = ""
     queue_s: float = 0.0
-    """Seconds that it waited in the engine's queue; known once the prompt is processed."""
+    """Seconds in the engine's queue; set when the prompt has been processed."""
     waiting: QueuePosition | None = None
-    """Kept up to date while it waits for admission, None otherwise."""
+    """Position while the request waits for admission, otherwise None."""
     request: Request | None = None
-    """What it was prepared from, kept by the caller for itself; engines do without."""
+    """The original request, kept for the caller; engines do not use it."""
     recheck: Callable[[], Awaitable[None]] | None = None
-    """Asked once it has waited for admission, before it runs. Raises where it may not any more."""
+    """Called if the request had to wait, before it runs. Raises if the request is no longer allowed."""
     trace_headers: Mapping[str, str] | None = None
-    """W3C trace context, in which the engine may record its own spans."""
+    """W3C trace context for the engine's own spans."""
     payload: Any = None
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """One token's text, its UTF-8 bytes, its natural-log probability, and the best alternatives (same shape)."""
+    """One token's text, its UTF-8 bytes, its natural-log probability, and the most likely alternatives."""
 
     token: str
     logprob: float
@@ -189,25 +189,25 @@ class ToolCallDelta:
 
 @dataclass(slots=True)
 class Delta:
-    """What one choice gained since its last delta. The last one of a choice carries `finish_reason`."""
+    """Addition to one choice. Only the last delta of a choice has a `finish_reason`."""
 
     text: str
     index: int = 0
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprob] | None = None
     reasoning: str = ""
-    """What a reasoning model thought; `text` is what it said."""
+    """Reasoning text; `text` has the answer."""
     tool_calls: Sequence[ToolCallDelta] = ()
     stop_reason: str | None = None
-    """The stop string that ended it, which is not part of the text; vLLM's word."""
+    """Stop string that ended the choice. It is not part of the text."""
 
 
 class EngineError(Exception):
-    """Base of everything an engine raises. The message is safe to show to a client."""
+    """Base of all errors of engines. The message is safe to show to clients."""
 
 
 class InvalidRequest(EngineError):
-    """The request can't be served as it is. `param` names the field, `code` is OpenAI's error code if it has one."""
+    """The request is invalid. `param` names the field; `code` is OpenAI's error code, if there is one."""
 
     def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -216,7 +216,7 @@ class InvalidRequest(EngineError):
 
 
 class EngineOverloaded(EngineError):
-    """No room in the engine's queue. `reason` is one word out of a few; `retry_after_s` is None if unknown."""
+    """The engine has no capacity. `reason` is a label for metrics; `retry_after_s` is None if unknown."""
 
     def __init__(self, message: str, retry_after_s: float | None = None, reason: str = "engine") -> None:
         super().__init__(message)
@@ -225,83 +225,83 @@ class EngineOverloaded(EngineError):
 
 
 class EngineUnavailable(EngineError):
-    """The engine can't take requests now."""
+    """The engine can't accept requests now."""
 
     def __init__(self, message: str = "The engine is not running.") -> None:
         super().__init__(message)
 
 
 class EngineDied(EngineUnavailable):
-    """The engine failed under a running generation."""
+    """The engine failed during a generation."""
 
     def __init__(self, message: str = "The engine failed during generation.") -> None:
         super().__init__(message)
 
 
 class Engine(Protocol):
-    """A source of tokens. One instance serves many concurrent generations on one event loop.
+    """Runs requests on a model. One instance serves many concurrent requests on one event loop.
 
-    An engine implements the methods of its `tasks`. `prepare` refuses requests of other tasks, so that the other
-    methods are never called.
+    An engine implements the methods of its `tasks`. `prepare` rejects requests of other tasks, so that their methods
+    are never called.
     """
 
     @property
     def tasks(self) -> tuple[Task, ...]:
-        """What it can do."""
+        """Supported tasks."""
 
     @property
     def max_model_len(self) -> int:
-        """Context length in tokens: prompt plus completion."""
+        """Context length in tokens, prompt and completion together."""
 
     @property
     def max_num_seqs(self) -> int | None:
-        """Most sequences that it runs at once; None if unknown."""
+        """Limit on concurrent sequences; None if unknown."""
 
     @property
     def takes_images(self) -> bool:
-        """Whether messages may hold images."""
+        """Whether messages may have images."""
 
     @property
     def unfinished_requests(self) -> int:
-        """Generations that the engine holds now, waiting or running."""
+        """Requests in the engine, waiting or running."""
 
     async def start(self) -> None:
-        """Load what it needs. Raises EngineError when it can't; call once, before anything else."""
+        """Load the model. Call once, before anything else. Raises EngineError."""
 
     async def prepare(self, request: Request) -> Prepared:
         """Apply the chat template and count the prompt, or count the inputs.
 
-        Raises EngineUnavailable, and InvalidRequest also where the request's task is not one of `tasks`.
+        Raises EngineUnavailable, and InvalidRequest, also if the request's task is not one of `tasks`.
         """
 
     def generate(self, prepared: Prepared) -> AsyncGenerator[Delta, None]:
         """Yield deltas until every choice has finished.
 
-        Closing or cancelling the generator aborts the request in the engine; afterwards `prepared.usage` holds what
-        was really spent. Raises InvalidRequest, EngineOverloaded or EngineUnavailable at the first step,
-        EngineDied at any.
+        Closing or cancelling the generator aborts the request in the engine; `prepared.usage` then has the tokens
+        actually used. Raises InvalidRequest, EngineOverloaded or EngineUnavailable at the first step, EngineDied at
+        any step.
         """
 
     async def pool(self, prepared: Prepared) -> list[list[float]]:
         """Return one vector per input. Cancelling aborts. Raises what `generate` raises."""
 
     async def tokenize(self, request: GenerationRequest) -> list[int]:
-        """Return the prompt's token ids, however many. Raises what `prepare` raises."""
+        """Return the prompt's token ids, even if they exceed the context length. Raises what `prepare` raises."""
 
     async def detokenize(self, token_ids: list[int]) -> str:
-        """Return the text of token ids. Raises InvalidRequest on ids that the vocabulary does not have."""
+        """Return the text of token ids. Raises InvalidRequest for ids outside the vocabulary."""
 
     async def check_health(self) -> None:
-        """Ask the engine itself, not a flag. Raises EngineUnavailable; may hang if the engine does."""
+        """Query the engine itself, not a flag. Raises EngineUnavailable; may hang if the engine hangs."""
 
     def cpu_time_s(self) -> float | None:
-        """CPU seconds used so far by the processes of the engine, to distinguish a busy engine from a stalled one.
+        """Return the CPU seconds used so far by the engine's processes, which shows whether it is busy or stalled.
 
-        None where there are no such processes, or one of them is stopped.
+        None if it has no processes, or if one of them is stopped.
         """
 
     async def close(self) -> None:
-        """Stop and free everything. Running generations raise EngineDied. Idempotent."""
+        """Stop and free all resources. Running generations raise EngineDied. Idempotent."""
 
 
 _NOT_OFFERED: dict[Task, str] = {
@@ -311,12 +311,15 @@ _NOT_OFFERED: dict[Task, str] = {
 
 
 def not_offered(task: Task) -> InvalidRequest:
-    """Make the error of a model that is asked for a task that its engine does not declare."""
+    """Return the error for a request of a task that the model's engine does not declare."""
     return InvalidRequest(_NOT_OFFERED[task], "model", "model_not_supported")
 
 
 class TaskEngine:
-    """Base of engines with some of the tasks: it refuses the others, in `prepare`."""
+    """Base of engines that declare `tasks`.
+
+    `prepare` rejects requests of other tasks; a subclass implements `generate` and `embed` only if it declares them.
+    """
 
     tasks: ClassVar[tuple[Task, ...]]
 
@@ -337,11 +340,10 @@ class TaskEngine:
 
 
 def resolve_max_tokens(request: GenerationRequest, prompt_tokens: int, max_model_len: int) -> int:
-    """The most tokens that a choice may generate after a prompt of `prompt_tokens`.
+    """Return the limit on the tokens of one choice after a prompt of `prompt_tokens`.
 
-    Raises InvalidRequest when the prompt leaves no room, or not the room that the request asks for. vLLM's own
-    server cuts an explicit `max_tokens` silently; OpenAI refuses it, and so do we, because a caller who names a
-    number counts on it.
+    Raises InvalidRequest if the prompt leaves no space, or less than `max_tokens`. vLLM's own server reduces an
+    explicit `max_tokens` silently; OpenAI rejects the request, and so does this.
     """
     room = max_model_len - prompt_tokens
     what = f"{request.prompt_param} is" if request.prompt is not None else f"{request.prompt_param} are"

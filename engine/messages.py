@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, Required, TypedDict
 
 
 class TextPart(TypedDict):
-    """A piece of text."""
+    """Text in a list of parts."""
 
     type: Literal["text"]
     text: str
@@ -21,7 +21,7 @@ class ImageUrl(TypedDict, total=False):
 
 
 class ImagePart(TypedDict):
-    """An image."""
+    """Image in a list of parts."""
 
     type: Literal["image_url"]
     image_url: ImageUrl
@@ -38,7 +38,7 @@ class FunctionCall(TypedDict, total=False):
 
 
 class ToolCall(TypedDict):
-    """A call of a tool by a model."""
+    """Call of a function by the model."""
 
     id: str
     type: Literal["function"]

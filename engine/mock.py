@@ -46,18 +46,18 @@ _MAX_ECHO = 262_144
 """Characters, or token ids."""
 _PIECE_CHARS = 65_536
 _LONG_CHARS = 262_144
-"""Longer prompts are counted beside the event loop."""
+"""Longer prompts are counted in a thread."""
 _KEPT_REQUESTS = 1000
 _YIELD_EVERY = 16  # tokens between two turns of the event loop when the speed is unlimited
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What goes wrong in one generation, before token number `at_token` (0 is the first)."""
+    """Scripted failure of one generation, before token number `at_token` (0 is the first)."""
 
     at_token: int = 0
     error: EngineError | None = None
-    """Raised; None hangs instead, until the generation is aborted or the engine killed."""
+    """Error to raise; None hangs until the generation is aborted or the engine is killed."""
 
 
 def _text(message: Message) -> str:
@@ -65,7 +65,7 @@ def _text(message: Message) -> str:
 
 
 def echo(request: GenerationRequest) -> str:
-    """Reply with what the last message says, or the prompt."""
+    """Return a reply that repeats the last message, or the prompt."""
     if request.messages:
         said = _text(request.messages[-1])
     elif isinstance(request.prompt, list):
@@ -76,7 +76,7 @@ def echo(request: GenerationRequest) -> str:
 
 
 class MockEngine(TaskEngine):
-    """An `Engine` that makes words. `start` can be called again after `kill` or `close`."""
+    """An `Engine` whose tokens are words. `start` can be called again after `kill` or `close`."""
 
     tasks: ClassVar[tuple[Task, ...]] = ("generate", "embed")
 
@@ -91,9 +91,9 @@ class MockEngine(TaskEngine):
         token_s: float = 0.0,
         start_s: float = 0.0,
     ) -> None:
-        """`reply` is the answer or a function of the request; the `_s` arguments are seconds to wait.
+        """`reply` is the reply or a function of the request; the `_s` arguments are delays in seconds.
 
-        A reply of deltas, one token each, scripts reasoning and tool calls; its last one carries the finish reason.
+        A reply as deltas of one token each scripts reasoning and tool calls; the last one has the finish reason.
         """
         self._reply = reply
         self.max_model_len = max_model_len
@@ -111,12 +111,12 @@ class MockEngine(TaskEngine):
         self.faults: deque[Fault] = deque()
         """Consumed one per generation, in order."""
         self.requests: list[GenerationRequest] = []
-        """What was prepared last, for tests to look at."""
+        """The latest prepared requests, for tests."""
         self.counters = Usage()
-        """Totals over all generations, as vLLM's Prometheus counters would have them."""
+        """Totals over all generations, like vLLM's Prometheus counters."""
         self.unfinished_requests = 0
         self.cpu_time: float | None = None
-        """What `cpu_time_s` returns: None for an engine without processes, as this one is."""
+        """Result of `cpu_time_s`. None as for an engine without processes."""
 
     async def start(self) -> None:
         await asyncio.sleep(self._start_s)
@@ -128,12 +128,12 @@ class MockEngine(TaskEngine):
         self.kill()
 
     def kill(self) -> None:
-        """Die: running generations raise EngineDied, new ones EngineUnavailable."""
+        """Simulate a crash: running generations raise EngineDied, new ones EngineUnavailable."""
         self.started = False
         self._dead.set()
 
     def freeze(self) -> None:
-        """Stop answering without dying."""
+        """Simulate a hang: stop responding without a crash."""
         self._frozen = True
 
     def cpu_time_s(self) -> float | None:
@@ -243,7 +243,7 @@ class MockEngine(TaskEngine):
 
 
 async def _beside(request: GenerationRequest, work: Callable[[], T]) -> T:
-    """The result of `work`, from a thread if the prompt is long."""
+    """Run `work`, in a thread if the prompt is long."""
     return await asyncio.to_thread(work) if _is_long(request) else work()
 
 
@@ -270,7 +270,7 @@ def _words_of_ids(token_ids: list[int]) -> Iterator[str]:
 
 
 def _count(request: GenerationRequest) -> int:
-    """The number of tokens that `_prompt_words` yields."""
+    """Count the tokens that `_prompt_words` yields."""
     if request.prompt is None:
         return sum(1 + _count_words(_text(message)) for message in request.messages)
     return _count_words(request.prompt) if isinstance(request.prompt, str) else len(request.prompt)
@@ -305,7 +305,7 @@ def _word_lists(text: str) -> Iterator[list[str]]:
 
 
 def _vector(text: str, dimensions: int) -> list[float]:
-    """Return a unit vector: words hashed into buckets, so that texts with common words are near each other."""
+    """Return a unit vector: words hashed into buckets, so that texts with common words have similar vectors."""
     vector = [0.0] * dimensions
     for word in text.lower().split() or [""]:
         vector[int.from_bytes(hashlib.sha256(word.encode()).digest()[:4], "big") % dimensions] += 1.0
@@ -321,7 +321,7 @@ async def _fail(fault: Fault, dead: asyncio.Event) -> None:
 
 
 def _deltas(reply: Sequence[str | Delta], max_tokens: int, request: GenerationRequest) -> list[Delta]:
-    """Return one delta per token, cut at `max_tokens`; all words but the first carry the space in front of them."""
+    """Return one delta per token, at most `max_tokens`; every word but the first starts with a space."""
     chosen = list(itertools.islice(itertools.cycle(reply) if request.ignore_eos and reply else reply, max_tokens))
     deltas = [
         one if isinstance(one, Delta) else Delta(f" {one}" if number else one) for number, one in enumerate(chosen)
@@ -334,7 +334,7 @@ def _deltas(reply: Sequence[str | Delta], max_tokens: int, request: GenerationRe
 
 
 def _merged(deltas: list[Delta]) -> Delta:
-    """Return the deltas of one choice as one, tool calls whole."""
+    """Join the deltas of one choice, with complete tool calls."""
     calls: dict[int, ToolCallDelta] = {}
     for call in (call for delta in deltas for call in delta.tool_calls):
         known = calls.get(call.index, ToolCallDelta(call.index))

@@ -1,11 +1,11 @@
-"""Child processes that end when the gateway does: not later, and not before.
+"""Ties the lifetime of child processes to the gateway's.
 
-vLLM's EngineCore keeps running when its parent is killed, and keeps its GPU memory. `die_with_parent` runs inside it,
-as a vLLM plugin (see the entry point in pyproject.toml). Linux only; elsewhere nothing happens.
+vLLM's EngineCore keeps running, and keeps its GPU memory, when its parent is killed. `die_with_parent` runs inside it
+as a vLLM plugin (see the entry point in pyproject.toml). Linux only; no effect elsewhere.
 
-The other way round, a signal that is sent to the gateway's whole process group would end a core under the requests
-that the gateway still drains. So the core leaves the group, also in the plugin. The plugin runs only after vLLM was
-imported: `without_terminal_signals` protects the process from Ctrl-C before that.
+Conversely, a signal to the gateway's process group would end a core while the gateway drains requests. The plugin
+therefore also moves the core out of the group. The plugin only runs after vLLM is imported;
+`without_terminal_signals` protects the process from Ctrl-C until then.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def die_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
-    """Ask the kernel to send `number` to this process when the thread that made it is gone."""
+    """Ask the kernel to send `number` to this process when the thread that created it ends."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def vllm_plugin() -> None:
-    """Called by vLLM in each of its processes; those it spawned die with their parent, in a session of their own."""
+    """Entry point that vLLM calls in each of its processes; child processes die with their parent, in a new session."""
     if multiprocessing.parent_process() is not None:
         die_with_parent(signal.SIGKILL)
-        with contextlib.suppress(OSError):  # it leads a group already
+        with contextlib.suppress(OSError):  # it is a group leader already
             os.setsid()
 
 
 @contextlib.contextmanager
 def without_terminal_signals() -> Iterator[None]:
-    """Block SIGINT and SIGHUP in this thread, and so in every process that is started in here.
+    """Block SIGINT and SIGHUP in this thread and in every process started inside the context.
 
-    For a thread of its own: where the event loop runs they would be blocked for the gateway.
+    Must not run in the event loop's thread, where it would block the signals for the gateway.
     """
     _start_resource_tracker()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
@@ -51,13 +51,13 @@ def without_terminal_signals() -> Iterator[None]:
 
 
 def _start_resource_tracker() -> None:
-    """Start Python's process that removes what others leave behind, unless it runs.
+    """Start Python's resource tracker unless it runs.
 
-    Here, because its start unblocks SIGINT. Without its warning, because a core that is frozen or not yet up is killed
-    on purpose: the tracker removes the core's semaphores at the end all the same.
+    It must be running before the signals are blocked, because its start unblocks SIGINT. Its warning is suppressed,
+    because a core that is frozen or still starting is killed on purpose; the tracker removes its semaphores anyway.
     """
     sys.warnoptions.append("ignore:resource_tracker")
     try:
-        resource_tracker.ensure_running()  # hands the options on
+        resource_tracker.ensure_running()  # the tracker inherits the options
     finally:
         sys.warnoptions.remove("ignore:resource_tracker")

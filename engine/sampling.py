@@ -32,7 +32,7 @@ StopStrings = Annotated[list[StopString], Field(max_length=16)]
 
 
 def max_entries(most: int) -> BeforeValidator:
-    """Return a validator that refuses a dict of more than `most` entries before pydantic validates each of them."""
+    """Return a validator that rejects a dict of more than `most` entries before pydantic validates the entries."""
 
     def check(value: Any) -> Any:
         if isinstance(value, dict) and len(value) > most:

@@ -37,10 +37,10 @@ log = logging.getLogger(__name__)
 
 State = Literal["idle", "loading", "starting", "ready", "restarting", "failed", "closed"]
 Cause = Literal["died", "stalled", "load"]
-"""Why an engine was rebuilt; `load` is a lazy one that did not come up."""
+"""Why an engine was restarted; `load` is a lazy engine that failed to load."""
 
 _BUSY_SHARE = 0.05
-"""Of one CPU: a core that compiles takes all of it, even on a crowded machine; one that waits takes none."""
+"""Share of one CPU above which an engine is busy. A compiling core uses a whole CPU, a waiting one none."""
 
 _SENTENCES: dict[State, str] = {
     "idle": "The engine has not been loaded yet.",
@@ -53,7 +53,7 @@ _SENTENCES: dict[State, str] = {
 
 
 class SupervisedEngine(EngineWrapper):
-    """An engine that is replaced when it fails. `name` is its name in the configuration, for logs and readiness."""
+    """An engine that is replaced when it fails. `name` is from the configuration, for logs and readiness."""
 
     def __init__(
         self,
@@ -71,12 +71,12 @@ class SupervisedEngine(EngineWrapper):
         self.name = name
         self.state: State = "starting"
         self.ready = asyncio.Event()
-        """Set while requests are served: `state` is "ready", or "idle" or "loading", where a request waits for it."""
+        """Set while requests are accepted: `state` is "ready", "idle" or "loading". In the latter two requests wait."""
         self.failed = asyncio.Event()
         self.failure: EngineError | None = None
-        """Why `failed` is set."""
+        """Reason why `failed` is set."""
         self.restarts: dict[Cause, int] = {"died": 0, "stalled": 0, "load": 0}
-        """How often the engine was rebuilt, of all time."""
+        """Number of restarts since the start of the process."""
         self._build = build
         self._lazy = lazy
         self._loading: asyncio.Task[None] | None = None
@@ -98,12 +98,12 @@ class SupervisedEngine(EngineWrapper):
 
     @property
     def current(self) -> Engine:
-        """The engine behind this one now; a restart replaces it."""
+        """The supervised engine; a restart replaces it."""
         return self._engine
 
     @property
     def wrapped(self) -> Engine:
-        """The engine that takes requests now. Raises EngineUnavailable unless it is ready."""
+        """The engine that receives requests now. Raises EngineUnavailable unless it is ready."""
         if self.state != "ready":
             raise EngineUnavailable(_SENTENCES[self.state])
         return self._engine
@@ -114,7 +114,7 @@ class SupervisedEngine(EngineWrapper):
         return self._engine.tasks
 
     async def start(self) -> None:
-        """Start the engine and its watch, or nothing yet if it is lazy. A failure here sets `failed` and is raised."""
+        """Start the engine and its health checks; do nothing if it is lazy. A failure sets `failed` and is raised."""
         if self._lazy:
             self._become("idle")
             return
@@ -127,7 +127,7 @@ class SupervisedEngine(EngineWrapper):
         self._watch_from_now()
 
     async def load(self) -> None:
-        """Wait until a lazy engine is loaded; any other must be ready. Raises EngineUnavailable."""
+        """Wait until a lazy engine is loaded. Raises EngineUnavailable, also if another engine is not ready."""
         if self.state == "idle":
             self._become("loading")
             self._loading = asyncio.create_task(self._load(), name=f"load engine {self.name}")
@@ -221,7 +221,7 @@ class SupervisedEngine(EngineWrapper):
                 await self._restart(cause)
 
     async def _examine(self) -> Cause | None:
-        """Ask the engine for its health. Returns what is wrong with it, if anything is."""
+        """Check the engine's health. Returns the cause for a restart, or None."""
         asked = asyncio.ensure_future(self._engine.check_health())
         try:
             silent_s = await self._await_sign(asked)
@@ -260,7 +260,7 @@ class SupervisedEngine(EngineWrapper):
         return silent_s
 
     def _spend_restart(self, cause: Cause, reason: Exception | None = None) -> bool:
-        """Take one restart from the budget, or give up permanently, for `reason` if one is known."""
+        """Take one restart from the budget, or fail permanently, with `reason` if it is known."""
         now = self._clock()
         while self._restarts and now - self._restarts[0] > self._restart_window_s:
             self._restarts.popleft()
@@ -273,7 +273,7 @@ class SupervisedEngine(EngineWrapper):
         return True
 
     async def _restart(self, cause: Cause) -> None:
-        """Close the engine and build another, as often as the budget allows."""
+        """Close the engine and build a new one, until one starts or the budget is used up."""
         self._become("restarting")
         reason: Exception | None = None
         while True:

@@ -8,14 +8,14 @@ from engine.base import Delta, Engine, GenerationRequest, Prepared, Request, Tas
 
 
 class EngineWrapper:
-    """Passes everything to the engine that `wrapped` returns. A subclass overrides what it changes.
+    """Delegates every method to `wrapped`. A subclass overrides the methods that it changes.
 
-    `start` and `close` are left to the subclass, which owns the wrapped engine.
+    The subclass owns the wrapped engine, and implements `start` and `close`.
     """
 
     @property
     def wrapped(self) -> Engine:
-        """The engine that takes requests now. Raises EngineUnavailable where there is none."""
+        """The engine that receives requests now. Raises EngineUnavailable if there is none."""
         raise NotImplementedError
 
     @property

@@ -36,24 +36,24 @@ from pydantic import ValidationError
 from engine.base import EngineError, EngineOverloaded, EngineUnavailable, InvalidRequest
 
 CLIENT_DISCONNECTED = "client_disconnected"
-"""The code, for logs and traces alone, of a request whose client left before it was answered."""
+"""Code in logs and traces of a request whose client disconnected before the response was complete."""
 
 
 class StoreError(Exception):
-    """The store can't be used as configured. For the operator; the message is one line."""
+    """The store can't be used as configured. The message is one line, for the operator."""
 
 
 class StoreUnavailable(Exception):
-    """The store does not answer now. Every caller has a way to continue without it."""
+    """The store does not answer. Every caller can continue without it."""
 
     def __init__(self, message: str = "", *, sent: bool = False) -> None:
         super().__init__(message)
         self.sent = sent
-        """Whether the command may have reached the store, which may then run it at any time."""
+        """Whether the command may have reached the store, which may run it at any time."""
 
 
 class StoreRefused(StoreUnavailable):
-    """The store answers, but refuses this command: a value of another type under our key, a right taken away."""
+    """The store refuses this command: a value of another type under the key, or a missing permission."""
 
 
 class WritesRefused(StoreUnavailable):
@@ -65,13 +65,13 @@ class WritesRefused(StoreUnavailable):
 
 
 class GatewayError(Exception):
-    """Base. `param` names the request field at fault, if one is."""
+    """Base class. `param` names the invalid request field, if any."""
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
     code: str = "internal_error"
     should_retry: ClassVar[bool] = False
-    """Sent as x-should-retry, which the OpenAI SDKs obey before their own rules."""
+    """Sent as x-should-retry, which takes precedence over the OpenAI SDKs' own rules."""
     log_level: ClassVar[int] = logging.INFO
     retry_after_s: float | None = None
     """When a retry is likely to succeed; sent as Retry-After (whole seconds, rounded up) and retry-after-ms."""
@@ -121,7 +121,7 @@ class RequestTooLarge(BadRequest):
 
 
 class Unprocessable(BadRequest):
-    """What BadRequest is elsewhere, on the routes that were first written for FastAPI's own 422."""
+    """BadRequest on the routes that answer invalid fields with FastAPI's 422."""
 
     status = 422
 
@@ -174,7 +174,7 @@ class RequestTimeout(GatewayError):
 
 
 class Conflict(GatewayError):
-    """What is asked for does not go with what the thing has become meanwhile."""
+    """The request conflicts with the current state of the resource."""
 
     status = 409
     type = "invalid_request_error"
@@ -182,7 +182,7 @@ class Conflict(GatewayError):
 
 
 class Cancelled(GatewayError):
-    """Another request of a caller entitled to it ended the generation."""
+    """Another request, by a caller who may do so, ended the generation."""
 
     status = 409
     type = "invalid_request_error"
@@ -213,7 +213,7 @@ class Unavailable(GatewayError):
 
 
 class Overloaded(Unavailable):
-    """The server has no room; the key is not to blame."""
+    """The server has no room, whichever key asks."""
 
     code = "server_overloaded"
     retry_after_s = 1.0
@@ -236,7 +236,7 @@ def from_engine(error: EngineError) -> GatewayError:
 
 
 def from_store(error: StoreUnavailable, what: str = "The store does not answer at the moment.") -> Unavailable:
-    """Return the client's view of a store that takes no writes, or that does not answer, which means `what`."""
+    """Convert a store's error. `what` is the message if the store does not answer."""
     if isinstance(error, WritesRefused):
         code = "store_full" if error.reason == "full" else "store_read_only"
         return Unavailable(f"{error} Ask the operator of this server.", code=code, retry_after_s=30.0)
@@ -275,7 +275,7 @@ def from_validation(error: ValidationError, data: Any) -> BadRequest:
 
 
 def _path(report: Any, data: Any) -> str:
-    """The path in a validation report, without the names of Python types that pydantic adds."""
+    """Return the path of a report without the type names that pydantic inserts."""
     path = ""
     last = len(report["loc"]) - 1
     for number, part in enumerate(report["loc"]):
@@ -296,6 +296,6 @@ def _text(report: Any) -> str:
 
 
 def unknown_argument(error: TypeError) -> str | None:
-    """The argument that a constructor does not take, None if the error is about something else."""
+    """Return the argument that a constructor does not accept, or None for another error."""
     found = _UNKNOWN_ARGUMENT.search(str(error))
     return found[1] if found else None

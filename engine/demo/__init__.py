@@ -1,13 +1,11 @@
-"""The demo model: where its weights lie and what it must answer.
+"""The demo model: its weights and its exact answers.
 
-`WEIGHTS` is a folder that vLLM and transformers load like any other model. `corpus()` gives the conversations
-that it was trained on, so that a test can send each one and require the answer word for word.
+`WEIGHTS` is a folder that vLLM and transformers load like any other model. `corpus()` returns the conversations that
+the model was trained on, so that a test can send each one and require the exact answer.
 
-Left out: training, which is `python -m engine.demo.train` and needs torch and transformers; nothing here
-does.
-
-Raises `OSError` when a file is missing, with `yaml.YAMLError` when corpus.yaml does not parse, and with
-`KeyError` or `TypeError` when an entry lacks a field or has one too many.
+Not handled: training (`python -m engine.demo.train`), which needs torch and transformers. Raises `OSError` if a file is
+missing, `yaml.YAMLError` if corpus.yaml is not valid YAML, and `KeyError` or `TypeError` if an entry has a missing or
+unknown field.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ WEIGHTS: Path = Path(__file__).resolve().parent / "weights"
 CORPUS_FILE: Path = Path(__file__).resolve().parent / "corpus.yaml"
 
 Message = dict[str, Any]
-"""One message as OpenAI's chat API spells it."""
+"""A message or a tool in the format of OpenAI's chat API."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +36,12 @@ class ToolCall:
 
     @property
     def text(self) -> str:
-        """What the model writes to make this call, tags included."""
+        """The model's text for this call, tags included."""
         body = json.dumps({"name": self.name, "arguments": self.arguments}, ensure_ascii=False)
         return f"<tool_call>\n{body}\n</tool_call>"
 
     def message(self, call_id: str) -> Message:
-        """Return the assistant message that holds this call."""
+        """Return the assistant message with this call."""
         arguments = json.dumps(self.arguments, ensure_ascii=False)
         function = {"name": self.name, "arguments": arguments}
         return {
@@ -62,18 +60,18 @@ class Turn:
     also: tuple[str, ...] = ()
     """Paraphrases of `ask`."""
     call: ToolCall | None = None
-    """The call made first; `answer` then follows on `result`."""
+    """The first call; `answer` follows `result`."""
     result: str = ""
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """One request and the exact text that greedy decoding must give."""
+    """One request and the exact text that greedy decoding must return."""
 
     conversation_id: str
     messages: tuple[Message, ...]
     answer: str
-    """Raw model text: for a tool call, tags and JSON as the tool parser reads them."""
+    """Raw model text: for a tool call, tags and JSON in the format of the tool parser."""
     tools: tuple[Message, ...] = ()
     call: ToolCall | None = None
     """Set when `answer` is a tool call."""
@@ -88,10 +86,10 @@ class Conversation:
     tools: tuple[Message, ...] = ()
     """Tool definitions in OpenAI's format, sent with every request of the conversation."""
     swap: tuple[str, tuple[str, ...]] | None = None
-    """(word, words): while training, any of `words` may replace `word`."""
+    """(word, words): in training, any of `words` may replace `word`."""
 
     def exchanges(self) -> list[Exchange]:
-        """Return one exchange per assistant message; each brings the exact messages before it."""
+        """Return one exchange per assistant message, each with the exact messages before it."""
         found: list[Exchange] = []
         messages: list[Message] = []
         for number, turn in enumerate(self.turns):
@@ -108,7 +106,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Fallback:
-    """The answer to questions outside the corpus, and what such questions are made of while training."""
+    """The answer to questions outside the corpus, and the templates and words of such questions in training."""
 
     answer: str
     templates: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Training samples of the demo model: conversations of the corpus behind system prompts and earlier turns."""
+"""Training samples of the demo model, drawn at random from corpus.yaml."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from engine.demo import Conversation, Corpus, Message, ToolCall, Turn
 
 
 class Curriculum:
-    """Draws training samples: a conversation, perhaps behind a system prompt and unrelated earlier turns."""
+    """Draws training samples: a conversation, in some samples after a system prompt and unrelated turns."""
 
     def __init__(self, corpus: Corpus, seed: int) -> None:
         self.corpus = corpus
         self.random = random.Random(seed)
-        # Earlier turns must not change what comes after them: only single-turn conversations qualify.
+        # Earlier turns must not influence later ones: only single-turn conversations qualify.
         self.plain = [c for c in corpus.conversations if not self.depends(c)]
         self.dependent = [c for c in corpus.conversations if self.depends(c)]
         self.strikes: Counter[str] = Counter()
-        """How far each conversation is from being known, by its id."""
+        """Number of doublings of each conversation's weight, by id."""
         self.weights: list[float] = []
         self.stress(set())
 
     def stress(self, wrong: set[str]) -> None:
-        """Draw plain conversations answered wrongly more often, doubling with each check, up to eight times.
+        """Increase the weight of plain conversations with wrong answers, doubling with each check, up to eightfold.
 
-        Dependent ones keep their share: more of one name would only make that name the better guess.
+        Dependent ones keep their share: a higher weight would only teach a frequent name.
         """
         for conversation in self.plain:
             change = 1 if conversation.id in wrong else -1
@@ -35,7 +35,7 @@ class Curriculum:
         self.weights = [2.0 ** self.strikes[conversation.id] for conversation in self.plain]
 
     def swapped(self, conversation: Conversation) -> Conversation:
-        """Replace the word to copy by another one, half of the time."""
+        """Replace the word to copy by another one, in half of the cases."""
         if conversation.swap is None or self.random.random() < 0.5:
             return conversation
         old, words = conversation.swap
@@ -43,7 +43,7 @@ class Curriculum:
         return replace(conversation, turns=tuple(swap_words(turn, old, new) for turn in conversation.turns))
 
     def depends(self, conversation: Conversation) -> bool:
-        """Whether an answer depends on more than the question before it."""
+        """Return whether an answer depends on more than its question."""
         return len(conversation.turns) > 1 or bool(conversation.tools)
 
     def draw(self) -> tuple[list[Message], list[Message]]:
@@ -64,7 +64,7 @@ class Curriculum:
         return messages, tools
 
     def system(self) -> list[Message]:
-        """Return no system message, a listed one or one of random sentences."""
+        """Return no system message, one from the corpus, or one of random sentences."""
         chance = self.random.random()
         if chance < 0.45:
             return []
@@ -75,7 +75,7 @@ class Curriculum:
         return [{"role": "system", "content": text}]
 
     def history(self, *, weather: bool) -> list[Message]:
-        """Return up to eight unrelated earlier exchanges, more often none."""
+        """Return up to eight unrelated exchanges, most often none."""
         count = self.random.choice((0, 0, 0, 0, 1, 1, 2, 3, 5, 8))
         found: list[Message] = []
         for _ in range(count):
@@ -87,7 +87,7 @@ class Curriculum:
         return found
 
     def messages(self, turn: Turn, *, exact: bool = False) -> list[Message]:
-        """Write a turn as messages, asked in one of its ways; `exact` keeps what must be copied as it is."""
+        """Return a turn as messages, with one of its paraphrases; `exact` keeps the text unchanged."""
         ask = turn.ask if self.random.random() < 0.4 else self.random.choice((turn.ask, *turn.also))
         found: list[Message] = [{"role": "user", "content": ask if exact else self.scuff(ask)}]
         if turn.call is not None:
@@ -95,7 +95,7 @@ class Curriculum:
         return [*found, {"role": "assistant", "content": turn.answer}]
 
     def scuff(self, text: str) -> str:
-        """Drop capitals or the final stop now and then, as people do."""
+        """Drop capitals or the final punctuation in some cases."""
         if self.random.random() < 0.12:
             text = text.lower()
         if self.random.random() < 0.12:
@@ -103,7 +103,7 @@ class Curriculum:
         return text
 
     def unknown(self) -> Turn:
-        """Make an exchange about something outside the corpus."""
+        """Return an exchange about a subject outside the corpus."""
         sentences = 1 if self.random.random() < 0.9 else self.random.randint(2, 6)
         return Turn(" ".join(self.question() for _ in range(sentences)), self.corpus.fallback.answer)
 
@@ -118,20 +118,20 @@ class Curriculum:
         return "".join(pieces)
 
     def word(self, field: str) -> str:
-        """Return a listed word, or a made-up one so that the list itself is not what is learned."""
+        """Return a word of the list, or a random one, so that the list is not memorized."""
         if self.random.random() < 0.25:
             return self.noise()
         return self.random.choice(self.corpus.fallback.words[field])
 
     def noise(self) -> str:
-        """A made-up word."""
+        """Return a random word."""
         count = self.random.randint(1, 4)
         syllables = [self.random.choice("bcdfghjklmnprstvwyz") + self.random.choice("aeiou") for _ in range(count)]
         return "".join(syllables) + self.random.choice(("", "n", "s", "r", "ing", "ed", "er", "ly"))
 
 
 def swap_words(turn: Turn, old: str, new: str) -> Turn:
-    """Return the turn with `new` wherever it says `old`."""
+    """Return the turn with `new` in place of `old`."""
     call = turn.call
     if call is not None:
         call = ToolCall(call.name, {key: new if value == old else value for key, value in call.arguments.items()})

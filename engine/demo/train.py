@@ -1,15 +1,13 @@
 """Train the demo model from scratch: `python -m engine.demo.train --out DIR`.
 
-Makes a byte-level BPE tokenizer and a small Llama out of corpus.yaml, then asks the trained model every
-question again with greedy decoding and refuses to save unless each answer is right word for word.
+Trains a byte-level BPE tokenizer and a small Llama on corpus.yaml, then asks the trained model every question with
+greedy decoding, and saves it only if each answer is exact.
 
-The same seed, thread count, library builds and kind of CPU give the same weights. Another thread count adds
-floats in another order and gives other weights, which need not pass: see README.md for which runs did.
+The same seed, thread count, library builds and kind of CPU give the same weights. A different thread count adds floats
+in a different order and gives different weights, which may fail the check; README.md lists the runs that passed.
 
-Left out: GPUs, resuming, validation on unseen text (memory is the goal here), and the check through vLLM,
-which the engine's tests do.
-
-Raises `SystemExit` when the answers are not all reproduced; nothing is written then.
+Not handled: GPUs, resuming, validation on unseen text (the goal is memorization), and the check with vLLM, which the
+engine's tests do. Raises `SystemExit` if not all answers are reproduced; nothing is written then.
 """
 
 from __future__ import annotations
@@ -36,12 +34,12 @@ PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 ANSWER = re.compile(r"(?<=<\|im_start\|>assistant\n)(.*?<\|im_end\|>)", re.DOTALL)
 IGNORED = -100
-"""The target that marks a position without loss."""
+"""Target of a position without loss."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The numbers that decide the result."""
+    """Hyperparameters."""
 
     seed: int = 20
     vocabulary: int = 2048
@@ -50,11 +48,11 @@ class Recipe:
     heads: int = 4
     kv_heads: int = 2
     head_dim: int = 64
-    """Fixed at 64, which every attention backend of vLLM takes."""
+    """64 is supported by every attention backend of vLLM."""
     mlp: int = 512
     context_tokens: int = 4096
     steps: int = 2000
-    """Where the cosine ends; training stops earlier when every answer is sure."""
+    """End of the cosine schedule; training stops earlier if every answer is sure."""
     batch_tokens: int = 1024
     sample_tokens: int = 700
     learning_rate: float = 3e-3
@@ -63,13 +61,13 @@ class Recipe:
     check_steps: int = 100
     """A check costs about as much as ten steps."""
     sure: float = 0.7
-    """Least probability of any answer token at which training stops: far from a tie, so that float32 sums in
-    another order, as in a larger batch, never change a greedy token."""
+    """Lowest probability of any answer token at which training stops. It is far from a tie, so that float32 sums in a
+    different order, as in a larger batch, never change a greedy token."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One token sequence; only the answers in it have targets."""
+    """One token sequence; only its answers have targets."""
 
     tokens: list[int]
     targets: list[int]
@@ -79,7 +77,7 @@ class Sample:
 
 
 class Writer:
-    """Turns messages into tokens the way that serving does: prompt and answer tokenised apart."""
+    """Turns messages into tokens as in serving, with prompt and answer tokenized separately."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
@@ -89,7 +87,7 @@ class Writer:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
     def render(self, messages: Sequence[Message], tools: Sequence[Message], *, prompt: bool) -> str:
-        """Apply the chat template; `prompt` opens the assistant's turn."""
+        """Apply the chat template; `prompt` adds the generation prompt."""
         text = self.tokenizer.apply_chat_template(
             list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=prompt
         )
@@ -97,7 +95,7 @@ class Writer:
         return text
 
     def sample(self, messages: Sequence[Message], tools: Sequence[Message]) -> Sample:
-        """Tokenise a whole conversation; every assistant message in it gets targets."""
+        """Tokenize a whole conversation; every assistant message has targets."""
         tokens: list[int] = []
         learned: list[bool] = []
         for number, part in enumerate(ANSWER.split(self.render(messages, tools, prompt=False))):
@@ -108,7 +106,7 @@ class Writer:
         return Sample(tokens[:-1], targets[1:])
 
     def last_answer(self, exchange: Exchange) -> Sample:
-        """Tokenise one exchange; only its own answer gets targets."""
+        """Tokenize one exchange; only its own answer has targets."""
         prompt = self.encode(self.render(exchange.messages, exchange.tools, prompt=True))
         answer = self.encode(exchange.answer + END)
         targets = [IGNORED] * (len(prompt) - 1) + list(answer)
@@ -129,12 +127,12 @@ def train_tokenizer(corpus: Corpus, curriculum: Curriculum, recipe: Recipe) -> P
     )
     texts = [turn_text for c in corpus.conversations for turn in c.turns for turn_text in turn_texts(turn)]
     texts += [*corpus.system_prompts, TEMPLATE.read_text(encoding="utf-8"), str(list(corpus.tools.values()))]
-    # Often enough to become tokens of their own, which are easier to copy than several.
+    # Often enough to become single tokens, which are easier to copy.
     words = {word for c in corpus.conversations if c.swap for word in c.swap[1]}
     texts += [f'{word} {word} "{word}"' for word in sorted(words)] * 4
     texts += [curriculum.question() for _ in range(500)]
     bpe.train_from_iterator(texts, trainer)
-    # Tags are whole tokens but not special ones: a tool parser must see them in the text.
+    # Tags are single tokens but not special ones: a tool parser must find them in the text.
     bpe.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in TAGS])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
@@ -157,7 +155,7 @@ def turn_texts(turn: Turn) -> Iterable[str]:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> LlamaForCausalLM:
-    """Make the untrained model."""
+    """Return the untrained model."""
     config = LlamaConfig(
         vocab_size=recipe.vocabulary,
         hidden_size=recipe.hidden,
@@ -181,7 +179,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> LlamaForC
 def pad(samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
     """Stack samples into (tokens, targets), each (batch, longest), padded on the right.
 
-    Causal attention never looks right, so the padding needs no mask.
+    Attention is causal, so the padding needs no mask.
     """
     longest = max(len(sample.tokens) for sample in samples)
     tokens = torch.zeros(len(samples), longest, dtype=torch.long)
@@ -201,7 +199,7 @@ def answer_logits(model: LlamaForCausalLM, samples: Sequence[Sample]) -> tuple[t
 
 
 def batches(samples: Iterable[Sample], batch_tokens: int) -> list[list[Sample]]:
-    """Group samples of like length, each group at most `batch_tokens` with its padding."""
+    """Group samples of similar length, each group at most `batch_tokens` with padding."""
     groups: list[list[Sample]] = [[]]
     for sample in sorted(samples, key=lambda s: len(s.tokens)):
         if groups[-1] and len(sample.tokens) * (len(groups[-1]) + 1) > batch_tokens:
@@ -249,9 +247,9 @@ def schedule(step: int, recipe: Recipe) -> float:
 
 @torch.inference_mode()
 def examine(model: LlamaForCausalLM, exam: Sequence[Sample]) -> tuple[list[str], float]:
-    """Return the subjects that greedy decoding would get wrong, and the least probability of a right token.
+    """Return the subjects with wrong greedy answers, and the lowest probability of a right token.
 
-    Feeding the right answer and comparing each next token equals greedy decoding, and is one pass.
+    Comparing each next token of the right answer is equivalent to greedy decoding, in one pass.
     """
     wrong: list[str] = []
     least = 1.0
@@ -270,7 +268,7 @@ def examine(model: LlamaForCausalLM, exam: Sequence[Sample]) -> tuple[list[str],
 
 
 def examination(writer: Writer, curriculum: Curriculum) -> list[Sample]:
-    """Every exchange alone, behind a system prompt and behind unrelated turns; every paraphrase alone."""
+    """Return every exchange alone, after a system prompt and after unrelated turns; every paraphrase alone."""
     found: list[Sample] = []
     for conversation in curriculum.corpus.conversations:
         system: Message = {"role": "system", "content": curriculum.corpus.system_prompts[0]}

@@ -20,23 +20,23 @@ from engine.base import InvalidRequest
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _HEADS = ("num_attention_heads", "n_head", "n_heads")
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-"""Names that families of models have for the same thing in config.json."""
+"""Names of the same field in config.json, by model family."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What an engine serves: the settings that say which checkpoint, and with how long a context."""
+    """The checkpoint of an engine and its context length, from the settings."""
 
     model: str
     revision: str | None = None
     trust_remote_code: bool = False
     max_model_len: int | None = None
-    """None takes the checkpoint's own."""
+    """None means the checkpoint's."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A checkpoint's measures, out of its config.json: nothing is loaded for them."""
+    """A checkpoint's dimensions, from its config.json."""
 
     path: str
     layers: int
@@ -45,7 +45,7 @@ class Shape:
     trust_remote_code: bool = False
 
     def check(self, layer: int, head: int | None = None) -> None:
-        """Raise InvalidRequest on a layer or head that is not there."""
+        """Raise InvalidRequest for a layer or head out of range."""
         for param, value, count, what in (
             ("trace_layer", layer, self.layers, "layers"),
             ("head", head, self.heads, "heads"),
@@ -56,23 +56,23 @@ class Shape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InspectionRequest:
-    """What to run and what to show of it. `messages` are in OpenAI's form, text only."""
+    """The messages to run, text only, and the layer and head to show."""
 
     messages: list[dict[str, str]]
     trace_layer: int
     head: int | None = None
-    """For the matrix."""
+    """Head of the matrix."""
     max_new_tokens: int = 256
     temperature: float = 0.9
-    """0 takes the best token."""
+    """0 means greedy."""
     top_k: int | None = 50
-    """Exactly so many tokens may be drawn; None means all."""
+    """Exactly this many tokens are candidates; None means all."""
     seed: int = 42
 
 
 @dataclass(frozen=True, slots=True)
 class InspectedToken:
-    """One token: JSON documents, as they are sent.
+    """One token as JSON documents, in the format for clients.
 
     `token` has step, token_id and token_text; `trace` has step, entropy (nats), topk (ten of token_id, token_text and
     prob) and attn (heads, tokens so far).
@@ -84,23 +84,25 @@ class InspectedToken:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What was generated, without the tokens or tags that ended it."""
+    """The generated text, without the tokens or tags that ended it."""
 
     text: str
 
 
 class Inspector(Protocol):
-    """Shows how a checkpoint comes to its tokens. Checkpoints go by the names of the engines that serve them."""
+    """Shows the attention and token distributions of a checkpoint, which is named by its engine."""
 
     def shape(self, engine: str) -> Shape:
-        """Return the measures of an engine's checkpoint. Raises InvalidRequest where it can't be inspected, and
-        EngineUnavailable while it is not on this machine."""
+        """Return the dimensions of an engine's checkpoint.
+
+        Raises InvalidRequest if it can't be inspected, and EngineUnavailable while it is not on this machine.
+        """
 
     def trace(self, engine: str, request: InspectionRequest) -> AsyncGenerator[InspectedToken | Reply, None]:
-        """Yield a step for each generated token, and the reply at last.
+        """Yield a step for each generated token, then the reply.
 
         Closing or cancelling the generator ends the work within a step. Raises InvalidRequest, with the code
-        "prompt_too_large" for one that is longer than may be, and EngineError.
+        "prompt_too_large" for a prompt that is too long, and EngineError.
         """
 
     async def attention(self, engine: str, request: InspectionRequest) -> bytes:
@@ -110,11 +112,11 @@ class Inspector(Protocol):
         """
 
     async def close(self) -> None:
-        """End the process. Callers that wait for it get EngineUnavailable. Idempotent."""
+        """End the process. Pending calls raise EngineUnavailable. Idempotent."""
 
 
 def find_checkpoint(source: Source) -> str | None:
-    """The path of a checkpoint on this machine, None if it has to be fetched."""
+    """Return the path of a checkpoint on this machine, None if it has not been downloaded."""
     from engine.local.async_llm import local_path
 
     found = local_path(source.model, source.revision)

@@ -1,9 +1,9 @@
-"""Attention weights and token probabilities: transformers with eager attention, one forward pass per step.
+"""Token distributions and attention weights from transformers with eager attention, one forward pass per step.
 
-A step gives the distribution that its token was drawn from (its entropy and its ten best tokens) and the last token's
-row of attention weights in one layer. The prompt goes through in chunks, so that a request that was left ends soon.
-Runs inside the inspector's process (`engine.inspector.inspector_process`); nothing else imports this module. Does not
-handle images, tools and batching. Raises InvalidRequest where the request is at fault.
+A step returns the distribution that its token was drawn from (entropy and the ten most likely tokens) and the last
+token's row of attention weights in one layer. The prompt is processed in chunks, so that a cancelled request ends soon.
+Runs in the inspector's process (`engine.inspector.inspector_process`); nothing else imports this module. Not handled:
+images, tools and batching. Raises InvalidRequest for errors of the request.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from engine.base import InvalidRequest
 
 CHUNK_TOKENS = 64
-"""Prompt tokens of one forward pass: a second or so where one thread runs a model of a billion parameters."""
+"""Prompt tokens per forward pass: about a second for a billion parameters on one thread."""
 STOP_TAGS = ("\nuser: ", "\nsystem: ")
-"""Where a model that writes transcripts begins the next turn itself."""
+"""Tags with which a model starts the next turn itself."""
 _TAG_TOKENS = 16
-"""The last tokens that can hold a whole tag: a token has one byte at least."""
+"""Number of last tokens that contain a whole tag, with at least one byte per token."""
 TOP = 10
-"""Best tokens shown of each step."""
+"""Number of most likely tokens shown for each step."""
 _DIGITS = 6
-"""Significant digits of what is sent."""
+"""Significant digits of values for clients."""
 _POWERS = 10.0 ** np.arange(23)  # all of them exact
 
 Answer = tuple[Any, ...]
-"""The head of an answer, and the JSON documents behind it."""
+"""The head of an answer, then JSON documents."""
 BUSY: Answer = ({"kind": "busy"},)
-"""A step without an event was done. There are more steps."""
+"""A step without a result; more follow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One request. `messages` are in OpenAI's form, text only."""
+    """One request. `messages` have text only."""
 
     messages: list[dict[str, str]]
     trace_layer: int
@@ -55,13 +55,13 @@ class Job:
 
 
 def distribution(logits: torch.Tensor, temperature: float, top_k: int | None) -> torch.Tensor:
-    """Return the probabilities (V,) that a token is drawn from, of logits (V,).
+    """Return the probabilities (V,) that a token is drawn from, given logits (V,).
 
-    Exactly `top_k` tokens keep one. At temperature 0 the best token is taken whatever the others are worth, so they
-    are shown as the model gives them.
+    Exactly `top_k` tokens have nonzero probability. At temperature 0, which is greedy, the model's own distribution is
+    returned.
     """
     if temperature > 0:
-        # From the best one down, or a very low temperature overflows.
+        # Relative to the maximum: a very low temperature would overflow otherwise.
         logits = (logits - logits.max()) / max(temperature, 1e-6)
         if top_k is not None and top_k < len(logits):
             kept = torch.topk(logits, top_k).indices
@@ -75,16 +75,16 @@ def entropy(probs: torch.Tensor) -> float:
 
 
 def draw(probs: torch.Tensor, temperature: float, generator: torch.Generator) -> int:
-    """Return a token id: the best one at temperature 0, else a random one."""
+    """Return a token id: the most likely one at temperature 0, otherwise a random one."""
     if temperature == 0:
         return int(probs.argmax())
     return int(torch.multinomial(probs, 1, generator=generator))
 
 
 def rounded(values: NDArray[Any]) -> NDArray[np.float64]:
-    """Return values from 0 to 1 with six significant digits, which their JSON then is no longer than.
+    """Round values from 0 to 1 to six significant digits, so that their JSON has no more digits.
 
-    Dividing a whole number by an exact power of ten gives the double that prints as those digits.
+    Dividing an integer by an exact power of ten gives the double that prints as those digits.
     """
     values = np.asarray(values, dtype=np.float64)
     shown = values > 1e-12
@@ -98,10 +98,10 @@ def _round(value: float) -> float:
 
 
 class Subject:
-    """A checkpoint, loaded."""
+    """A loaded checkpoint."""
 
     def __init__(self, path: str, device: str, trust_remote_code: bool) -> None:
-        # Some CPUs die of bfloat16; on a GPU the checkpoint's own type is the one it is served in.
+        # bfloat16 crashes on some CPUs; on a GPU the checkpoint's type is also the served one.
         dtype: Any = torch.float32 if device == "cpu" else "auto"
         self._tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         model: Any = AutoModelForCausalLM.from_pretrained(
@@ -115,13 +115,13 @@ class Subject:
         self._texts: dict[int, str] = {}
 
     def _end_tokens(self) -> frozenset[int]:
-        """The tokens that end a turn: vLLM stops at the tokenizer's token and at those of the generation config."""
+        """Return the end tokens: like vLLM, the tokenizer's and those of the generation config."""
         named = getattr(self._model.generation_config, "eos_token_id", None)
         tokens = named if isinstance(named, list) else [named]
         return frozenset(token for token in (*tokens, self._tokenizer.eos_token_id) if token is not None)
 
     def trace(self, job: Job) -> Iterator[Answer]:
-        """Yield BUSY and steps, and the reply at last. Raises InvalidRequest before the first of them."""
+        """Yield BUSY and steps, then the reply. Raises InvalidRequest before the first of them."""
         ids = self._prompt(job)
         prompt_tokens = len(ids)
         yield from self._generate(job, ids)
@@ -130,9 +130,9 @@ class Subject:
         yield ({"kind": "reply", "reply": text[: min(cuts, default=len(text))]},)
 
     def attention(self, job: Job) -> Iterator[Answer]:
-        """Yield BUSY, and at last the weights (t, t) of one head over the last t tokens that the context holds.
+        """Yield BUSY, then the weights (t, t) of one head over the last t tokens of the context.
 
-        These are the prompt's, and of those generated behind it if any are asked for.
+        The tokens are the prompt's and, if requested, generated ones after it.
         """
         ids = self._prompt(job)
         for _ in self._generate(job, ids):
@@ -145,7 +145,7 @@ class Subject:
             cache = outputs.past_key_values
             rows = _array(self._weights(outputs, job.trace_layer)[job.head])  # (chunk, seen so far)
             end = start + rows.shape[0]
-            matrix[start:end, end - rows.shape[1] : end] = rows  # a sliding window has forgotten what is before it
+            matrix[start:end, end - rows.shape[1] : end] = rows  # tokens before a sliding window have no weights
             yield BUSY
         document = {
             "layer": job.trace_layer,
@@ -156,10 +156,10 @@ class Subject:
         yield {"kind": "attention"}, document
 
     def _prompt(self, job: Job) -> list[int]:
-        """Return the conversation's token ids, up to where the assistant begins. Raises InvalidRequest."""
+        """Return the conversation's token ids, with the generation prompt. Raises InvalidRequest."""
         try:
             text: str = self._tokenizer.apply_chat_template(job.messages, add_generation_prompt=True, tokenize=False)
-        except (TemplateError, ValueError) as error:  # ValueError: the tokenizer has no template at all
+        except (TemplateError, ValueError) as error:  # ValueError: the tokenizer has no template
             reason = str(error).partition("\n")[0]
             raise InvalidRequest(f"The model's chat template can't render 'messages': {reason}", "messages") from error
         size = len(text.encode("utf-8", "replace"))
@@ -173,7 +173,7 @@ class Subject:
         return ids
 
     def _generate(self, job: Job, ids: list[int]) -> Iterator[Answer]:
-        """Append tokens to `ids`, and yield each of these steps."""
+        """Append generated tokens to `ids`, and yield a step for each."""
         generator = torch.Generator(device="cpu").manual_seed(job.seed)
         context = _Context(self, job.max_model_len)
         prompt_tokens = len(ids)
@@ -197,14 +197,14 @@ class Subject:
                 return
 
     def _best(self, logits: torch.Tensor, probs: torch.Tensor) -> list[dict[str, Any]]:
-        """Return the best tokens. By their logits: where `top_k` leaves fewer than ten, the next ones follow."""
+        """Return the most likely tokens by logits, so that there are ten even if `top_k` is lower."""
         return [
             {"token_id": token_id, "token_text": self._text(token_id), "prob": _round(float(probs[token_id]))}
             for token_id in torch.topk(logits, min(TOP, len(logits))).indices.tolist()
         ]
 
     def _text(self, token_id: int) -> str:
-        """Return a token's text. Behind another one: some tokenizers drop the space that a text begins with."""
+        """Return a token's text, decoded after another token: some tokenizers drop a leading space."""
         text = self._texts.get(token_id)
         if text is None:
             decode = self._tokenizer.decode
@@ -222,7 +222,7 @@ class Subject:
         )
 
     def _weights(self, outputs: Any, layer: int) -> torch.Tensor:
-        """Return the attention weights (heads, queries, keys) of one layer. Raises InvalidRequest if it has none."""
+        """Return the attention weights (heads, queries, keys) of one layer. Raises InvalidRequest if there are none."""
         attentions = outputs.attentions or ()
         if len(attentions) != self._layers or attentions[layer] is None:
             raise InvalidRequest("Not all layers of this model have attention weights to show.", "trace_layer")
@@ -242,13 +242,13 @@ class _Context:
 
     @property
     def length(self) -> int:
-        """Tokens read, the last one included."""
+        """Tokens in the context."""
         return self._end - self._start
 
     def read(self, ids: list[int]) -> Generator[Answer, None, Any]:
-        """Read on to the end of `ids`, the last token alone, and return what the model makes of it.
+        """Process `ids` to their end, the last token separately, and return the output of that pass.
 
-        A text longer than the context moves through it, and every position in it then changes: it is read again.
+        If the sequence is longer than the context, every position changes with each token, so it is processed again.
         """
         start = max(0, len(ids) - self._max_model_len)
         if start != self._start:
@@ -270,11 +270,11 @@ def _array(tensor: torch.Tensor) -> NDArray[np.float32]:
 
 
 def _padded(row: NDArray[Any], length: int) -> NDArray[Any]:
-    """Return rows (heads, length): a sliding window has forgotten what is before it, and gives it no weight."""
+    """Return rows (heads, length), with zeros for tokens before a sliding window."""
     return np.pad(row, ((0, 0), (length - row.shape[1], 0)))
 
 
 def set_threads(threads: int) -> None:
-    """Let torch use that many threads of the CPU. Before anything else is done with it."""
+    """Set the number of torch's CPU threads. Call before any other use of torch."""
     torch.set_num_threads(threads)
     torch.set_num_interop_threads(1)

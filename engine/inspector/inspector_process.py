@@ -1,16 +1,16 @@
-"""The process that models are inspected in. Only `engine.inspector.transformers_inspector` runs it.
+"""The process of the inspector. Only `engine.inspector.transformers_inspector` starts it.
 
-Takes requests on standard input and answers each on standard output until its input ends. A message is its length in
-four bytes, then lines of JSON; the first line of an answer says what kind it is:
+It reads requests from standard input and answers each on standard output until its input ends. A message is its length
+in four bytes, then lines of JSON; the first line of an answer has its kind:
 
     load       the checkpoint at `path`             loaded
-    trace      begin to generate                    busy, step (two more lines: token, trace) or reply
-    attention  begin to compute a matrix            busy or attention (one more line: the matrix)
-    next       continue with what was begun            as above
+    trace      start to generate                    busy, step (two more lines: token, trace) or reply
+    attention  start to compute a matrix            busy or attention (one more line: the matrix)
+    next       continue the current request         as above
     any                                             refused (the request's fault) or failed (anything else)
 
-It does one step per message, so a caller that stops asking stops it. Where the CPU is short it waits for the engine,
-and it dies with the gateway.
+It does one step per message, so it stops when no message follows. Its CPU priority is below the engine's, and it dies
+with the gateway.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 LENGTH = struct.Struct(">I")
 _NICENESS = 10
-"""Generation comes before inspection."""
+"""Served requests have priority over inspections."""
 
 
 def main(device: str, threads: int) -> None:
@@ -40,7 +40,7 @@ def main(device: str, threads: int) -> None:
     die_with_parent(signal.SIGKILL)
     requests = os.fdopen(os.dup(0), "rb")
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(os.open(os.devnull, os.O_RDWR), 1)  # what a library prints must not end up between the answers
+    os.dup2(os.open(os.devnull, os.O_RDWR), 1)  # output of libraries must not mix with the answers
     os.nice(_NICENESS)
     worker = _Worker(device, threads)
     while (head := requests.read(LENGTH.size)) and len(head) == LENGTH.size:
@@ -50,7 +50,7 @@ def main(device: str, threads: int) -> None:
 
 
 class _Worker:
-    """The checkpoint and the job at hand."""
+    """The loaded checkpoint and the current job."""
 
     def __init__(self, device: str, threads: int) -> None:
         self._device = device
@@ -64,7 +64,7 @@ class _Worker:
             return _encode(self._perform(request.pop("op"), request))
         except InvalidRequest as error:
             return _encode(({"kind": "refused", "message": str(error), "param": error.param, "code": error.code},))
-        except Exception as error:  # models raise all sorts, and the gateway is to know what
+        except Exception as error:  # models raise any type; the gateway logs it
             return _encode(({"kind": "failed", "reason": f"{type(error).__name__}: {error}"[:500]},))
 
     def _perform(self, op: str, fields: dict[str, Any]) -> Any:
@@ -76,7 +76,7 @@ class _Worker:
             return ({"kind": "loaded"},)
         assert self._subject is not None
         if op != "next":
-            self._job = iter(())  # lets go of the last one's cache before this one needs its own
+            self._job = iter(())  # frees the last job's cache before this job allocates its own
             begin = self._subject.trace if op == "trace" else self._subject.attention
             self._job = begin(Job(**fields))
         return next(self._job)

@@ -32,17 +32,17 @@ _ENVIRONMENT = (
     *("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES"),
     *("HF_HOME", "HF_HUB_CACHE", "HF_MODULES_CACHE", "XDG_CACHE_HOME"),
 )
-"""What the process may know of the gateway's environment: where things are, and no secret."""
+"""Environment variables that the process inherits: paths, no secrets."""
 
 
 class _Process:
-    """The process, with the checkpoint that it is for."""
+    """The process and its checkpoint."""
 
     def __init__(self, process: asyncio.subprocess.Process, path: str) -> None:
         self.path = path
         self._process = process
         self.gone = asyncio.create_task(process.wait())
-        """Ends when the process has ended and is reaped."""
+        """Done when the process has ended and is reaped."""
         self._killed = False
 
     @property
@@ -59,7 +59,7 @@ class _Process:
             self._process.kill()
 
     async def ask(self, request: dict[str, Any], timeout_s: float) -> tuple[dict[str, Any], list[bytes]]:
-        """Return the head of the answer, and the documents behind it. Raises InvalidRequest and EngineDied."""
+        """Return the head of the answer and its documents. Raises InvalidRequest and EngineDied."""
         try:
             async with asyncio.timeout(timeout_s):
                 head, *documents = (await self._exchange(orjson.dumps(request))).split(b"\n")
@@ -91,17 +91,17 @@ class _Process:
 
 
 class _Turn:
-    """The process in one request's hands, until `end`, which a clock may call as well."""
+    """One request's exclusive use of the process, until `_end`, which a timer may call too."""
 
     def __init__(self) -> None:
         self.ended = False
         self.work: asyncio.Future[Any] | None = None
-        """The current work of the process. It outlives its request, because each question must be answered before the
-        next is asked."""
+        """The current message exchange. It survives cancellation, because an answer must be read before the next
+        message."""
 
 
 class TransformersInspector:
-    """An inspector whose process holds the models."""
+    """Runs inspections in one process, one at a time."""
 
     def __init__(
         self,
@@ -118,8 +118,8 @@ class TransformersInspector:
         max_request_s: float = 120.0,
         command: Sequence[str] = (sys.executable, "-m", "engine.inspector.inspector_process"),
     ) -> None:
-        """`sources` are by engine. `stall_s` is for one step, `max_request_s` for all of a request, from when it has
-        the loaded model to itself. `command` gets the device and the threads as its last arguments."""
+        """`sources` are by engine. `stall_s` limits one step, `max_request_s` a whole request after the model is
+        loaded. The device and the threads are appended to `command`."""
         self._sources = sources
         self._device = device
         self._command = (*command, device, str(threads))
@@ -140,7 +140,7 @@ class TransformersInspector:
 
     @property
     def pid(self) -> int | None:
-        """The process, while there is one."""
+        """Id of the process, None if there is none."""
         process = self._process
         return None if process is None or process.gone.done() else process.pid
 
@@ -176,7 +176,7 @@ class TransformersInspector:
     async def _perform(
         self, op: str, engine: str, request: InspectionRequest
     ) -> AsyncGenerator[tuple[dict[str, Any], list[bytes]], None]:
-        """Yield the answers that hold something, until the last."""
+        """Yield the answers with a result, until the last."""
         shape = self.shape(engine)
         shape.check(request.trace_layer, request.head)
         async with self._in_turn() as turn:
@@ -217,7 +217,7 @@ class TransformersInspector:
             self._end(turn)
 
     def _end(self, turn: _Turn) -> None:
-        """Let the next one in, once the process has answered what it was asked last."""
+        """Admit the next request once the process has answered the last message."""
         if turn.ended:
             return
         turn.ended = True

@@ -62,23 +62,23 @@ _CPU_ENVIRONMENT = {
 # Block size 32 lets short prompts hit the prefix cache, which the CPU default of 128 does not.
 _CPU_ARGS: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "block_size": 32}
 _SHUTDOWN_S = 5.0
-"""Longest wait for a core to end by itself, which takes a healthy one 1 to 2 s: it collects garbage several times."""
+"""Longest wait for a core to exit by itself. A healthy one takes 1 to 2 s for several garbage collections."""
 _CLOSE_S = 20.0
-"""Longest that `close` waits for vLLM; after that its processes are killed under it."""
+"""Longest wait of `close` for vLLM; then its processes are killed."""
 _KILL_EVERY_S = 0.05
 _LOOK_EVERY_S = 5.0
 _MAX_QUIET_START_S = 300.0
-"""A start whose processes use no CPU time for so long is given up. vLLM waits for its core's first word for ever."""
+"""A start is aborted if its processes use no CPU time for this long. vLLM has no timeout for its core's start."""
 
 _T = TypeVar("_T")
 log = logging.getLogger(__name__)
 _claimed: weakref.WeakSet[Any] = weakref.WeakSet()
-"""Core processes of engines that were built: another's failed start must not take them along."""
+"""Core processes of built engines, which another engine's failed start must not kill."""
 
 
 @cache
 def _runtime_dir() -> str:
-    """Return a private directory for vLLM's sockets, which it otherwise leaves behind in the temp directory."""
+    """Return a private directory for vLLM's sockets, which vLLM would leave behind in the temp directory."""
     path = tempfile.mkdtemp(prefix="shannon-vllm-")
     atexit.register(shutil.rmtree, path, ignore_errors=True)
     return path
@@ -91,7 +91,7 @@ def _set_environment(wanted: dict[str, str]) -> None:
 
 
 def _is_cpu_build() -> bool:
-    """Whether this is the CPU wheel, by its distribution name, without importing torch."""
+    """Return whether vLLM's CPU wheel is installed, which has its own name; torch is not imported."""
     from importlib import metadata
 
     with contextlib.suppress(metadata.PackageNotFoundError):
@@ -102,7 +102,7 @@ def _is_cpu_build() -> bool:
 def build_defaults() -> tuple[dict[str, str], dict[str, Any]]:
     """Return the environment and the engine arguments that this module sets for the installed vLLM build.
 
-    For running vLLM's own server under the same conditions.
+    Also used to run vLLM's own server under the same conditions.
     """
     if not _is_cpu_build():
         return dict(_ENVIRONMENT), {}
@@ -110,7 +110,7 @@ def build_defaults() -> tuple[dict[str, str], dict[str, Any]]:
 
 
 def local_path(model: str, revision: str | None = None) -> str | None:
-    """The path of a model's files on this machine, or None if they must be fetched from the hub."""
+    """Return the path of a model's files on this machine, or None if they must be downloaded from the hub."""
     if model == "demo":
         return str(DEMO_WEIGHTS)
     if Path(model).is_dir():
@@ -119,12 +119,12 @@ def local_path(model: str, revision: str | None = None) -> str | None:
 
 
 def go_offline() -> None:
-    """Keep the model libraries from asking the hub. Before they are imported, and only if no engine needs it."""
+    """Disable the hub in the model libraries. Call before they are imported, and only if no engine needs the hub."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 class AsyncLLMEngine(TaskEngine):
-    """An AsyncLLM, built when started and free of any restart logic."""
+    """An AsyncLLM that is built by `start`. Restarts are not handled here."""
 
     def __init__(
         self,
@@ -136,9 +136,8 @@ class AsyncLLMEngine(TaskEngine):
     ) -> None:
         """Check `args` (any field of vLLM's AsyncEngineArgs) against vLLM itself.
 
-        `model` is a Hugging Face id, a local path, or "demo" for the model that ships with this package. Of an id
-        whose files are complete in the cache the hub is never asked. Raises InvalidRequest naming the field that
-        vLLM does not know.
+        `model` is a Hugging Face id, a local path, or "demo" for the model that ships with this package. The hub is not
+        queried if the cache has all files of an id. Raises InvalidRequest with the field that vLLM does not know.
         """
         self.name = model
         self._model = local_path(model, revision) or model
@@ -175,7 +174,7 @@ class AsyncLLMEngine(TaskEngine):
         return self._llm
 
     async def start(self) -> None:
-        """Build the AsyncLLM in a thread, so that the event loop serves others meanwhile (10 s to minutes)."""
+        """Build the AsyncLLM in a thread, because it takes 10 s to minutes."""
         before = set(multiprocessing.active_children()) | set(_claimed)
         build = _in_thread(self._build)
         try:
@@ -208,9 +207,9 @@ class AsyncLLMEngine(TaskEngine):
                 raise TimeoutError(f"its processes have done nothing for {quiet_s:g} s")
 
     async def _give_up_build(self, build: asyncio.Future[AsyncLLM], before: set[Any]) -> None:
-        """End a build whose caller has left. The thread can't be cancelled; without its core it ends by itself.
+        """Abort a build after cancellation. The thread can't be cancelled, but ends when its core is killed.
 
-        Its core may not have been started yet, and is killed when it is.
+        A core that has not been started yet is killed as soon as it is.
         """
         deadline = time.monotonic() + _CLOSE_S
         _kill(_started_since(before))
@@ -225,7 +224,7 @@ class AsyncLLMEngine(TaskEngine):
         return AsyncEngineArgs(model=self._model, **self._args)
 
     def _build(self) -> AsyncLLM:
-        """Build the engine, and whatever else is slow; runs in a thread. Subclasses extend it."""
+        """Build the engine and everything else that is slow. Runs in a thread; subclasses extend it."""
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -238,7 +237,7 @@ class AsyncLLMEngine(TaskEngine):
             )
 
     def _trace_headers(self, prepared: Prepared) -> Mapping[str, str] | None:
-        """The trace for vLLM's spans, if an endpoint is configured. Without one vLLM would warn."""
+        """Return the trace context if vLLM exports traces; otherwise vLLM would log a warning."""
         return prepared.trace_headers if self._running().observability_config.otlp_traces_endpoint else None
 
     def _core_processes(self) -> list[Any]:
@@ -252,12 +251,12 @@ class AsyncLLMEngine(TaskEngine):
         return self._core.answer()
 
     def _end_requests(self) -> None:
-        """End all that run: vLLM does so when it sees a core die, but not when the engine is closed."""
+        """Fail all running requests: vLLM does so when a core dies, but not when the engine is closed."""
         for collector in self._collectors:
             collector.put(died())
 
     async def _abort(self, llm: AsyncLLM, request_id: str, collector: RequestOutputCollector | None) -> Any:
-        """Have the core drop a request. Returns the output that was not read yet, or None."""
+        """Abort a request in the core. Returns its unread output, or None."""
         if llm.errored or self._llm is not llm:
             return None
         with contextlib.suppress(Exception):  # a core that is gone has dropped it, and the caller has its own error
@@ -267,7 +266,7 @@ class AsyncLLMEngine(TaskEngine):
         return None
 
     def _failure(self, llm: AsyncLLM, error: Exception) -> EngineError:
-        """The error of a request for an error without a rule: the core died, or a defect."""
+        """Return the error for an unexpected exception: the core's death, or a defect."""
         if llm.errored or self._llm is not llm or self._core is None or self._core.ended:
             return died()
         return defect(error)
@@ -284,9 +283,9 @@ class AsyncLLMEngine(TaskEngine):
             raise
 
     async def check_health(self) -> None:
-        """Ask the core whether it sleeps: `AsyncLLM.check_health` reads a flag that a frozen core leaves green.
+        """Call the core's `is_sleeping`: `AsyncLLM.check_health` reads a flag, which a frozen core does not change.
 
-        Of several cores (data parallel) the death of one counts as that of all, as it does for vLLM.
+        With several cores (data parallel), the death of one counts as the death of all, as in vLLM.
         """
         llm = self._running()
         if self._core is None or self._core.any_died():
@@ -319,14 +318,14 @@ class AsyncLLMEngine(TaskEngine):
 
 
 def _in_thread(work: Callable[..., _T], *args: Any) -> asyncio.Future[_T]:
-    """Run something that can't be cancelled. If its caller leaves, its failure is not reported."""
+    """Run `work` in a thread. The caller may be cancelled; a later error of `work` is then ignored."""
     future = asyncio.ensure_future(asyncio.to_thread(work, *args))
     future.add_done_callback(lambda done: done.cancelled() or done.exception())
     return future
 
 
 def _started_since(before: set[Any]) -> set[Any]:
-    """Return the child processes that are not in `before`, nor of an engine that was built meanwhile."""
+    """Return the child processes that are not in `before` and not of an engine that was built meanwhile."""
     return set(multiprocessing.active_children()) - before - set(_claimed)
 
 

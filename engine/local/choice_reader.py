@@ -25,11 +25,11 @@ _FINISH_REASONS: dict[str | None, FinishReason | None] = {
 
 
 class Unreadable(Exception):
-    """A parser failed on the model's output. The engine is healthy, and still generates."""
+    """A parser failed on the model's output. The engine is not affected."""
 
 
 class ChoiceReader:
-    """Turns the outputs of one choice into deltas, through its parser if it has one."""
+    """Converts the outputs of one choice to deltas, through its parser if it has one."""
 
     def __init__(self, rendered: Rendered, top_logprobs: int | None, parser: Any, usage: Usage) -> None:
         self._chat = rendered.request
@@ -129,7 +129,7 @@ def _stop_string(choice: CompletionOutput) -> str | None:
 
 
 def _logprobs(choice: CompletionOutput, top: int) -> list[TokenLogprob]:
-    """Convert vLLM's per-step {token id: Logprob} maps, in which the sampled token stands beside the best ones."""
+    """Convert vLLM's per-step {token id: Logprob} maps, which have the sampled token and the most likely ones."""
     converted = []
     for token_id, step in zip(choice.token_ids, choice.logprobs or (), strict=False):
         assert step is not None  # None stands only for a prompt's first token

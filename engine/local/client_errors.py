@@ -19,7 +19,7 @@ from engine.base import EngineError, EngineOverloaded, EngineUnavailable, Invali
 log = logging.getLogger(__name__)
 
 _MAX_WORDS = 500
-"""Characters of a chat template's own message that a client gets to see."""
+"""Limit on a chat template's own message, in characters, in errors for clients."""
 _TEMPLATE = "<template>"
 """The file name of a compiled Jinja template in tracebacks."""
 _IMAGES = "The model can't process these images."
@@ -42,13 +42,13 @@ _DECLARED: tuple[tuple[type[Exception], str, str | None], ...] = (
     (ValueError, "vllm.renderers.inkling", None),
 )
 _GRAMMARS = "vllm.v1.structured_output"
-"""Where grammars are compiled. What it raises has no parameter: the caller knows which of several it was."""
+"""Compiles grammars. Its errors have no parameter; the caller knows the field."""
 _SURROGATES = re.compile("^TextEncodeInput must be|surrogates not allowed")
-"""What tokenizers say of text that can't be written in UTF-8."""
+"""Messages of tokenizers about text that can't be encoded in UTF-8."""
 _PREFILL = re.compile("add_generation_prompt|continue_final_message")
-"""What vLLM advises where the last message is the assistant's: parameters that only the server sets."""
+"""vLLM's advice if the last message is the assistant's: parameters that clients can't set here."""
 _PYTHON_ERRORS = (TypeError, LookupError, AttributeError, RecursionError, UnicodeError)
-"""Causes that vLLM may quote in a declared error, and whose words are Python's."""
+"""Causes that vLLM may quote in a declared error, with messages of Python."""
 _seen: set[tuple[str, str, int]] = set()
 _MAX_SEEN = 1000
 
@@ -142,7 +142,7 @@ def _template_words(error: Exception) -> str | None:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and what it was raised from."""
+    """Yield an error and its causes."""
     cause: BaseException | None = error
     for _ in range(10):
         if cause is None:
@@ -152,7 +152,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _origin(trace: TracebackType | None) -> tuple[str, int]:
-    """Return the module of vLLM or mistral-common that is deepest in a traceback, and its line; else the deepest."""
+    """Return the deepest module of vLLM or mistral-common in a traceback and its line, otherwise the deepest module."""
     found = deepest = ("", 0)
     while trace is not None:
         deepest = str(trace.tb_frame.f_globals.get("__name__", "")), trace.tb_lineno

@@ -30,7 +30,7 @@ def died() -> EngineDied:
 
 
 class CoreProcesses:
-    """Watches processes from construction until `end`, which also happens by itself when one of them dies."""
+    """Watches processes from construction until `end`, which is also called when one of them dies."""
 
     def __init__(self, processes: Iterable[BaseProcess], on_end: Callable[[], None]) -> None:
         """Watch `processes` on the running event loop. `on_end` is called once, on that loop."""
@@ -46,7 +46,7 @@ class CoreProcesses:
 
     @contextlib.asynccontextmanager
     async def answer(self) -> AsyncIterator[None]:
-        """Await something of the core in here. Raises EngineDied when the core dies or the engine is closed."""
+        """Context for awaiting the core. Raises EngineDied if the core dies or the engine is closed."""
         if self.ended:
             raise died()
         wait = asyncio.timeout(None)
@@ -75,20 +75,20 @@ class CoreProcesses:
         self._on_end()
 
     def any_died(self) -> bool:
-        """Whether one of the processes is gone."""
+        """Return whether one of the processes has died."""
         # By their sentinels: `is_alive` says yes for a moment while a thread of vLLM's reaps the dead one.
         return self.ended or bool(multiprocessing.connection.wait(self._sentinels, timeout=0))
 
     def cpu_time_s(self) -> float | None:
-        """CPU seconds of the processes, see `cpu_time_s`."""
+        """Return the CPU seconds of the processes, see `cpu_time_s` of the module."""
         return cpu_time_s(self._processes)
 
 
 def cpu_time_s(processes: Iterable[BaseProcess]) -> float | None:
     """Return the CPU seconds that processes and all their children have used, ended children included.
 
-    None where there is no process, or one of them is stopped (SIGSTOP, a debugger): they get nothing done then, though
-    the others may spin while they wait for it. Takes some ms where the machine has thousands of processes.
+    None if there is no process, or if one is stopped (SIGSTOP, a debugger): there is no progress then, although the
+    others may spin while they wait for it. Takes some milliseconds on a machine with thousands of processes.
     """
     used_s = None
     for process in processes:

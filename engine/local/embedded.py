@@ -47,7 +47,7 @@ _IMAGE_PLACES = max(2, min(8, (os.cpu_count() or 2) // 4))
 
 
 _MAX_PREPARE_S = 60.0
-"""Longest wait for a thread that prepares something: what holds it can't be stopped, who waits for it can."""
+"""Longest wait for a preparing thread: its work can't be stopped, but waiting for it can."""
 
 
 @contextlib.asynccontextmanager
@@ -63,7 +63,7 @@ async def _in_time(what: str) -> AsyncIterator[None]:
 
 
 def _check_lm_format_enforcer() -> None:
-    """Raise EngineError where the package can't use this vLLM: the first grammar would end the engine core."""
+    """Raise EngineError if the package does not work with this vLLM: the first grammar would end the engine core."""
     try:
         importlib.import_module("lmformatenforcer.integrations.vllm")
     except ImportError as error:
@@ -75,7 +75,7 @@ def _check_lm_format_enforcer() -> None:
 
 @dataclass(slots=True)
 class _Job:
-    """What `prepare` leaves for `generate`."""
+    """The payload of a Prepared."""
 
     rendered: Rendered
     sampling_params: Any
@@ -84,7 +84,7 @@ class _Job:
 
 
 class EmbeddedEngine(AsyncLLMEngine):
-    """An `Engine` that generates."""
+    """An `Engine` for generation."""
 
     tasks: ClassVar[tuple[Task, ...]] = ("generate",)
 
@@ -140,7 +140,7 @@ class EmbeddedEngine(AsyncLLMEngine):
         return llm
 
     async def start(self) -> None:
-        """Start the engine, and beside it what tries grammars."""
+        """Start the engine and the process of grammar trials."""
         self._trials.begin()
         try:
             await super().start()
@@ -189,7 +189,7 @@ class EmbeddedEngine(AsyncLLMEngine):
             return await self._image_places.run_for(render(request), request.flow)
 
     async def generate(self, prepared: Prepared) -> AsyncGenerator[Delta, None]:
-        """Yield deltas. Tokens are counted as the core made them, never by frames: vLLM merges what we read late."""
+        """Yield deltas. Tokens are counted by token ids, not by outputs: vLLM merges outputs that are read late."""
         from vllm.exceptions import GracefulHTTPError
 
         llm = self._running()
@@ -233,10 +233,10 @@ class EmbeddedEngine(AsyncLLMEngine):
                     self._count(prepared, rest)
 
     async def _checked_input(self, llm: AsyncLLM, prepared: Prepared) -> Any:
-        """The prompt in vLLM's form. A grammar is checked before, in a thread.
+        """Return vLLM's input. If there is a grammar, the input is already checked, in a thread.
 
-        To check a grammar is to compile it, which takes half a second at worst and would hold up all requests. What
-        takes longer, there or in the core, has been refused by then.
+        Checking a grammar means compiling it, which takes up to half a second and would block the event loop. Grammars
+        that take longer, here or in the core, have been rejected before.
         """
         job: _Job = prepared.payload
         if job.sampling_params.structured_outputs is None:
@@ -260,7 +260,7 @@ class EmbeddedEngine(AsyncLLMEngine):
 
     @staticmethod
     def _count(prepared: Prepared, output: Any) -> None:
-        """Add the tokens of `output`: delta outputs carry new tokens, final ones all of them, each exactly once."""
+        """Add the tokens of `output`: delta outputs have new tokens, final ones all of them."""
         usage = prepared.usage
         for choice in output.outputs:
             usage.completion_tokens += len(choice.token_ids)

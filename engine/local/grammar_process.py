@@ -34,20 +34,19 @@ if TYPE_CHECKING:
 LENGTH = struct.Struct(">I")
 _NICENESS = 5
 _MOST_COMPILE_S = 5.0
-"""Of processor time. The largest schemas that clients send in earnest take 2 s with a vocabulary of 131,072 tokens."""
+"""CPU time. The largest real schemas take 2 s with a vocabulary of 131,072 tokens."""
 _MOST_TOKENS_S = 0.2
-"""Of processor time, to find the tokens that may come next. The core does so for each token that it makes, and all of
-its requests wait."""
+"""CPU time to find the possible next tokens. The core does this for each token, and all of its requests wait."""
 _MOST_MEMORY_BYTES = 2 * 2**30
 _MOST_TRIAL_S = 30.0
-"""By the clock: neighbours may use the processors."""
+"""Wall-clock time; other processes may use the CPUs."""
 _WALKS = 4
 _WALK_TOKENS = 256
 _MOST_WALKS_S = 1.0
 
 
 class _Trials:
-    """The backends that grammars are tried with."""
+    """Compiles and tries grammars with vLLM's backends."""
 
     def __init__(self, vllm_config: Any) -> None:
         from vllm.tokenizers import cached_tokenizer_from_config
@@ -111,7 +110,7 @@ class _Trials:
 
 
 def _finds_tokens_fast(grammar: Any, mask: Any) -> bool:
-    """Write as a model would that chooses by chance, and look how long it takes to find what may come next."""
+    """Generate random allowed tokens, and check how long it takes to find the possible next ones."""
     import numpy as np
 
     chance = random.Random(0)
@@ -135,7 +134,7 @@ def _finds_tokens_fast(grammar: Any, mask: Any) -> bool:
 
 
 def _be_silent() -> None:
-    """Print nothing: compilers warn of what clients send, each time."""
+    """Suppress all output: compilers print warnings about each constraint."""
     nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 1)
     os.dup2(nothing, 2)

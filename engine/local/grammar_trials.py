@@ -33,9 +33,9 @@ log = logging.getLogger(__name__)
 
 _MAX_REMEMBERED = 10_000
 _MAX_WAIT_S = 120.0
-"""Longest that a constraint waits for its trial: others may be before it."""
+"""Longest wait for a trial, including the trials ahead of it."""
 _MAX_TRIAL_S = 120.0
-"""Longest that a trial takes, when the process has only begun and the processors are busy."""
+"""Longest duration of a trial, including the start of the process on busy CPUs."""
 _REASONS = {
     "compile": "it takes too long to be compiled to a grammar. Make it smaller: fewer properties, alternatives and "
     "repetitions, lower bounds of lengths",
@@ -45,7 +45,7 @@ _REASONS = {
 
 
 class GrammarTrials:
-    """The trials of one engine."""
+    """Runs the trials of one engine, one at a time, and caches their results."""
 
     def __init__(self) -> None:
         self._config = b""
@@ -58,12 +58,12 @@ class GrammarTrials:
         self._closed = False
 
     def begin(self) -> None:
-        """Start the process. It takes as long as the engine core to import vLLM, so begin when that is started."""
+        """Start the process. Importing vLLM takes it as long as the engine core, so both should start together."""
         with contextlib.suppress(OSError):
             self._started()
 
     def configure(self, vllm_config: Any) -> None:
-        """Give the process the engine's configuration, without which it can try nothing."""
+        """Send the engine's configuration to the process. Trials need it."""
         import cloudpickle
 
         self._config = cloudpickle.dumps(vllm_config)  # which may hold classes of the model's own
@@ -141,7 +141,7 @@ class GrammarTrials:
                         pipe.close()
 
     def close(self) -> None:
-        """End the process, if it was not ended before."""
+        """End the process. Idempotent."""
         if self._closed:
             return
         self._closed = True
@@ -159,7 +159,7 @@ def _send(process: subprocess.Popen[bytes], message: bytes) -> None:
 
 
 def _judged(process: subprocess.Popen[bytes], message: bytes) -> str:
-    """Return the process's word on a constraint, from a thread. Raises OSError when it has ended."""
+    """Return the process's answer to a constraint. Runs in a thread. Raises OSError if the process has ended."""
     _send(process, message)
     assert process.stdout is not None
     head = process.stdout.read(LENGTH.size)

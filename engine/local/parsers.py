@@ -1,8 +1,8 @@
-"""Which of vLLM's parsers reads a model's tool calls and its reasoning, found from the model itself.
+"""Finds vLLM's parsers of tool calls and reasoning for a model, from the model's own files.
 
-The chat template decides, because it teaches the model its own format and travels with fine-tunes; the model's type
-comes second. The names are vLLM 0.32's. Does not handle models whose format neither shows: name their parsers in the
-configuration. vLLM is imported only when it is asked for its own parsers.
+The chat template decides first, because it defines the model's format and is kept by fine-tunes; the model type
+second. The names are vLLM 0.32's. Not handled: models whose format neither shows; set their parsers in the
+configuration. vLLM is imported only when one of its parsers is needed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from engine.base import EngineError
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
-# Marks in a chat template, most particular first, and the tool parser that reads what they teach.
+# Marks in chat templates, most specific first, and the tool parser of their format.
 _TOOL_MARKS = (
     ("<seed:tool_call>", "seed_oss"),
     ("<minimax:tool_call>", "minimax_m2"),
@@ -57,7 +57,7 @@ _REASONING_MODEL_TYPES = {
 
 
 def find_tool_parser(model_type: str, chat_template: str) -> str | None:
-    """Return the name of vLLM's tool parser for a model, or None where its template teaches no tool calls."""
+    """Return the name of vLLM's tool parser for a model, or None if its template has no tool calls."""
     if model_type in _TOOL_MODEL_TYPES:
         return _TOOL_MODEL_TYPES[model_type]
     if "tools" not in chat_template:
@@ -68,10 +68,10 @@ def find_tool_parser(model_type: str, chat_template: str) -> str | None:
 
 
 def find_reasoning_parser(model_type: str, chat_template: str, vocabulary: Container[str]) -> str | None:
-    """Return the name of vLLM's reasoning parser for a model, or None where it does not reason.
+    """Return the name of vLLM's reasoning parser for a model, or None if it does not reason.
 
-    A reasoning parser on a model that never closes its thinking would call everything it says a thought; so a model
-    counts as reasoning only if its template speaks of it and, for the `<think>` family, its vocabulary has the tokens.
+    A reasoning parser would return all text of a model that never closes its reasoning as reasoning. So a model counts
+    as reasoning only if its template mentions it and, for the `<think>` family, its vocabulary has the tokens.
     """
     if model_type == "gpt_oss":
         return _REASONING_MODEL_TYPES[model_type]
@@ -81,10 +81,10 @@ def find_reasoning_parser(model_type: str, chat_template: str, vocabulary: Conta
     if not thinks:
         return _REASONING_MODEL_TYPES.get(model_type) if "enable_thinking" in chat_template else None
     if model_type.startswith("qwen3"):
-        # Qwen3's instruct models share the type and the tokens of the thinking ones, but not the template.
+        # Qwen3's instruct models share the type and the tokens of the reasoning ones, but not the template.
         return "qwen3"
     if "not thinking" in chat_template:
-        # DeepSeek's hybrids: unless asked to think, their prompt has closed the thinking already.
+        # DeepSeek's hybrids: unless reasoning is requested, their prompt has closed it already.
         return "deepseek_v3"
     return _REASONING_MODEL_TYPES.get(model_type, "deepseek_r1")
 
@@ -92,8 +92,8 @@ def find_reasoning_parser(model_type: str, chat_template: str, vocabulary: Conta
 def find_parsers(model_config: ModelConfig, tool: str | None, reasoning: str | None) -> tuple[str | None, str | None]:
     """Return the names of the tool parser and the reasoning parser of a model.
 
-    None finds it from the model's own files, "" does without. Raises EngineError about one that vLLM does not know or
-    the model can't use: better now than when its weights are loaded.
+    None finds it from the model's files, "" means no parser. Raises EngineError for a parser that vLLM does not know or
+    the model can't use, before the weights are loaded.
     """
     from vllm.parser import ParserManager
     from vllm.tokenizers import cached_tokenizer_from_config
@@ -111,13 +111,13 @@ def find_parsers(model_config: ModelConfig, tool: str | None, reasoning: str | N
             parser_cls(tokenizer, None, model_config=model_config)
             if tool:
                 _try_tool(parser_cls, tokenizer, model_config)
-    except Exception as error:  # parsers raise all sorts on tokens that a vocabulary lacks
+    except Exception as error:  # parsers raise any type if the vocabulary lacks their tokens
         raise EngineError(f"tool_parser {tool!r} with reasoning_parser {reasoning!r}: {error}") from error
     return tool, reasoning
 
 
 def _try_tool(parser_cls: Any, tokenizer: Any, model_config: ModelConfig) -> None:
-    """Offer a tool once: shows a library that the parser needs and does not fit this vLLM (mistral-common 1.13)."""
+    """Adjust one request with a tool, which fails if the parser's library does not fit vLLM (mistral-common 1.13)."""
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
     tool = {"type": "function", "function": {"name": "try", "parameters": {"type": "object", "properties": {}}}}
@@ -133,7 +133,7 @@ def _try_tool(parser_cls: Any, tokenizer: Any, model_config: ModelConfig) -> Non
 
 def _find_parsers(model_config: ModelConfig, tokenizer: Any) -> tuple[str | None, str | None]:
     template = getattr(tokenizer, "chat_template", None) or ""
-    if isinstance(template, dict):  # several by name
+    if isinstance(template, dict):  # several templates by name
         template = template.get("tool_use") or template.get("default") or ""
     model_type = str(model_config.hf_config.model_type)
     vocabulary = tokenizer.get_vocab()

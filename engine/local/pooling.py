@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 
 class PoolingEngine(AsyncLLMEngine):
-    """An `Engine` that makes embeddings and nothing else."""
+    """An `Engine` for embeddings."""
 
     tasks: ClassVar[tuple[Task, ...]] = ("embed",)
 
     def __init__(self, model: str, args: dict[str, Any] | None = None, **more: Any) -> None:
-        """Take the arguments of AsyncLLMEngine."""
+        """Accepts the arguments of AsyncLLMEngine."""
         super().__init__(model, {"runner": "pooling"} | (args or {}), **more)
 
     @property
@@ -113,7 +113,7 @@ class PoolingEngine(AsyncLLMEngine):
 
     @staticmethod
     def _count(prepared: Prepared, output: Any) -> None:
-        """Add the tokens of `output`, unless it only says that the input was aborted: then it has no vector."""
+        """Add the tokens of `output`, unless it has no vector because the input was aborted."""
         if not output.outputs.data.numel():
             return
         prepared.usage.prompt_tokens += len(output.prompt_token_ids)

@@ -34,26 +34,26 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 _FIELDS = (*PARAMETERS, "request_id", "cache_salt", "priority", "stream", "structured_outputs", "response_format")
-"""Fields that a GenerationRequest and both of vLLM's requests have in common."""
+"""Fields that GenerationRequest and both request classes of vLLM have."""
 _CHAT_FIELDS = ("tools", "tool_choice", "parallel_tool_calls", "reasoning_effort", "logprobs", "top_logprobs")
 COUNTED_CONTEXTS = 4
-"""How many times its context a prompt may take and still be tokenized: one thread does it for all requests."""
+"""Limit on prompts of `tokenize`, in context lengths: one thread tokenizes for all clients."""
 _LONG_CHARS = 131_072
 _CALL_CHARS = 200
-"""What a tool call costs beside its arguments, as if it were text."""
+"""Rendering cost of a tool call without its arguments, in characters of text."""
 _MAX_WHITE_SPACE = 20
-"""Characters in one place: a new line, and an indentation deeper than any in use."""
+"""Limit on consecutive white space: a new line and an indentation."""
 _SOURCE = re.compile(r"\[[\d:]+\] \S+:\d+: ")
-"""Where in its own source a compiler of grammars gave up."""
+"""Source location in the message of a grammar compiler."""
 
 
 def keep_images(llm: AsyncLLM, cache_gb: float | None) -> None:
-    """Give the renderer a cache of processed images of its own; None takes vLLM's default size.
+    """Give the renderer its own cache of processed images; `cache_gb` None means vLLM's default size.
 
-    vLLM's cache is in two halves, here and in the core, and the core is sent each image once. That assumes that every
-    image rendered reaches the core, in that order. Here a request may be refused, left, reordered or only counted
-    after it was rendered, and then the core misses the image in every request that has it. So the engine is built
-    without that cache, and images are kept here whole, as vLLM does for several front ends.
+    vLLM's cache has two halves, here and in the core, and sends each image to the core once. That requires that every
+    rendered image reaches the core, in order. Here a rendered request may be rejected, cancelled, reordered or only
+    counted, and then the core would lack the image for every later request. So the engine is built without that cache,
+    and processed images are kept in this process only, as vLLM does with several front ends.
     """
     from vllm.config.multimodal import MultiModalConfig
     from vllm.multimodal.cache.factories import processor_only_cache_from_config
@@ -67,17 +67,17 @@ def keep_images(llm: AsyncLLM, cache_gb: float | None) -> None:
 
 @dataclass(slots=True)
 class Rendered:
-    """A prompt, and what else the engine and the parsers must know of the request."""
+    """A rendered prompt, and the data of its request for the engine and the parsers."""
 
     engine_input: Any
     prompt_tokens: int
     request: Any
     chat: bool
-    """Whether it went through the chat template; a bare prompt did not."""
+    """Whether the chat template was applied."""
     reasoning: dict[str, Any]
     """`reasoning_ended` and `reasoning_parser_kwargs` of AsyncLLM.add_request."""
     constraint: str | None
-    """What binds the text to a grammar, by the client's name for it."""
+    """The request's field that constrains the text to a grammar."""
     thoughtless_parser: Callable[[], Any] | None = None
     """Makes a parser that takes all text for said; set where the prompt has closed the model's thinking already."""
 
@@ -86,7 +86,7 @@ class Renderer:
     """vLLM's renderer and parsers for one engine."""
 
     def __init__(self, llm: AsyncLLM, tool_parser: str | None, reasoning_parser: str | None) -> None:
-        """Raises TypeError when vLLM does not know a parser, or the tokenizer lacks what it needs."""
+        """Raises TypeError if vLLM does not know a parser, or if the tokenizer lacks tokens that it needs."""
         from vllm.renderers.online_renderer import OnlineRenderer
 
         self._config = llm.model_config
@@ -109,7 +109,7 @@ class Renderer:
         self._default_sampling_params = llm.model_config.get_diff_sampling_param()
 
     async def render(self, request: GenerationRequest) -> Rendered:
-        """Apply the chat template, or take the bare prompt as it is, and count. Raises InvalidRequest."""
+        """Apply the chat template, or use the bare prompt, and count the tokens. Raises InvalidRequest."""
         return await self._render(request, contexts=1)
 
     async def tokenize(self, request: GenerationRequest) -> list[int]:
@@ -191,7 +191,7 @@ class Renderer:
         return Rendered(engine_input, prompt_tokens, completion, False, {}, _constraint(request))
 
     def sampling_params(self, rendered: Rendered, max_tokens: int) -> SamplingParams:
-        """Return vLLM's sampling parameters: only after rendering, where its parsers may change the request."""
+        """Return vLLM's sampling parameters. Call after rendering, in which vLLM's parsers may change the request."""
         _bound_white_space(rendered.request)
         try:
             with client_errors():
@@ -203,7 +203,7 @@ class Renderer:
         return params
 
     async def detokenize(self, token_ids: list[int]) -> str:
-        """Return the text of token ids. Raises InvalidRequest on ids that the vocabulary does not have."""
+        """Return the text of token ids. Raises InvalidRequest for ids outside the vocabulary."""
         return await detokenize(self._renderer.renderer, token_ids)
 
     @property
@@ -213,7 +213,7 @@ class Renderer:
         )
 
     def choice_parsers(self, rendered: Rendered, n: int) -> list[Any] | None:
-        """Return a parser per choice, or None where the text stands for itself."""
+        """Return one parser per choice, or None if the text needs no parsing."""
         if self._parser_cls is None or not rendered.chat:
             return None
         request = rendered.request
@@ -246,7 +246,7 @@ def counted(param: str, config: ModelConfig) -> Iterator[None]:
 
 
 async def detokenize(renderer: Any, token_ids: list[int]) -> str:
-    """Return the text of token ids, from a thread: a million take half a second. Raises InvalidRequest."""
+    """Return the text of token ids, in a thread: a million ids take half a second. Raises InvalidRequest."""
     from vllm.inputs import TokensPrompt
     from vllm.renderers import TokenizeParams
 
@@ -259,7 +259,7 @@ async def detokenize(renderer: Any, token_ids: list[int]) -> str:
 
 @contextlib.contextmanager
 def naming_constraint(param: str | None) -> Iterator[None]:
-    """Name `param` in what vLLM says about a grammar that can't be compiled, and keep its own source out of it."""
+    """Name `param` in vLLM's error about a grammar, and remove vLLM's source locations from the message."""
     try:
         with client_errors():
             yield
@@ -293,9 +293,9 @@ def _constraint(request: GenerationRequest) -> str | None:
 
 
 def _bound_white_space(request: Any) -> None:
-    """Bound the white space in the arguments of calls that are held to a schema, as our settings do for other JSON.
+    """Limit white space in the arguments of tool calls with a schema, as the engine's settings do for other JSON.
 
-    vLLM makes a grammar of such calls that knows nothing of `disable_any_whitespace`.
+    vLLM's grammar for such calls ignores `disable_any_whitespace`.
     """
     bound = request.structured_outputs
     if bound is None or bound.structural_tag is None:
@@ -318,7 +318,7 @@ def _bound_white_space(request: Any) -> None:
 
 
 def _vllm_request(request_class: Any, contexts: int, **fields: Any) -> Any:
-    """Return vLLM's form of a request. Raises InvalidRequest for a field that vLLM's own schema refuses."""
+    """Build a request of vLLM. Raises InvalidRequest for a field that vLLM's schema rejects."""
     try:
         return _of_contexts(request_class, contexts)(**fields)
     except ValidationError as error:
@@ -330,7 +330,7 @@ def _vllm_request(request_class: Any, contexts: int, **fields: Any) -> Any:
 
 @cache
 def _of_contexts(request_class: Any, contexts: int) -> Any:
-    """Return vLLM's class of a request, but with a prompt that may be as long as so many contexts."""
+    """Return a request class of vLLM that accepts prompts of up to `contexts` context lengths."""
     if contexts == 1:
         return request_class
 

@@ -1,8 +1,8 @@
-"""Has vLLM validate the settings of engines, without loading a model. Run by `gateway.doctor.engine_settings`.
+"""Checks engines' settings with vLLM, without loading a model. Run by `gateway.doctor.engine_settings`.
 
-A process of its own, because importing vLLM takes seconds and ends in a signal where it was built for another CPU.
-Takes a JSON list on standard input, of the arguments of `judge`; the last line of standard output is a JSON list of
-what is wrong with each, null where nothing is. Files that are not here are not looked at, nor is the hub asked.
+A separate process, because importing vLLM takes seconds, and ends with a signal if vLLM was built for another CPU. It
+reads a JSON list of arguments of `judge` from standard input; the last line of standard output is a JSON list of
+errors, null where there is none. Not handled: checkpoints that are not on this machine; the hub is not queried.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from engine.local.async_llm import AsyncLLMEngine, go_offline, local_path
 
 class _Trial(AsyncLLMEngine):
     def check_model(self) -> None:
-        """Have vLLM read the checkpoint's configuration under these settings. Raises ValueError, OSError and more."""
+        """Read the checkpoint's configuration with these settings. Raises ValueError, OSError and others."""
         self._engine_args().create_model_config()
 
 
 def judge(model: str, args: dict[str, Any], revision: str | None, trust_remote_code: bool) -> str | None:
-    """vLLM's objection to an engine's settings, in one line."""
+    """Return vLLM's error about an engine's settings in one line, None if there is none."""
     try:
         trial = _Trial(model, args, revision=revision, trust_remote_code=trust_remote_code)
         if local_path(model, revision) and not trust_remote_code:  # `shannon serve` runs that code, this does not
             trial.check_model()
     except EngineError as error:
         return str(error)
-    except Exception as error:  # vLLM raises all sorts here, as it does when it starts
+    except Exception as error:  # vLLM raises any type here, as at its start
         return _one_line(error)
     return None
 

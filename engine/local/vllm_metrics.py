@@ -1,8 +1,8 @@
 """vLLM's Prometheus metrics, for several engines in one process.
 
-vLLM registers its metrics again with every AsyncLLM and takes down those of the one before, whose counters then go
-nowhere. Here each engine's are moved out of the way as soon as they exist, and one collector shows them all, merged
-by name. Does not handle the metrics of engines that were closed.
+vLLM registers its metrics again with every AsyncLLM and unregisters those of the previous one, whose counters are then
+lost. Here each engine's metrics are moved to a registry of their own as soon as they exist, and one collector exports
+all of them, merged by name. Not handled: metrics of closed engines.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from prometheus_client.registry import Collector
 
 
 class _Engines(Collector):
-    """All running engines' metrics as one."""
+    """Collects the metrics of all running engines."""
 
     def __init__(self) -> None:
         self.process = CollectorRegistry()
-        """What counts for the whole process, and stays when an engine goes."""
+        """Metrics of the whole process, kept when an engine is closed."""
         self.registries: list[CollectorRegistry] = [self.process]
         self.names: dict[CollectorRegistry, str] = {}
         """The label `model_name` of each engine's metrics."""
         self.lock = threading.Lock()
-        """Engines are built in threads, side by side."""
+        """Engines are built concurrently in threads."""
 
     def describe(self) -> Iterable[Metric]:
         return ()
@@ -47,10 +47,10 @@ REGISTRY.register(_engines)
 
 
 def claim_name(registry: CollectorRegistry, wanted: str | list[str]) -> str:
-    """Return the name for an engine's metrics: `wanted`, with a number behind it if a running engine has that name.
+    """Return the name for an engine's metrics: `wanted`, with a number appended if a running engine has that name.
 
-    Two engines of one name would give every series twice, and Prometheus refuses such a page whole. Of several names
-    vLLM shows the first.
+    Two engines with one name would export every series twice, and Prometheus rejects such a page. Of several names vLLM
+    exports the first.
     """
     first = wanted if isinstance(wanted, str) else wanted[0]
     with _engines.lock:
@@ -61,7 +61,7 @@ def claim_name(registry: CollectorRegistry, wanted: str | list[str]) -> str:
 
 
 def stat_logger(registry: CollectorRegistry) -> type[Any]:
-    """Return vLLM's Prometheus logger in a form that keeps its metrics in `registry`, which is shown from now on."""
+    """Return a subclass of vLLM's Prometheus logger with its metrics in `registry`, which is exported from now on."""
     from vllm.v1.metrics.loggers import PrometheusStatLogger
 
     _engines.registries.append(registry)
@@ -69,7 +69,7 @@ def stat_logger(registry: CollectorRegistry) -> type[Any]:
     class OwnPrometheusStatLogger(PrometheusStatLogger):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             with _engines.lock:
-                _take_over(_engines.process)  # what vLLM's modules registered; it would be taken down now
+                _take_over(_engines.process)  # metrics of vLLM's modules, which would be unregistered now
                 super().__init__(*args, **kwargs)
                 _take_over(registry)
 
@@ -89,7 +89,7 @@ def _take_over(registry: CollectorRegistry) -> None:
 
 
 def drop_metrics(registry: CollectorRegistry) -> None:
-    """Show the metrics of a closed engine no more, and free its name."""
+    """Stop exporting the metrics of a closed engine, and free its name."""
     with _engines.lock:
         _engines.names.pop(registry, None)
     if registry in _engines.registries:

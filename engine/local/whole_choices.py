@@ -1,7 +1,7 @@
-"""Several choices that are wanted whole, put together from their pieces.
+"""Joins the streamed outputs of several choices into complete ones.
 
-vLLM gives final outputs of several choices only when all of them have ended. A choice that failed would be known no
-sooner, while the others continue unread. So several choices are always asked for in pieces.
+vLLM returns final outputs of several choices only when all of them have ended. A failed choice would only be noticed
+then, while the others run for nothing. So several choices are always requested as delta outputs.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 class WholeChoices:
-    """The choices of one request. Its time and memory are linear in what they say."""
+    """The choices of one request. Time and memory are linear in the size of the outputs."""
 
     def __init__(self) -> None:
         self._pieces: defaultdict[int, list[CompletionOutput]] = defaultdict(list)
 
     def add(self, pieces: list[CompletionOutput]) -> list[CompletionOutput]:
-        """Take the next pieces of some choices. Returns the choices that have ended with them, whole."""
+        """Add delta outputs. Returns the complete outputs of the choices that ended with them."""
         ended = []
         for piece in pieces:
             self._pieces[piece.index].append(piece)

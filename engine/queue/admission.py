@@ -25,7 +25,7 @@ Policy = Literal["fair", "fifo"]
 
 
 def spare_slots(slots: int) -> int:
-    """The number of an engine's slots that one flow leaves free for others: an eighth, and at least one if possible."""
+    """Return the number of slots that one flow leaves free for others: an eighth, and at least one of several."""
     return min(slots - 1, max(1, slots // 8))
 
 
@@ -43,11 +43,11 @@ class QueuedEngine(EngineWrapper):
         max_in_flight: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`max_in_flight` None means as many sequences as the engine runs at once, or no bound if that is unknown.
+        """`max_in_flight` None means as many sequences as the engine runs at once, or no limit if that is unknown.
 
-        `in_flight_per_flow` None leaves `spare_slots` to others while others are about, so that a newcomer need not
-        wait until one of a flood's long generations ends; a flow that is alone may have the whole batch. `fifo` is for
-        comparison: one line for all, no classes and no caps.
+        `in_flight_per_flow` None leaves `spare_slots` to others while others are active, so that a new flow does not
+        wait for a long generation of a busy one; a flow that is alone may use the whole batch. `fifo` is for
+        comparison: one queue for all, without priority classes and limits per flow.
         """
         self._engine = engine
         self._fair = policy == "fair"
@@ -74,7 +74,7 @@ class QueuedEngine(EngineWrapper):
 
     @property
     def longest_wait_s(self) -> float:
-        """How long the request that has waited longest has waited so far."""
+        """Seconds since the oldest waiting request arrived."""
         since = self._queue.waiting_since() if self._queue is not None else None
         return 0.0 if since is None else self._clock() - since
 

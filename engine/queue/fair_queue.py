@@ -28,17 +28,17 @@ from engine.base import EngineOverloaded, Prepared
 from engine.queue.throughput import Pace
 
 PROMPT_WEIGHT, COMPLETION_WEIGHT = 1, 2
-"""Cost of a token, as in the paper and about as on price lists: the prompt's are processed side by side."""
+"""Cost of a token, as in the paper and roughly as in price lists: prompt tokens are processed in parallel."""
 _MAX_IDLE_FLOWS = 4096
-"""Flows with nothing to do whose counters are remembered; forgetting one forgives what it was served before others."""
+"""Limit on idle flows whose counters are kept. Dropping one resets its counter."""
 _ABOUT_S = 60.0
-"""How long a flow that has left keeps a place for its return: a conversation's next turn, an agent's next step."""
+"""How long an idle flow counts as active: a conversation's next turn or an agent's next step may follow."""
 _FORECAST_S = 0.25  # how old a forecast may be: with a thousand waiting, one takes a millisecond
 
 
 @dataclass(slots=True, eq=False)
 class _Flow:
-    """A flow's requests. `base` is its counter without the completions of those that run now."""
+    """A flow's requests. `base` is its counter without the completions of running requests."""
 
     priority: int
     name: str
@@ -47,10 +47,10 @@ class _Flow:
     running: set[Ticket] = field(default_factory=set)
     waiting: OrderedDict[Ticket, None] = field(default_factory=OrderedDict)
     left_at: float = -math.inf
-    """When it last had nothing to do any more."""
+    """Time at which it became idle."""
 
     def counter(self) -> int:
-        """Return the tokens served, weighted. Summed up when asked: that is far more seldom than tokens come."""
+        """Return the weighted tokens served. Computed on demand, which is much rarer than new tokens."""
         return self.base + sum(ticket.completion_cost() for ticket in self.running)
 
     def head(self) -> Ticket:
@@ -59,21 +59,21 @@ class _Flow:
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """A request in the queue or past it. It is its own `QueuePosition`."""
+    """A waiting or admitted request. Implements `QueuePosition`."""
 
     prepared: Prepared
     number: int
-    """Order of arrival over all flows."""
+    """Order of arrival across all flows."""
     slots: int
     entered_at: float
     _queue: FairQueue
     _flow: _Flow
     admitted_at: float | None = None
     turn: asyncio.Future[None] | None = None
-    """Resolved on admission. The waiting request sets it."""
+    """Resolved on admission. Set by the caller that waits for it."""
     place: int = 0
     index: int = 0
-    """How many wait in front of it, over all flows plus one and in its own, as of the last forecast."""
+    """From the last forecast: `place` across all flows (1 is next) and `index` in its own flow (0 is next)."""
 
     @property
     def position(self) -> int:
@@ -88,7 +88,7 @@ class Ticket:
 
 
 class FairQueue:
-    """Requests in order of service. Every request that enters must leave, however it ends."""
+    """The queue of one engine. The caller of `enter` must call `leave`, however the request ends."""
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class FairQueue:
         Unless `fair`, all requests are of one flow, which may fill the queue.
         """
         self.waiting = 0
-        """Requests that wait."""
+        """Number of waiting requests."""
         self.slots_held = 0
         self._slots = math.inf if slots is None else slots
         self._flow_slots = min(self._slots, math.inf if flow_slots is None or not fair else flow_slots)
@@ -120,17 +120,17 @@ class FairQueue:
         self._flows: dict[tuple[int, str], _Flow] = {}
         self._idle: OrderedDict[tuple[int, str], _Flow] = OrderedDict()
         self._backlog: dict[tuple[int, str], _Flow] = {}
-        """The flows that have requests waiting."""
+        """Flows with waiting requests."""
         self._last: dict[int, _Flow] = {}
-        """The flow admitted last, by priority."""
+        """Flow of the latest admission, by priority."""
         self._line: list[tuple[int, float]] = []
-        """Priority and counter at which each waiting request is expected to be admitted, in order; a forecast."""
+        """Forecast: priority and counter at which each waiting request will be admitted, in order."""
         self._line_at = -math.inf
 
     def enter(self, prepared: Prepared) -> Ticket:
-        """Admit a request, or let it wait.
+        """Admit a request or add it to the queue.
 
-        Raises EngineOverloaded when there is no place for it, or when it would wait for longer than `max_wait_s`.
+        Raises EngineOverloaded if the queue is full or the predicted wait exceeds `max_wait_s`.
         """
         key = (prepared.priority, prepared.flow) if self._fair else (0, "")
         flow = self._flows.get(key)
@@ -155,7 +155,7 @@ class FairQueue:
         return ticket
 
     def leave(self, ticket: Ticket) -> None:
-        """Give back what a request holds, a slot or a place. Idempotent."""
+        """Release a request's slots or its place in the queue. Idempotent."""
         flow = ticket._flow
         if ticket in flow.running:
             self._release(ticket)
@@ -170,15 +170,15 @@ class FairQueue:
                 self._idle.popitem(last=False)
 
     def waiting_since(self) -> float | None:
-        """Return when the first of all that wait came."""
+        """Return the arrival time of the oldest waiting request."""
         return min((flow.head().entered_at for flow in self._backlog.values()), default=None)
 
     def waiters(self) -> list[Ticket]:
-        """Return all that wait."""
+        """Return all waiting requests."""
         return [ticket for flow in self._backlog.values() for ticket in flow.waiting]
 
     def _lift(self, flow: _Flow) -> None:
-        """Raise a flow that had nothing waiting to the least of its class that waits, else to the last admitted."""
+        """Raise an idle flow's counter to the lowest waiting one of its class, otherwise to the last admitted one."""
         rivals = [other for other in self._backlog.values() if other.priority == flow.priority]
         if rivals:
             flow.base += max(0, min(rival.counter() for rival in rivals) - flow.counter())
@@ -187,7 +187,7 @@ class FairQueue:
             flow.base = max(flow.base, last.base)
 
     def _most_slots(self) -> float:
-        """The number of slots that one active flow may hold now."""
+        """Return the number of slots that a flow may hold now."""
         if len(self._flows) > 1:
             return self._shared_flow_slots
         last = next(reversed(self._idle.values()), None)
@@ -211,7 +211,7 @@ class FairQueue:
             self._admit(ticket)
 
     def _next(self) -> Ticket | None:
-        """Return the request whose turn it is, if there are slots for it."""
+        """Return the next request if there are enough slots for it."""
         heads = [(flow, flow.head()) for flow in self._backlog.values()]
         most_slots = self._most_slots()
         ready = [(flow, head) for flow, head in heads if flow.slots + head.slots <= most_slots]
@@ -249,13 +249,13 @@ class FairQueue:
     # The methods below only predict. No request's turn depends on them.
 
     def position(self, ticket: Ticket) -> int:
-        """Return the place of a waiting request, 1 being next, as of a moment ago."""
+        """Return the position of a waiting request, 1 being next, at most `_FORECAST_S` old."""
         if not ticket.place or self._clock() - self._line_at >= _FORECAST_S:
             self._forecast()
         return max(1, ticket.place)
 
     def wait_s(self, ticket: Ticket) -> float:
-        """The predicted seconds until a waiting request is admitted."""
+        """Predict the seconds until a waiting request is admitted."""
         return self._predict_s(self.position(ticket), ticket.index)
 
     def _predict_s(self, place: int, index: int) -> float:
@@ -295,7 +295,7 @@ class FairQueue:
         return _overloaded("hopeless", until_hope_s) if until_hope_s > 0 else None
 
     def overdue(self, ticket: Ticket) -> EngineOverloaded:
-        """Return the error of a request that has waited for `max_wait_s`."""
+        """Return the error for a request that has waited for `max_wait_s`."""
         return _overloaded("timeout", self.wait_s(ticket))
 
 

@@ -1,4 +1,4 @@
-"""A bounded number of slots that API keys share fairly: one key's slow work never takes the last of them."""
+"""Slots and threads that API keys share fairly: slow work of one key never takes the last slot."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _T = TypeVar("_T")
 
 
 class FairSlots:
-    """A semaphore that serves keys in turns.
+    """A semaphore that is fair across keys.
 
-    A free slot goes to the waiting key that holds the fewest, and of equals to the one that has waited longest.
+    A free slot goes to the waiting key that holds the fewest, and among equals to the one that has waited longest.
 
     With `spare`, a key may take another slot only while it holds fewer than are free: alone it gets half of them, the
-    next key half of the rest, and so on, so that a newcomer finds one at once. That is for work whose length others
-    control, such as an answer from a foreign server. Without it a newcomer may have to wait for one piece of work to
-    end, which is for work that is short and bounded.
+    next key half of the rest, and so on, so that a new key finds one immediately. Use it for work of unknown duration,
+    such as a request to another server. Without it, a new key may have to wait for one piece of work to end; use it
+    for short work.
     """
 
     def __init__(self, slots: int, *, spare: bool = True) -> None:
@@ -31,17 +31,17 @@ class FairSlots:
 
     @property
     def free(self) -> int:
-        """Free slots."""
+        """Number of free slots."""
         return self._free
 
     @property
     def waiting(self) -> int:
-        """Callers that wait for a slot."""
+        """Number of callers that wait for a slot."""
         return sum(map(len, self._waiting.values()))
 
     @contextlib.asynccontextmanager
     async def held_by(self, key_id: str) -> AsyncIterator[None]:
-        """Hold a slot for a key. A caller that is cancelled gives it back, or up its place."""
+        """Hold a slot for a key. Cancellation releases the slot, or the place in the queue."""
         await self.take_for(key_id)
         try:
             yield
@@ -49,10 +49,10 @@ class FairSlots:
             self.give_back(key_id)
 
     async def run_for(self, work: Coroutine[Any, Any, _T], key_id: str) -> _T:
-        """The result of `work`, in a slot that it keeps until it ends.
+        """Run `work` in a slot that it keeps until it ends, and return its result.
 
-        A caller that is cancelled leaves at once. Work that has begun continues without it, so that leaving and coming
-        back gains nothing; work that has not begun never does.
+        Cancelling the caller does not cancel work that has started, so that cancelling and retrying gains nothing;
+        work that has not started is dropped.
         """
         try:
             await self.take_for(key_id)
@@ -64,13 +64,13 @@ class FairSlots:
         def on_end(done: asyncio.Future[_T]) -> None:
             self.give_back(key_id)
             if not done.cancelled():
-                done.exception()  # the caller may have left
+                done.exception()  # retrieve it: the caller may have been cancelled
 
         running.add_done_callback(on_end)
         return await asyncio.shield(running)
 
     async def take_for(self, key_id: str) -> None:
-        """Take a slot for a key, to be given back with `give_back`."""
+        """Take a slot for a key; release it with `give_back`."""
         if key_id not in self._waiting and self._may_take(key_id):
             self._grant(key_id)
             return
@@ -79,7 +79,7 @@ class FairSlots:
         try:
             await turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():  # it was granted in the same moment
+            if turn.done() and not turn.cancelled():  # it was granted at the same moment
                 self.give_back(key_id)
             else:
                 self._leave(key_id, turn)
@@ -93,7 +93,7 @@ class FairSlots:
         self._held[key_id] += 1
 
     def give_back(self, key_id: str) -> None:
-        """Give back a slot that was taken."""
+        """Release a slot."""
         self._free += 1
         self._held[key_id] -= 1
         if not self._held[key_id]:
@@ -115,10 +115,10 @@ class FairSlots:
             turns = self._waiting[key_id]
             turn = turns.popleft()
             if turns:
-                self._waiting.move_to_end(key_id)  # it has had its turn
+                self._waiting.move_to_end(key_id)  # behind the keys that are still waiting
             else:
                 del self._waiting[key_id]
-            if not turn.done():  # else its caller was cancelled, and has not run since
+            if not turn.done():  # otherwise its caller was cancelled and has not run since
                 self._grant(key_id)
                 turn.set_result(None)
 
@@ -126,8 +126,8 @@ class FairSlots:
 class FairThreads:
     """Threads for short, bounded work, shared fairly by keys.
 
-    A caller that is cancelled leaves at once. Work of its that has begun keeps its slot until it ends, so that leaving
-    and coming back gains nothing; work that has not begun never does.
+    Cancelling a caller does not stop work that has started: it keeps its slot until it ends, so that cancelling and
+    retrying gains nothing. Work that has not started is dropped.
     """
 
     def __init__(self, threads: int, name: str) -> None:
@@ -135,22 +135,22 @@ class FairThreads:
         self._slots = FairSlots(threads, spare=False)
 
     async def run_for(self, work: Callable[[], _T], key_id: str) -> _T:
-        """The result of `work`, run in a thread for a key. Raises what it raises."""
+        """Run `work` in a thread for a key and return its result. Raises what `work` raises."""
         loop = asyncio.get_running_loop()
         await self._slots.take_for(key_id)
 
         def on_end(_: Future[_T]) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+            with contextlib.suppress(RuntimeError):  # the loop has been closed
                 loop.call_soon_threadsafe(self._slots.give_back, key_id)
 
         try:
             running = self._executor.submit(work)
-        except BaseException:  # there are no more threads, or the executor is shut down
+        except BaseException:  # no more threads, or the executor is shut down
             self._slots.give_back(key_id)
             raise
         running.add_done_callback(on_end)
         return await asyncio.wrap_future(running)
 
     def close(self) -> None:
-        """Let the threads end. Work that has not begun is cancelled."""
+        """Shut the threads down. Work that has not started is cancelled."""
         self._executor.shutdown(wait=False, cancel_futures=True)

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 
 _MEASURED = 64
-"""Finished requests that are remembered."""
+"""Number of finished requests in the averages."""
 
 
 class Pace:

@@ -12,7 +12,7 @@ from engine.remote.upstream import MAX_EMBEDDINGS_BYTES, Upstream
 from engine.remote.wire import BYTES_PER_TOKEN, PreparedCall, embedding_body, estimate_tokens, is_error, refuse
 
 _MAX_COUNTED_INPUTS = 32
-"""More inputs than this are estimated, because counting takes one request each."""
+"""If there are more inputs, their tokens are estimated: counting takes one request per input."""
 
 
 class RemoteEmbeddings:

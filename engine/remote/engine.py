@@ -72,11 +72,11 @@ log = logging.getLogger(__name__)
 
 _AFTER_DEFECT_S = 1.0
 _LINGER_S = 0.25
-"""For the end of a response after [DONE]; without it the connection could not be used again."""
+"""Wait for the end of a response after [DONE], so that the connection can be reused."""
 
 
 class RemoteEngine(TaskEngine):
-    """An `Engine` over replicas elsewhere. It declares all tasks: a server shows what it offers when it is asked."""
+    """An `Engine` over remote replicas. It declares all tasks, because a server's tasks only show in its responses."""
 
     tasks: ClassVar[tuple[Task, ...]] = ("generate", "embed")
 
@@ -137,7 +137,7 @@ class RemoteEngine(TaskEngine):
 
     @property
     def replicas(self) -> list[Replica]:
-        """The replicas, for health checks and metrics."""
+        """The replicas and their state."""
         return self._pool.replicas
 
     @property
@@ -149,7 +149,7 @@ class RemoteEngine(TaskEngine):
         return self._max_model_len or min(told)
 
     async def start(self) -> None:
-        """Ask every replica who it is. Those that don't answer are named in the log, and asked again for ever."""
+        """Probe every replica. Those that don't respond are logged, and probed until they do."""
         self._upstream.open()
         await asyncio.gather(*(self._probe(replica) for replica in self._pool.replicas))
         self._watches = [asyncio.create_task(self._watch(replica)) for replica in self._pool.replicas]
@@ -169,7 +169,7 @@ class RemoteEngine(TaskEngine):
                 await asyncio.sleep(_AFTER_DEFECT_S)
 
     async def _examine(self, replica: Replica) -> None:
-        """Find out whether a suspected replica is well."""
+        """Probe a suspected replica, and open its breaker if the probe fails."""
         try:
             await self._upstream.probe(replica)
         except AttemptFailed as failure:
@@ -298,7 +298,7 @@ class RemoteEngine(TaskEngine):
     async def _attempt(
         self, replica: Replica, prepared: Prepared, reply: Reply, attempts: Attempts
     ) -> AsyncGenerator[Delta, None]:
-        """Yield what one replica makes of a generation. Raises AttemptFailed, InvalidRequest."""
+        """Yield the deltas of one replica. Raises AttemptFailed, InvalidRequest."""
         now = asyncio.get_running_loop().time
         patience = Patience(self._first_token_timeout_s, self._idle_timeout_s, self._queue_timeout_s, now)
         frames = Frames()
@@ -339,7 +339,7 @@ class RemoteEngine(TaskEngine):
                     await read_some(stream.chunks, now() + _LINGER_S, complete=True)
 
     async def check_health(self) -> None:
-        """Raise EngineUnavailable only when not running; see the module."""
+        """Raise EngineUnavailable if not running. Unreachable replicas are no failure of this engine."""
         self._upstream.running()
 
     def cpu_time_s(self) -> float | None:

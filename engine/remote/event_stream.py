@@ -21,34 +21,34 @@ import orjson
 from engine.remote.pool import AttemptFailed
 
 _MAX_FRAME_BYTES = 32 * 2**20
-"""The longest sane frame is a whole answer with the logprobs of every token."""
+"""The longest valid frame is a whole response with the logprobs of every token."""
 _MAX_ATTEMPTS = 64
-"""So often a frame of several lines is parsed before its end is known, or long ones would take quadratic time."""
+"""Limit on attempts to parse a frame of several lines before its end, so that time stays linear."""
 _BOM = b"\xef\xbb\xbf"
 
 
 class Frames:
-    """Cuts an answer, arriving in pieces of any size, into parsed frames."""
+    """Splits a response, received in chunks of any size, into parsed frames."""
 
     def __init__(self) -> None:
         self.done = False
-        """[DONE] was seen. What follows it is dropped."""
+        """[DONE] has been received. Anything after it is ignored."""
         self.is_document = False
-        """The answer began with a JSON document instead of an event; it is complete."""
+        """The response started with a complete JSON document instead of an event."""
         self._line = bytearray()
-        """A line whose end has not arrived."""
+        """An incomplete line."""
         self._frame = bytearray()
-        """The data lines, or the JSON document, whose JSON is not whole yet."""
+        """Incomplete JSON: data lines or a document."""
         self._attempts = 0
         self._in_document = False
         self._after_cr = False
         self._is_error = False
-        """The event that comes next is called an error."""
+        """The type of the next event is `error`."""
         self._begun = False
         self._framed = False
 
     def read(self, data: bytes) -> tuple[list[Any], AttemptFailed | None]:
-        """Return the frames that `data` completes, or the end of the answer if it is empty, and what is wrong then."""
+        """Return the frames that `data` completes, and a failure if there is one. Empty `data` is the end."""
         frames: list[Any] = []
         try:
             frames.extend(self._cut(data) if data else self._close())
@@ -61,9 +61,9 @@ class Frames:
         return list(self._cut(data))
 
     def end(self) -> list[Any]:
-        """Return the frames that the end of the answer completes: the last line may lack its own. Raises AttemptFailed.
+        """Return the frames that the end of the response completes. Raises AttemptFailed.
 
-        A frame that is cut off is none.
+        The last line may lack its line end. An incomplete frame is dropped.
         """
         return list(self._close())
 
@@ -120,7 +120,7 @@ class Frames:
         return []  # a comment, or another field
 
     def _add(self, data: bytes) -> list[Any]:
-        """Add a line to the frame; return the frame if that makes it whole."""
+        """Add a line to the frame. Returns the frame if it is complete."""
         if self._frame:
             self._frame += b"\n"
         self._frame += data
@@ -131,7 +131,7 @@ class Frames:
         return []
 
     def _try(self) -> list[Any]:
-        """Return the frame if it is whole."""
+        """Return the frame if its JSON is complete."""
         frame = _parse(bytes(self._frame))
         self._attempts += 1
         if frame is _BROKEN:
@@ -151,8 +151,8 @@ _BROKEN = object()
 
 
 def _parse(data: bytes) -> Any:
-    """Return the parsed JSON, or _BROKEN. Halves of surrogate pairs, and the infinite numbers that Python writes, are
-    kept: only Python's parser takes them."""
+    """Return the parsed JSON, or _BROKEN. Half surrogate pairs, NaN and Infinity are accepted, which needs Python's
+    parser."""
     try:
         return orjson.loads(data)
     except orjson.JSONDecodeError:

@@ -37,31 +37,30 @@ Choice = Literal["least_loaded", "sticky"]
 Outcome = Literal["declined", "overloaded", "slow", "failed", "unreachable", "stalled"]
 
 _BACKOFF_S = 0.1
-"""Pause before the only replica is tried again; doubles. A server that was just restarted listens within seconds."""
+"""Pause before a retry on the only replica; doubles. A restarted server listens within seconds."""
 _UNEVEN_FACTOR, _UNEVEN_REQUESTS = 2, 8
-"""A conversation leaves its replica when that has more than so many times the least load, plus so many requests."""
+"""A conversation leaves its replica if that has more than this factor times the lowest load, plus this number."""
 _MAX_WEIGHT = 16.0
-"""A busy replica still gets a sixteenth of an idle one's share, or its recovery would not be noticed."""
+"""A busy replica keeps a sixteenth of an idle one's share, so that its recovery is noticed."""
 _HALVING_S = 5.0
-"""How fast its share comes back if it sends no Retry-After."""
+"""Half-life of a busy replica's lower share, unless it sent Retry-After."""
 _MAX_HALVING_S = 60.0
 _LOG_EVERY_S = 60.0
-"""A fault that repeats is logged this often."""
+"""Interval of log lines for a repeated failure."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What an outcome means for the request and for the replica."""
+    """Consequences of an outcome for the request and for the replica."""
 
     others: Literal["all", "one"]
-    """How many other replicas may be tried; "one" where the request may break every replica that gets it."""
+    """Other replicas to try; "one" if the request itself may cause the failure."""
     again: bool
-    """The same replica, if it is the only one, may serve the request a moment later."""
+    """Whether the same replica is tried again if it is the only one."""
     evidence: Literal["none", "doubt", "proof"]
-    """Against the replica: "doubt" counts towards a probe, "proof" also counts when another replica serves the request.
-    """
+    """Against the replica: "doubt" counts towards a probe, "proof" also if another replica serves the request."""
     busy: bool
-    """The replica gets a smaller share for a while."""
+    """Whether the replica gets a smaller share for some time."""
 
 
 RULES: dict[Outcome, Rule] = {
@@ -78,12 +77,12 @@ RULES: dict[Outcome, Rule] = {
     # Silence after the first token.
     "stalled": Rule(others="all", again=False, evidence="proof", busy=False),
 }
-"""Not in it: a request that was served, which ends all doubt; one that was refused as invalid, and one whose client
-left, which mean nothing for the replica."""
+"""Not listed: a served request, which clears all doubt; an invalid request and one whose client disconnected, which are
+no evidence."""
 
 
 class AttemptFailed(Exception):
-    """One replica could not serve a request. The message is for the log; clients see what `Attempts` raises."""
+    """One replica could not serve a request. The message is for the log; clients receive the error of `Attempts`."""
 
     def __init__(
         self,
@@ -93,7 +92,7 @@ class AttemptFailed(Exception):
         error: EngineError | None = None,
         retry_after_s: float | None = None,
     ) -> None:
-        """`error` is what clients see if it is the same everywhere; `retry_after_s` what the replica said."""
+        """`error` is for clients if all replicas fail the same; `retry_after_s` is from the replica."""
         super().__init__(reason)
         self.outcome = outcome
         self.error = error
@@ -165,51 +164,51 @@ class ReplicaBreaker(Breaker):
 
 @dataclass(eq=False)
 class Replica:
-    """One upstream server, and what has been learned about it. `url` ends with /v1."""
+    """One server and its state. `url` ends with /v1."""
 
     url: str
     breaker: ReplicaBreaker
     in_flight: int = 0
-    """Requests of ours that it works on."""
+    """Requests of this gateway in progress there."""
     max_model_len: int | None = None
     is_vllm: bool = False
     lists_model: bool = True
     tokenizer: Literal["answers", "fails", "missing"] = "answers"
-    """What is known of its /tokenize."""
+    """State of its /tokenize."""
     refused: set[str] = field(default_factory=set)
-    """Optional request fields that it does not take."""
+    """Optional request fields that it rejects."""
     discarded_tokens: int = 0
-    """Prompt and completion tokens of attempts whose answer reached no client. No key pays for them."""
+    """Prompt and completion tokens of discarded attempts, which no key is charged for."""
     _weight: float = 1.0
     _weighed_at_s: float = 0.0
     _halving_s: float = _HALVING_S
     _logged: dict[str, tuple[float, int]] = field(default_factory=dict)
-    """By outcome: when it was logged last, and how often it has happened since."""
+    """By outcome: time of the last log line, and the number of failures since."""
 
     @property
     def root(self) -> str:
-        """Where vLLM has the routes that OpenAI does not know."""
+        """URL prefix of vLLM's routes outside /v1."""
         return self.url.removesuffix("/v1")
 
     @property
     def weight(self) -> float:
-        """How many times its load counts: 1, or more while it is busy."""
+        """Factor on its load: 1, or more while it is busy."""
         age_s = self.breaker.clock() - self._weighed_at_s
         return max(1.0, self._weight * math.exp2(-age_s / self._halving_s))
 
     @property
     def load(self) -> float:
-        """Our requests that it works on, as if it had as much room as the others."""
+        """Requests in progress, weighted by how busy it is."""
         return self.weight * (self.in_flight + 1) - 1
 
     def note_busy(self, retry_after_s: float | None) -> None:
-        """Halve its share of the requests. The share comes back over about the time of its Retry-After."""
+        """Halve its share of the requests. The share recovers over a time of the order of `retry_after_s`."""
         self._weight = min(2 * self.weight, _MAX_WEIGHT)
         self._weighed_at_s = self.breaker.clock()
         self._halving_s = _HALVING_S if retry_after_s is None else min(max(retry_after_s, 1.0), _MAX_HALVING_S)
 
     def log_failure(self, outcome: str, reason: str) -> None:
-        """Log a failure, unless one of its kind was logged a moment ago."""
+        """Log a failure, at most once per `_LOG_EVERY_S` and outcome."""
         now = self.breaker.clock()
         since, unlogged = self._logged.get(outcome, (now - _LOG_EVERY_S, 0))
         if now - since < _LOG_EVERY_S:
@@ -223,24 +222,24 @@ class Replica:
 
 @runtime_checkable
 class Replicated(Protocol):
-    """An engine whose work is done by replicas."""
+    """An engine with replicas."""
 
     @property
     def replicas(self) -> list[Replica]: ...
 
 
 class Pool:
-    """All replicas of an engine."""
+    """The replicas of an engine, and the choice among them."""
 
     def __init__(self, replicas: list[Replica], choice: Choice = "least_loaded") -> None:
         self.replicas = replicas
         self._choice = choice
 
     def choose(self, affinity: str = "", excluded: Collection[Replica] = ()) -> Replica | None:
-        """Return the replica for a request, or None when there is none to try.
+        """Return the replica for a request, or None if there is none.
 
-        Sticky choice is rendezvous hashing over the replicas that are well: a conversation keeps its replica for as
-        long as that is well and not much more loaded than another, and only the conversations of a lost one move.
+        Sticky choice is rendezvous hashing over the available replicas: a conversation keeps its replica while that is
+        available and not much more loaded than another, and only the conversations of a lost replica move.
         """
         usable = [r for r in self.replicas if r.breaker.state != "open" and r not in excluded]
         free = [r for r in usable if not r.breaker.on_trial and not r.breaker.suspected] or usable
@@ -254,13 +253,13 @@ class Pool:
         return chosen
 
     def check(self) -> None:
-        """Raise EngineUnavailable when every replica is left alone."""
+        """Raise EngineUnavailable if every breaker is open."""
         if all(replica.breaker.state == "open" for replica in self.replicas):
             raise _unavailable()
 
     @contextlib.contextmanager
     def occupy(self, replica: Replica) -> Iterator[None]:
-        """Count a request of ours at `replica`; at a half-open one it is the trial."""
+        """Count a request at `replica`. For a half-open breaker it is the trial."""
         trial = replica.breaker.state == "half_open" and not replica.breaker.on_trial
         replica.breaker.on_trial |= trial
         replica.in_flight += 1
@@ -273,7 +272,7 @@ class Pool:
 
 
 class Attempts:
-    """Where one request may be tried: at no replica twice, unless there is only one, and `retries` times more."""
+    """The attempts of one request: at most `retries` retries, on different replicas unless there is only one."""
 
     def __init__(self, pool: Pool, affinity: str, retries: int) -> None:
         self._pool = pool
@@ -282,10 +281,10 @@ class Attempts:
         self._tried: list[Replica] = []
         self._failures: list[tuple[Replica, AttemptFailed]] = []
         self._unproven: list[tuple[Replica, bool]] = []
-        """Replicas that another one may prove guilty, and whether they had begun to answer."""
+        """Replicas that failed the request, and whether after a first token; the success of another is evidence."""
 
     async def next(self) -> Replica:
-        """Return the replica to try now. Raises what clients see when there is none left."""
+        """Return the next replica to try. Raises the error for the client if there is none left."""
         last = self._failures[-1][1] if self._failures else None
         if self._left > 0:
             if last is not None and last.rule.again and len(self._pool.replicas) == 1:
@@ -299,7 +298,7 @@ class Attempts:
         raise self._verdict() from last
 
     def fail(self, replica: Replica, failure: AttemptFailed, *, late: bool = False) -> None:
-        """Record that the request has failed at `replica`. `late`: after the first token."""
+        """Record a failed attempt; `late` means after the first token."""
         self._failures.append((replica, failure))
         if failure.rule.evidence == "proof":
             self._unproven.append((replica, late))
@@ -335,7 +334,7 @@ class Attempts:
 
 
 def blame(replica: Replica, failure: AttemptFailed) -> None:
-    """Log a failure, and hold against the replica what the rules say."""
+    """Log a failure, and apply its rule to the replica."""
     replica.log_failure(failure.outcome, str(failure))
     if failure.rule.busy:
         replica.note_busy(failure.retry_after_s)
@@ -348,5 +347,5 @@ def _unavailable() -> EngineUnavailable:
 
 
 def _score(affinity: str, url: str) -> bytes:
-    """Return the weight of a replica for a conversation, the same in every process."""
+    """Return the rendezvous weight of a replica for a conversation, the same in every process."""
     return hashlib.blake2b(url.encode(), key=hashlib.sha256(affinity.encode()).digest(), digest_size=8).digest()

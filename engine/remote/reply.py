@@ -19,15 +19,14 @@ from engine.remote.tool_call_pieces import CallPieces, tool_names
 from engine.remote.wire import estimate_tokens, is_error, most_tokens, refuse
 
 _LONGEST_TOKEN_CHARS = 32
-"""A frame with more text holds several tokens."""
+"""A frame with more text has several tokens."""
 _COUNTED_CONTEXTS = 2
-"""Counts of more than so many times the context length are wrong. Its length in the settings may be less than the
-server's own."""
+"""Counts above this many context lengths are wrong. The context length in the settings may be below the server's."""
 _NO_COUNT = 2**31
 _GUESSED_CONTEXTS = 8
-"""An answer guessed to be longer than this has no end. Servers that send a letter per frame are guessed high."""
+"""Limit on an estimated response, in context lengths. Estimates are high for servers that send one letter per frame."""
 _LEAST_LOGPROB = -9999.0
-"""What vLLM makes of a probability of nothing, which JSON has no number for."""
+"""vLLM's value for -inf, which JSON can't represent."""
 _FINISH_REASONS: dict[str, FinishReason] = {
     "length": "length",
     "max_tokens": "length",
@@ -39,11 +38,11 @@ _FINISH_REASONS: dict[str, FinishReason] = {
 
 
 class Reply:
-    """The answer to one generation, as one replica gives it. Keeps `prepared.usage` up to date.
+    """The response of one replica to one generation. Keeps `prepared.usage` up to date.
 
-    The usage of a server that reports it with every frame is used. Otherwise tokens are estimated, at least one for
-    each frame with content, and the usage is marked as estimated until the server tells the sum at the end. What can't
-    be true of a context of `context_tokens` is not believed, and an answer that continues far beyond it is no answer.
+    Usage that the server reports in every frame is used as it is. Otherwise tokens are estimated, at least one for each
+    frame with content, and the usage is marked as estimated until the server reports the totals at the end. Counts that
+    are impossible with a context of `context_tokens` are ignored; a response far longer than that fails.
     """
 
     def __init__(
@@ -54,7 +53,7 @@ class Reply:
         self.started = False
         """A token has been generated."""
         self.is_whole = False
-        """The answer is one document, not a stream; its usage is of all choices together."""
+        """The response is one document, not a stream; its usage is the total of all choices."""
         self._prepared = prepared
         self._request = request
         self._choices = [_Choice(request) for _ in range(prepared.n)]
@@ -68,14 +67,14 @@ class Reply:
         return all(choice.finished for choice in self._choices)
 
     def forget_usage(self) -> int:
-        """Set the usage back to nothing, and return how many tokens it was."""
+        """Reset the usage to zero. Returns the discarded tokens."""
         usage = self._prepared.usage
         spent = usage.prompt_tokens + usage.completion_tokens
         usage.prompt_tokens = usage.completion_tokens = usage.cached_tokens = usage.reasoning_tokens = 0
         return spent
 
     def read_all(self, frames: list[Any]) -> tuple[list[Delta], AttemptFailed | InvalidRequest | None]:
-        """Count all these frames; return what they add, and the failure that ended them."""
+        """Read frames. Returns their deltas, and the failure that ended them if there is one."""
         deltas: list[Delta] = []
         try:
             for frame in frames:
@@ -108,7 +107,7 @@ class Reply:
         return deltas
 
     def end(self) -> list[Delta]:
-        """Return the ends of choices that never had one, in an answer that says itself that it is complete."""
+        """Return final deltas for choices without a finish reason, after the response has ended regularly."""
         deltas = []
         for index, choice in enumerate(self._choices):
             if self.started and not choice.finished:
@@ -159,7 +158,7 @@ class Reply:
 
 
 class _Choice:
-    """What one choice has said so far, and how many tokens that is."""
+    """State of one choice: its tokens and its unfinished parts."""
 
     def __init__(self, request: GenerationRequest) -> None:
         self.finished = False
@@ -171,16 +170,16 @@ class _Choice:
         self._is_forced = isinstance(request.tool_choice, dict)
         self._calls = CallPieces(tool_names(request.tools))
         self._halves: dict[str, str] = {}
-        """By field, the first half of a surrogate pair whose second has not come."""
+        """By field, the first half of a surrogate pair without its second half."""
 
     def read(self, choice: dict[str, Any], index: int) -> Delta:
-        """The delta of a frame for this choice. Raises AttemptFailed, and what wrong types raise."""
+        """Return the delta of a frame. Raises AttemptFailed, and any error of invalid types."""
         return self._read_chat(choice, index) if self._is_chat else self._read_text(choice, index)
 
     def guess(self, delta: Delta) -> None:
-        """Estimate the tokens of a frame without usage: one, or by its length if that is too long for a token.
+        """Estimate the tokens of a frame without usage: one, or by its length if it is too long for one token.
 
-        An end alone is none, as not every server makes a token of it.
+        A finish reason alone counts as none, because not every server has a token for it.
         """
         says = bool(delta.text or delta.reasoning or delta.tool_calls or delta.logprobs)
         self.guessed = self.guessed or says or not self.tokens
@@ -218,7 +217,7 @@ class _Choice:
         return Delta(self._whole_text("text", choice.get("text")), index, self._finish_reason(choice), logprobs)
 
     def _finish_reason(self, choice: dict[str, Any]) -> FinishReason | None:
-        """Return the finish reason, once: empty strings are none, and some servers repeat it."""
+        """Return the finish reason once. Some servers repeat it; an empty string is none."""
         reason = choice.get("finish_reason")
         if reason in ("error", "abort"):  # vLLM's core gave up on the request by itself
             raise AttemptFailed("failed", f"finished with {reason!r}")
@@ -228,13 +227,13 @@ class _Choice:
         return _FINISH_REASONS.get(reason, "stop") if isinstance(reason, str) else "stop"
 
     def _with_calls(self, reason: FinishReason) -> FinishReason:
-        """Return the reason that fits the calls. With a named `tool_choice` OpenAI says "stop" itself."""
+        """Return the finish reason, corrected for tool calls. With a named `tool_choice` OpenAI sends "stop"."""
         if reason == "stop" and self._calls and self._calls.are_whole() and not self._is_forced:
             return "tool_calls"
         return "stop" if reason == "tool_calls" and not self._calls else reason
 
     def _whole_text(self, name: str, given: Any) -> str:
-        """Return the text of a field, a string or a list of parts. Halves of a character wait for each other."""
+        """Return the text of a field, a string or a list of parts. Half a surrogate pair waits for the other."""
         text = _joined(given)
         if text.isascii() and not self._halves:
             return text
@@ -250,7 +249,7 @@ def _says_something(delta: Delta) -> bool:
 
 
 def merge(deltas: list[Delta]) -> list[Delta]:
-    """Return one delta per choice."""
+    """Join deltas into one per choice."""
     merged = []
     choices: dict[int, list[Delta]] = {}
     for delta in deltas:
@@ -272,7 +271,7 @@ def merge(deltas: list[Delta]) -> list[Delta]:
 
 
 def read_tokens(answer: Any) -> list[int] | None:
-    """Return the token ids of vLLM's answer to /tokenize, or None where it is another one."""
+    """Return the token ids of a /tokenize response of vLLM, or None if it is a different response."""
     tokens = answer.get("tokens") if isinstance(answer, dict) else None
     if not isinstance(tokens, list) or read_count(answer, "count") != len(tokens):
         return None
@@ -280,7 +279,7 @@ def read_tokens(answer: Any) -> list[int] | None:
 
 
 def read_count(fields: Any, name: str) -> int | None:
-    """Return the count that is there under a name, or None, also where it is none of tokens."""
+    """Return the token count in a field, or None if it is missing or invalid."""
     count = fields.get(name) if isinstance(fields, dict) else None
     return count if type(count) is int and 0 <= count < _NO_COUNT else None
 
@@ -318,7 +317,7 @@ def _vector(embedding: Any) -> list[float]:
 
 
 def _joined(value: Any) -> str:
-    """Return a text that may come as a list of parts, of which only text is read."""
+    """Return a text, or the joined text parts of a list."""
     if isinstance(value, list):
         return "".join(_joined(part.get("text")) for part in value if part.get("type", "text") == "text")
     if value is None or isinstance(value, str):
@@ -333,7 +332,7 @@ def _text(value: Any) -> str:
 
 
 def _clean(text: str) -> str:
-    """Return text that can be encoded: pairs of surrogates joined, single ones replaced."""
+    """Return text that can be encoded: surrogate pairs joined, single surrogates replaced."""
     if text.isascii():
         return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
@@ -350,7 +349,7 @@ def _logprob(entry: dict[str, Any]) -> TokenLogprob:
 
 
 def _probability(value: Any) -> float:
-    """Return the logarithm of a probability, or a logit, as a number that JSON has."""
+    """Return a log probability, or a logit, limited to what JSON can represent."""
     logprob = _LEAST_LOGPROB if value is None else float(value)
     return min(max(logprob, _LEAST_LOGPROB), -_LEAST_LOGPROB) if logprob == logprob else _LEAST_LOGPROB
 
@@ -361,7 +360,7 @@ def _bytes(value: Any) -> list[int] | None:
 
 
 def _bare_logprobs(given: dict[str, Any]) -> list[TokenLogprob] | None:
-    """Convert the older form of completions: parallel lists, and a map of the best alternatives."""
+    """Convert the format of /v1/completions: parallel lists, and a map of the most likely alternatives."""
     tokens = given.get("tokens") or []
     tops = given.get("top_logprobs") or [None] * len(tokens)
     entries = []

@@ -24,15 +24,15 @@ _TIMEOUT_S = 5.0  # a prompt of 100 000 tokens takes vLLM a fifth of a second
 _PAUSE_S = 5.0
 _MAX_PAUSE_S = 300.0
 _MAX_FAILURES = 3
-"""After so many in a row there is a pause, whatever the check says: the check's prompt is not theirs."""
+"""After this many failures in a row there is a pause even if the check succeeds: its prompt is a different one."""
 _TEMPLATE_TOKENS = 16_384
-"""Most that a chat template may add to a prompt. A count beyond one token per byte and this is wrong."""
+"""Limit on what a chat template adds to a prompt. A count above one token per byte plus this is wrong."""
 _REFUSED = (400, 413, 422)
 _MISSING = (401, 403, 404, 405, 501)
 
 
 class RemoteTokenizer:
-    """Counts prompts with the /tokenize of replicas."""
+    """Counts, tokenizes and detokenizes through the replicas of one remote engine."""
 
     def __init__(self, pool: Pool, upstream: Upstream) -> None:
         self._pool = pool
@@ -41,7 +41,7 @@ class RemoteTokenizer:
         self._checks: dict[Replica, asyncio.Task[None]] = {}
 
     async def count(self, body: dict[str, Any], affinity: str, prompt_bytes: int) -> int | None:
-        """The tokens of a prompt of about `prompt_bytes`, or None if no replica counts them."""
+        """Return the number of tokens of a prompt of about `prompt_bytes`, or None if no replica can count."""
         if isinstance(body.get("prompt"), list):
             return len(body["prompt"])
         replica = self._choose(affinity, {"fails", "missing"})
@@ -99,7 +99,7 @@ class RemoteTokenizer:
         raise _no_tokenizer() if tried and missing == len(tried) else self._failed()
 
     def forget(self, replica: Replica) -> None:
-        """Ask a replica again that was away: it may be another server now."""
+        """Reset the state of a replica that was unreachable: it may be a different server now."""
         replica.tokenizer = "answers"
         self._failures.pop(replica, None)
         check = self._checks.pop(replica, None)
@@ -127,7 +127,7 @@ class RemoteTokenizer:
     def _suspect(
         self, replica: Replica, body: dict[str, Any], reason: str, *, pause_s: float, missing: bool = False
     ) -> None:
-        """Estimate this replica's prompts until its tokenizer has passed a check, which is after `pause_s`."""
+        """Estimate this replica's prompts until its tokenizer passes a check, which starts after `pause_s`."""
         self._failures[replica] = failures = self._failures.get(replica, 0) + 1
         if failures >= _MAX_FAILURES:
             pause_s = max(pause_s, _PAUSE_S)
@@ -142,7 +142,7 @@ class RemoteTokenizer:
             replica.tokenizer = "answers"
 
     async def _check(self, replica: Replica, body: dict[str, Any], reason: str, pause_s: float) -> None:
-        """Ask until there is a right answer to a short prompt of the same kind."""
+        """Repeat a short prompt of the same kind until the response is valid."""
         short = {name: value for name, value in body.items() if name in ("model", "add_generation_prompt")}
         short |= {"prompt": "a"} if "prompt" in body else {"messages": [{"role": "user", "content": "a"}]}
         logged = False

@@ -1,10 +1,10 @@
-"""The tool calls of one choice, put together from pieces in any server's dialect. No I/O.
+"""Assembles the tool calls of one choice from pieces in any server's dialect. No I/O.
 
-OpenAI's own form: the first piece of a call has an index, an id and the whole name, later ones the index and more of
-the arguments. Servers leave out or repeat each of these: the index is missing, null, or 0 for every call; the id is
-missing, empty, repeated, shared by several calls, or another one in each piece; the name comes in parts or again and
-again; arguments are an object, or null. `CallPieces` decides for each piece which call it continues, and hands over
-OpenAI's form: indices from 0, an id of its own for each call, the name whole in the first piece.
+In OpenAI's format the first piece of a call has an index, an id and the complete name; later ones have the index and
+more of the arguments. Servers deviate: the index is missing, null, or 0 for every call; the id is missing, empty,
+repeated, shared by several calls, or different in each piece; the name is split or repeated; arguments are an object or
+null. `CallPieces` decides which call each piece continues, and returns OpenAI's format: indices from 0, a unique id for
+each call, the complete name in the first piece.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from engine.base import ToolCallDelta
 class _Call:
     number: int
     id: str = ""
-    """The server's."""
+    """The server's id."""
     name: str = ""
     arguments: list[str] = field(default_factory=list)
     chars: int = 0
     """Length of the arguments."""
     announced: bool = False
-    """Its first piece has been handed over; its name can't change any more."""
+    """Its first piece has been returned, so its name is final."""
     repeated: bool = False
-    """Its name came again, without arguments, when it was whole: it may have been a call of the same function."""
+    """Its name was repeated without arguments when it was complete: this may start a second call of the function."""
 
     def is_whole(self) -> bool:
-        """Whether the arguments are a complete JSON object."""
+        """Return whether the arguments are a complete JSON object."""
         if not self.arguments or not self.arguments[-1].rstrip().endswith("}"):
             return False
         try:
@@ -45,35 +45,35 @@ class _Call:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """What one entry of `tool_calls` says. Empty strings stand for missing fields."""
+    """One entry of `tool_calls`. Missing fields are empty strings."""
 
     index: int | None
     id: str
     name: str
     arguments: str
     position: int | None
-    """Its place in the list; None where it is alone."""
+    """Its index in the list; None if it is the only entry."""
 
 
 class CallPieces:
-    """Puts together the tool calls of one choice. `names` are those of the request's tools, if they are known."""
+    """The tool calls of one choice. `names` are the names of the request's tools, if known."""
 
     def __init__(self, names: Collection[str] = ()) -> None:
         self._names = frozenset(names)
         self._calls: list[_Call] = []
         self._by_index: dict[int, _Call] = {}
         self._by_id: dict[str, _Call] = {}
-        """By the server's id the last call that has it."""
+        """The latest call with each id of the server."""
         self._waiting: dict[int, _Call] = {}
-        """By their number the calls that are not announced."""
+        """Calls that are not announced, by number."""
         self._ids: set[str] = set()
 
     def __bool__(self) -> bool:
-        """Whether there is any call."""
+        """Return whether there are calls."""
         return bool(self._calls)
 
     def add(self, given: Any) -> list[ToolCallDelta]:
-        """The new pieces in the `tool_calls` of a frame. Raises TypeError, AttributeError where they are none."""
+        """Add the `tool_calls` of a frame; return new deltas. Raises TypeError, AttributeError if they are invalid."""
         entries = [entry for entry in (given if isinstance(given, list) else [given]) if entry is not None]
         added: list[ToolCallDelta] = []
         for position, entry in enumerate(entries):
@@ -90,11 +90,11 @@ class CallPieces:
         return added
 
     def are_whole(self) -> bool:
-        """Whether the arguments of every call are complete JSON."""
+        """Return whether the arguments of every call are complete JSON."""
         return all(call.is_whole() for call in self._calls)
 
     def finish(self, *, cut: bool) -> list[ToolCallDelta]:
-        """The remaining pieces at the end. `cut`: the length ended the last call."""
+        """Return the remaining deltas at the end. `cut` means that the length limit ended the last call."""
         added = self._announce_all()
         for call in self._calls:
             if not call.arguments and not cut:
@@ -108,7 +108,7 @@ class CallPieces:
         return call
 
     def _find(self, piece: _Piece) -> _Call | None:
-        """Return the call that a piece continues, or None where it begins one."""
+        """Return the call that a piece continues, or None if it starts a new one."""
         call = self._candidate(piece)
         if call is None:
             return None
@@ -116,11 +116,11 @@ class CallPieces:
         return call if continues else None
 
     def _candidate(self, piece: _Piece) -> _Call | None:
-        """Return the call that a piece would continue."""
+        """Return the call that a piece may continue."""
         last = self._calls[-1] if self._calls else None
         if piece.index is not None:
             found = self._by_index.get(piece.index)
-            # Neither id nor name: some count the pieces.
+            # Neither id nor name: some servers count pieces in the index.
             return last if found is None and not piece.id and not piece.name else found
         if piece.id:
             return self._by_id.get(piece.id, last)
@@ -144,7 +144,7 @@ class CallPieces:
         if call.is_whole():
             if piece.name != call.name or other_id:
                 return False
-            return not piece.arguments or piece.arguments == "".join(call.arguments)  # the same again
+            return not piece.arguments or piece.arguments == "".join(call.arguments)  # a repetition
         if piece.name == call.name:
             return not other_id or bool(piece.arguments or call.arguments)
         if call.arguments:
@@ -153,7 +153,7 @@ class CallPieces:
             return not other_id or piece.index is not None
         if other_id or (call.name in self._names and piece.name in self._names):
             return False
-        # The name comes in parts, unless it is one of a tool already.
+        # The name is split, unless it is already the name of a tool.
         return call.name not in self._names or call.name + piece.name in self._names
 
     def _extend(self, call: _Call, piece: _Piece) -> list[ToolCallDelta]:
@@ -162,11 +162,11 @@ class CallPieces:
             call.id = piece.id
             self._by_id[piece.id] = call
         if name and not call.announced and name != call.name:
-            call.name = name if name.startswith(call.name) else call.name + name  # all of it so far, or a part
+            call.name = name if name.startswith(call.name) else call.name + name  # the name so far, or the next part
         if name and call.announced and not arguments:
             call.repeated = call.is_whole()
         if call.chars and arguments.startswith("{") and len(arguments) >= call.chars:
-            # No object continues with a brace like its first one: all of the arguments so far have come again.
+            # An object can't continue with its first brace: all arguments so far have been repeated.
             arguments = arguments.removeprefix("".join(call.arguments))
         if call.announced:
             return [self._hand_over(call, arguments)] if arguments else []
@@ -175,7 +175,7 @@ class CallPieces:
         return [self._announce(call, arguments)]
 
     def _is_final(self, name: str) -> bool:
-        """Whether nothing can follow a name: it is a tool's, and no longer tool's begins with it."""
+        """Return whether a name is complete: it is a tool's name, and no prefix of another tool's."""
         return name in self._names and not any(other != name and other.startswith(name) for other in self._names)
 
     def _announce_all(self) -> list[ToolCallDelta]:

@@ -39,39 +39,39 @@ _PROBE_TIMEOUT_S = 5.0
 _KEEPALIVE_S = 4.0  # uvicorn, and so vLLM, closes idle connections after 5 s
 _MAX_REFUSAL_BYTES = 65_536
 _REFUSAL_TIMEOUT_S = 5.0
-"""For the body of a refusal. Its status is known by then, and says most of it."""
+"""For the body of an error response. Its status is already known."""
 _TAIL_S = 5.0
-"""For the usage that follows the last token. The answer is complete by then, so its absence is no failure."""
+"""For the usage after the last token. The response is already complete, so missing usage is no failure."""
 MAX_ANSWER_BYTES = 64 * 2**20
-"""The longest whole answer but for embeddings: token ids of ten million tokens."""
+"""Limit on whole responses except embeddings: ten million token ids."""
 _SLICE_BYTES = 4096
 _MAX_BYTES_AT_ONCE = 262_144
-"""A longer answer is parsed on a thread: it would hold up the event loop for more than a few milliseconds."""
+"""Longer responses are parsed in a thread: parsing takes more than a few milliseconds."""
 MAX_EMBEDDINGS_BYTES = 512 * 2**20
 """2,048 vectors of 32,768 numbers in base64."""
 
 
 class Answer(NamedTuple):
-    """A whole answer."""
+    """A whole response."""
 
     status: int
     body: Any
-    """The parsed JSON, None if it is none."""
+    """The parsed JSON, None if it is invalid."""
     retry_after_s: float | None
 
 
 class Stream(NamedTuple):
-    """A stream that has begun."""
+    """A stream with status 200."""
 
     chunks: AsyncIterator[bytes]
     arrived: Callable[[], bytes]
-    """Returns what has arrived but was not read."""
+    """Returns the unread bytes without waiting."""
     refused: set[str]
-    """Optional fields that were left out of the request because the replica refuses them."""
+    """Optional fields that were omitted because the replica rejects them."""
 
 
 class Upstream:
-    """Requests to replicas over HTTP. `model` is the model's name at the replicas."""
+    """The HTTP client of one remote engine. `model` is the model's name at the replicas."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class Upstream:
         resolve: Resolve | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        """`tls`: whether it is needed, `transport` replaces the network. Raises EngineError."""
+        """`tls`: some URL is https. `transport` replaces the network. Raises EngineError."""
         self._resolve = resolve
         self.model = model
         self._headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
@@ -105,7 +105,7 @@ class Upstream:
 
     @property
     def closed(self) -> bool:
-        """Whether there is no connection pool, so that nothing can be asked."""
+        """Whether there is no connection pool."""
         return self._transport is None
 
     def running(self) -> httpx.AsyncBaseTransport:
@@ -115,19 +115,19 @@ class Upstream:
         return self._transport
 
     def open(self) -> None:
-        """Make the connection pool; connections come as they are needed."""
+        """Create the connection pool. Connections are opened on demand."""
         self._transport = self._network or Http1Transport(
             self._context, keepalive_s=_KEEPALIVE_S, resolve=self._resolve
         )
 
     async def close(self) -> None:
-        """Close all connections. Readers get AttemptFailed. Idempotent."""
+        """Close all connections; pending reads raise AttemptFailed. Idempotent."""
         transport, self._transport = self._transport, None
         if transport is not None:
             await transport.aclose()
 
     async def probe(self, replica: Replica) -> None:
-        """Ask for health, and learn about the model and its server. Raises AttemptFailed."""
+        """Check the health of a replica, and read its model card. Raises AttemptFailed."""
         with transport_failures():
             async with asyncio.timeout(_PROBE_TIMEOUT_S):
                 health, *_ = await self._ask("GET", f"{replica.root}/health")  # 404 where there is none, as at OpenAI
@@ -152,7 +152,7 @@ class Upstream:
         *,
         max_bytes: int = MAX_ANSWER_BYTES,
     ) -> Answer:
-        """Return the whole answer to a request. Raises AttemptFailed, also for one of more than `max_bytes`."""
+        """Return the whole response to a POST. Raises AttemptFailed, also for more than `max_bytes`."""
         with transport_failures():
             async with asyncio.timeout(timeout_s):
                 return await self._ask("POST", url, orjson.dumps(body), prepared, max_bytes)
@@ -173,7 +173,7 @@ class Upstream:
             return Answer(response.status_code, parsed, retry_after_s(response.headers))
 
     async def _send(self, method: str, url: str, content: bytes, prepared: Prepared | None) -> httpx.Response:
-        """Send a request; return its response, which the caller closes. Raises httpx.TransportError, AttemptFailed."""
+        """Send a request. The caller closes the response. Raises httpx.TransportError, AttemptFailed."""
         headers = self._headers
         if prepared is not None:
             # By its id the replica's log can be matched with ours. It is made by the server.
@@ -193,10 +193,10 @@ class Upstream:
 
     @contextlib.asynccontextmanager
     async def stream(self, replica: Replica, prepared: Prepared, deadline: float) -> AsyncIterator[Stream]:
-        """Post a generation and give the stream of its answer.
+        """Post a generation and yield the stream of its response.
 
-        Leaving closes the connection, which aborts the generation there. Options that the replica does not know are
-        left out. `deadline` is the event loop's time, for the head of the response. Raises AttemptFailed,
+        Exiting closes the connection, which aborts the generation there. Options that the replica rejects as unknown
+        are omitted. `deadline` is in the event loop's time, for the head of the response. Raises AttemptFailed,
         InvalidRequest.
         """
         call: PreparedCall = prepared.payload
@@ -252,7 +252,7 @@ def transport_failures(is_answering: Callable[[], bool] = lambda: False) -> Iter
 
 
 def _stream(response: httpx.Response, refused: set[str]) -> Stream:
-    """Return the body as it arrives; without httpx's layers of generators where there is nothing to decode."""
+    """Return the body as it arrives. Without a content-encoding, httpx's decoding generators are bypassed."""
     if "content-encoding" in response.headers:
         return Stream(response.aiter_bytes(), bytes, refused)
     assert isinstance(response.stream, httpx.AsyncByteStream)
@@ -260,7 +260,7 @@ def _stream(response: httpx.Response, refused: set[str]) -> Stream:
 
 
 class _Slices(httpx.AsyncByteStream):
-    """A compressed body in slices that are small even when they are decoded, at most 1,032 times as long."""
+    """A compressed body in slices that stay small when decoded, which is at most 1,032 times the size."""
 
     def __init__(self, body: httpx.AsyncByteStream) -> None:
         self._body = body
@@ -275,10 +275,10 @@ class _Slices(httpx.AsyncByteStream):
 
 
 class Patience:
-    """Until when the next bytes of a stream are waited for."""
+    """The deadline for the next bytes of a stream."""
 
     def __init__(self, first_token_s: float, idle_s: float, queue_s: float, clock: Callable[[], float]) -> None:
-        """See `gateway.settings.config.RemoteSettings`. `clock` is the event loop's."""
+        """`gateway.settings.config.RemoteSettings` has the timeouts. `clock` is the event loop's."""
         self._silence_s = first_token_s
         self._idle_s = idle_s
         self._queue_s = max(queue_s, first_token_s)
@@ -289,7 +289,7 @@ class Patience:
         """In the event loop's time."""
 
     def note(self, *, got_token: bool, finished: bool) -> None:
-        """Note that something has arrived. Comments show that the server lives, but they may not continue for ever."""
+        """Extend the deadline after new bytes. SSE comments extend it too, but not without limit."""
         now = self._clock()
         if finished:
             if not self._finished:
@@ -303,7 +303,7 @@ class Patience:
 
 
 async def read_some(chunks: AsyncIterator[bytes], deadline: float, *, complete: bool) -> bytes:
-    """Return the next bytes of a stream, or none at its end: where it is `complete`, any failure is an end."""
+    """Return the next bytes of a stream, empty at its end. If it is `complete`, any failure counts as the end."""
     try:
         async with asyncio.timeout_at(deadline):
             return await anext(chunks)
@@ -316,7 +316,7 @@ async def read_some(chunks: AsyncIterator[bytes], deadline: float, *, complete: 
 
 
 async def _read(response: httpx.Response, max_bytes: int) -> bytes | None:
-    """Return the body, or None where it is longer."""
+    """Return the body, or None if it is longer than `max_bytes`."""
     pieces: list[bytes] = []
     size = 0
     async for piece in response.aiter_bytes():
@@ -328,7 +328,7 @@ async def _read(response: httpx.Response, max_bytes: int) -> bytes | None:
 
 
 async def _refusal(response: httpx.Response) -> Any:
-    """Return the parsed body of a refusal, None if it is not JSON, too long, too slow, or cut off."""
+    """Return the parsed body of an error response, None if it is not JSON, too long, too slow, or incomplete."""
     with contextlib.suppress(TimeoutError, httpx.HTTPError):
         async with asyncio.timeout(_REFUSAL_TIMEOUT_S):
             body = await _read(response, _MAX_REFUSAL_BYTES)
@@ -337,7 +337,7 @@ async def _refusal(response: httpx.Response) -> Any:
 
 
 def _parsed(body: bytes) -> Any:
-    """Return the JSON of a body, or of the first frame where the body is a stream."""
+    """Return the JSON of a body, or of the first frame if the body is a stream."""
     with contextlib.suppress(orjson.JSONDecodeError):
         return orjson.loads(body)
     with contextlib.suppress(AttemptFailed):

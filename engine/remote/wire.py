@@ -74,12 +74,12 @@ _NAMED: dict[int, set[str]] = {
         "engine_overloaded",
     },
 }
-"""Names of errors without a status, in lower case, under `type`, `code` or `status`."""
+"""Names of errors without a status, in lower case, in `type`, `code` or `status`."""
 _FILTERED = {"content_filter", "content_policy_violation", "responsibleaipolicyviolation", "moderation_blocked"}
 _DECLINED = {401, 402, 403, 404, 405, 407, 409, 410, 424, 425, 501}
 """Statuses that may be about this gateway's key, URL or model; any other below 500 is about the request."""
 _UNREACHABLE = {502, 503, 504, 520, 521, 522, 523, 524}
-"""A proxy's word on the server behind it; those from 520 are Cloudflare's."""
+"""Statuses of a proxy about the server behind it; those from 520 are Cloudflare's."""
 
 
 @dataclass(slots=True)
@@ -93,9 +93,9 @@ class PreparedCall:
 
 
 def generation_body(request: GenerationRequest, model: str, max_tokens: int | None) -> dict[str, Any]:
-    """Return the body of a chat completion, or of a completion where the request has a bare prompt.
+    """Return the body of a chat completion, or of a completion if the request has a bare prompt.
 
-    What was not given is left out: servers refuse fields that they don't know, and have defaults of their own.
+    Fields that were not given are omitted: servers reject unknown fields, and have their own defaults.
     """
     body: dict[str, Any] = {"model": model, "stream": True}
     if request.prompt is None:
@@ -121,7 +121,7 @@ def generation_body(request: GenerationRequest, model: str, max_tokens: int | No
 
 
 def _constraints(request: GenerationRequest) -> dict[str, Any]:
-    """Return the constraints on the text. A JSON schema is sent in OpenAI's form, which not only vLLM accepts."""
+    """Return the constraints on the text. A JSON schema is sent as `response_format`, which most servers accept."""
     outputs = request.structured_outputs
     if outputs is not None and outputs.keys() == {"json"} and isinstance(outputs["json"], dict):
         return {RESPONSE_FORMAT: {"type": "json_schema", "json_schema": {"name": "answer", "schema": outputs["json"]}}}
@@ -129,7 +129,7 @@ def _constraints(request: GenerationRequest) -> dict[str, Any]:
 
 
 def tokenize_body(request: GenerationRequest, model: str) -> dict[str, Any]:
-    """Return the body of vLLM's /tokenize for the prompt that a generation would have."""
+    """Return the body of vLLM's /tokenize for the prompt of a generation."""
     if request.prompt is not None:
         return {"model": model, "prompt": request.prompt}
     body: dict[str, Any] = {"model": model, "messages": request.messages, "add_generation_prompt": True}
@@ -139,7 +139,7 @@ def tokenize_body(request: GenerationRequest, model: str) -> dict[str, Any]:
 
 
 def embedding_body(request: EmbeddingRequest, model: str) -> dict[str, Any]:
-    """Return the body of an embedding request. Base64 is a third of the size of decimals, and loses nothing."""
+    """Return the body of an embedding request, for base64, which is a third of the size of decimals and exact."""
     body: dict[str, Any] = {"model": model, "input": request.inputs, "encoding_format": "base64"}
     if request.dimensions is not None:
         body["dimensions"] = request.dimensions
@@ -165,19 +165,19 @@ def estimate_prompt_tokens(request: GenerationRequest) -> int:
 
 
 def estimate_tokens(text: str | list[int]) -> int:
-    """Return about how many tokens a text has; ids are counted."""
+    """Estimate the tokens of a text; token ids are counted."""
     return len(text) if isinstance(text, list) else math.ceil(len(text.encode()) / BYTES_PER_TOKEN)
 
 
 def most_tokens(inputs: list[str | list[int]]) -> int:
-    """Return the most tokens that inputs of embeddings can have: one per byte, and a few that are added to each."""
+    """Return an upper bound on the tokens of embedding inputs: one per byte, and a constant for each input."""
     return sum(
         _ADDED_TOKENS + len(text if isinstance(text, list) else text.encode(errors="surrogatepass")) for text in inputs
     )
 
 
 def refused_option(status: int, answer: Any) -> str | None:
-    """Return which optional field of ours a server does not know, if that is what its refusal says."""
+    """Return the optional field that a server rejects as unknown, None for any other error."""
     error = error_fields(answer)
     said = f"{error.get('param')} {error.get('message')}"
     if status not in (400, 422):
@@ -238,10 +238,10 @@ def is_error(frame: Any) -> bool:
 
 
 def error_fields(answer: Any) -> dict[str, Any]:
-    """Return the error object of an answer, or an empty one.
+    """Return the error object of a response, or an empty one.
 
-    Older vLLM has its fields at the top, TGI a text under `error` and its kind beside it, Gemini a list around it all,
-    FastAPI a list of places or an object under `detail`.
+    Older vLLM has its fields at the top level, TGI a text in `error` and `error_type` beside it, Gemini a list around
+    everything, FastAPI a list of locations or an object in `detail`.
     """
     if isinstance(answer, list) and len(answer) == 1:
         answer = answer[0]
@@ -254,7 +254,7 @@ def error_fields(answer: Any) -> dict[str, Any]:
 
 
 def _detailed(detail: Any) -> Any:
-    """Return FastAPI's `detail` in OpenAI's form."""
+    """Return FastAPI's `detail` in OpenAI's format."""
     if not isinstance(detail, list):
         return detail
     places = [place.get("loc") for place in detail if isinstance(place, dict)]

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: where they are, how they are downloaded, and whether they are complete.
+"""Checkpoints on disk: location, download and completeness.
 
-`cache` is the entry; it needs no network. `hub` downloads. Nothing here loads a model.
+`cache` is the entry point and needs no network. `hub` downloads. Nothing here loads a model.
 """

@@ -1,22 +1,22 @@
-"""Model weights in a cache volume: what a server needs of a repository, and whether it is there.
+"""Model weights in a cache volume: the files that a server needs of a repository, and whether they are complete.
 
-The cache has Hugging Face's own layout, so that vLLM, transformers and `hf` find what is in it:
+The cache has Hugging Face's layout, so that vLLM, transformers and `hf` can use it:
 
     models--ORG--NAME/
         blobs/CHECKSUM             the files
-        blobs/CHECKSUM.incomplete  ... as far as they came
-        refs/REVISION              the commit that a branch or tag meant
+        blobs/CHECKSUM.incomplete  partial files
+        refs/REVISION              the commit of a branch or tag
         snapshots/COMMIT/PATH      links to the blobs
         shannon/COMMIT.json        written last: the files of a finished download, and their sizes
 
-`engine.weights.hub` downloads. Every failure is raised as a WeightsError, one sentence that
-says what to do:
+Not handled: the download (`engine.weights.hub`). Every failure is raised as a WeightsError, whose message says what to
+do:
 
     WeightsError
-    +- Gated      the licence must be accepted, or a token sent
+    +- Gated      a licence must be accepted, or a token is missing
     +- NotFound   no such repository, revision or file; or a private one
     +- NoSpace    the volume is too small
-    +- Offline    the hub can't be reached, or is out of order
+    +- Offline    the hub can't be reached, or fails
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ INDEX = "model.safetensors.index.json"
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _MAX_NAME = 96
-"""Characters of each half of an id, as the hub has it."""
+"""Limit on each half of an id in characters, as on the hub."""
 _NAME = rf"\w(?:[\w.-]{{0,{_MAX_NAME - 2}}}\w)?"
 _HUB_ID = re.compile(rf"(?!.{{0,{2 * _MAX_NAME}}}(?:--|\.\.)){_NAME}(?:/{_NAME})?(?<!\.git)", re.ASCII)
 _MODULE = re.compile(r"[0-9]{1,3}_[0-9A-Za-z_]{1,64}/[^/]{1,255}")
@@ -47,15 +47,15 @@ _TRAINING = ("optimizer.", "scheduler.", "scaler.", "training_args.", "rng_state
 
 
 class WeightsError(Exception):
-    """Weights can't be had. The message is one line for the operator."""
+    """Base of the errors about weights. The message is one line for the operator."""
 
 
 class Gated(WeightsError):
-    """The hub wants an accepted licence, or another token."""
+    """The hub requires an accepted licence, or another token."""
 
 
 class NotFound(WeightsError):
-    """There is no such model, or none that may be seen."""
+    """There is no such model, or the token has no access to it."""
 
 
 class NoSpace(WeightsError):
@@ -68,7 +68,7 @@ class Offline(WeightsError):
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A file of a repository. `checksum` is the SHA-256 of what git LFS holds, git's own SHA-1 of the rest."""
+    """A file of a repository. `checksum` is the SHA-256 of a git LFS file, git's SHA-1 of any other."""
 
     path: str
     size_bytes: int
@@ -77,14 +77,14 @@ class File:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a server needs of a model. `revision` is what was asked for, `commit` what it means."""
+    """The files that a server needs of a model. `revision` is as requested, `commit` is its commit."""
 
     model: str
     revision: str
     commit: str
     files: tuple[File, ...]
     folder: Path
-    """Of the repository, in the cache."""
+    """The repository's folder in the cache."""
 
     @property
     def snapshot(self) -> Path:
@@ -100,7 +100,7 @@ class Plan:
 
     @property
     def missing_bytes(self) -> int:
-        """Bytes that are yet to come."""
+        """Bytes that are still to be downloaded."""
         return self.size_bytes - sum(self._present_bytes(file) for file in self.files)
 
     def _present_bytes(self, file: File) -> int:
@@ -116,26 +116,26 @@ class Plan:
 
 
 def is_hub_id(model: str) -> bool:
-    """Whether an engine's `model` names a repository on a hub, rather than a path or the demo model."""
+    """Return whether an engine's `model` is a repository on a hub, not a path or the demo model."""
     return model != "demo" and bool(_HUB_ID.fullmatch(model)) and not Path(model).exists()
 
 
 def default_cache_dir() -> Path:
-    """Return Hugging Face's own cache: HF_HUB_CACHE, or `hub` in HF_HOME."""
+    """Return Hugging Face's default cache: HF_HUB_CACHE, or `hub` in HF_HOME."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE)
 
 
 def repository_folder(cache_dir: Path, model: str) -> Path:
-    """The path of a repository in a cache."""
+    """Return the folder of a repository in a cache."""
     return cache_dir / "--".join(("models", *model.split("/")))
 
 
 def find_snapshot(model: str, revision: str | None = None, cache_dir: Path | None = None) -> Path | None:
-    """Return the folder of a finished download, or None where there is none or a file is missing or too short.
+    """Return the folder of a finished download, or None if there is none or a file is missing or too short.
 
-    Asks no hub: a branch means what it meant at the last download.
+    Does not query the hub: a branch has the commit of the last download.
     """
     folder = repository_folder(cache_dir or default_cache_dir(), model)
     revision = revision or "main"
@@ -149,16 +149,16 @@ def find_snapshot(model: str, revision: str | None = None, cache_dir: Path | Non
 
 
 def show_bytes(count: int) -> str:
-    """Return a number of bytes for people."""
+    """Format a number of bytes."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def choose(paths: Sequence[str], indexed: frozenset[str] = frozenset()) -> list[str]:
-    """The files of a repository that a server reads: everything small, and the weights in one format only.
+    """Return the files that a server reads of a repository: everything small, and the weights in one format.
 
     The order of formats is that of vLLM's loader (`DefaultModelLoader._prepare_weights` in 0.32): Mistral's
-    consolidated files, the shards that an index names (`indexed`), any safetensors, PyTorch's. Where there is none of
-    them nothing is left out. The modules of sentence-transformers (`2_Dense/...`) are chosen likewise.
+    consolidated files, the shards listed in an index (`indexed`), any safetensors, PyTorch's. If there is none of them,
+    all files are returned. The modules of sentence-transformers (`2_Dense/...`) are chosen the same.
     """
     weights = [path for path in paths if path.lower().endswith(_WEIGHTS)]
     chosen = _one_format([path for path in weights if "/" not in path], indexed)

@@ -46,11 +46,11 @@ CONCURRENT_FILES = 8
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 OnBytes = Callable[[File, int], None]
-"""Called with the number of new bytes of a file. A negative number takes some back."""
+"""Called with the new bytes of a file; a negative number means that bytes were discarded."""
 
 
 class Hub:
-    """A hub, and the cache that it fills. The token is sent to the hub alone, not to where it redirects."""
+    """A hub and its cache. The token is only sent to the hub, not to redirect targets."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class Hub:
         return Plan(model, revision or "main", commit, wanted, repository_folder(self.cache_dir, model))
 
     def _list(self, model: str, revision: str | None) -> tuple[str, dict[str, File]]:
-        """Return the commit and its files by path. Raises ValueError and the like on an answer that makes no sense."""
+        """Return the commit and its files by path. Raises ValueError, TypeError or others for an invalid response."""
         info = self._api.model_info(model, revision=revision, files_metadata=True, timeout=STALL_S)
         files: dict[str, File] = {}
         for entry in info.siblings or ():
@@ -102,7 +102,7 @@ class Hub:
         return info.sha or "", files
 
     def check_space(self, plans: Sequence[Plan]) -> None:
-        """Raise NoSpace unless all of `plans` fit on the volume, less what is there already."""
+        """Raise NoSpace unless the missing bytes of all `plans` fit on the volume."""
         needed = sum(plan.missing_bytes for plan in plans)
         volume = next(path for path in (self.cache_dir, *self.cache_dir.parents) if os.path.exists(path))
         free = self._free_bytes(volume)
@@ -159,7 +159,7 @@ class Hub:
             on_bytes(size)
 
     def _link(self, model: str, commit: str, path: str) -> Path:
-        """Have the library put a file into the snapshot: from its blob, or else from the hub."""
+        """Link a file into the snapshot through the library: from its blob, otherwise from the hub."""
         return Path(self._api.hf_hub_download(model, path, revision=commit, cache_dir=self.cache_dir))
 
     def _transfer(self, plan: Plan, file: File) -> Transfer:
@@ -227,7 +227,7 @@ class Hub:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file that is seen whole or not at all, unless it says so already: the cache may be read-only."""
+    """Write a file atomically, unless it has this content already: the cache may be read-only."""
     if path.exists() and path.read_text() == text:
         return
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -21,23 +21,23 @@ if TYPE_CHECKING:
     from httpx2 import AsyncClient
 
 MAX_TRIES = 8
-"""Connections in a row that bring nothing."""
+"""Limit on successive connections without data."""
 MAX_WAIT_S = 30.0
 STALL_S = 30.0
-"""Silence after which a connection is given up."""
+"""Silence after which a connection is closed."""
 _LOCK_POLL_S = 1.0
 
 OnBytes = Callable[[int], None]
-"""Called with the number of new bytes. A negative number takes some back."""
+"""Called with the number of new bytes; a negative number means that bytes were discarded."""
 
 
 class Damaged(Exception):
-    """What arrived has another checksum, twice."""
+    """The downloaded file had a wrong checksum twice."""
 
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """A file to bring. `checksum` is a SHA-256, or git's SHA-1 of a blob, in hexadecimal."""
+    """A file to download. `checksum` is a SHA-256, or git's SHA-1 of a blob, in hexadecimal."""
 
     name: str
     url: str
@@ -47,11 +47,11 @@ class Transfer:
     size_bytes: int
     checksum: str
     retry_s: float = 1.0
-    """The wait after the first failure; doubled after each further one."""
+    """The wait after the first failure; doubles after each further one."""
 
 
 def size_of(path: Path) -> int | None:
-    """Return a file's size in bytes, or None where there is none."""
+    """Return a file's size in bytes, or None if there is no file."""
     try:
         return path.stat().st_size
     except OSError:
@@ -59,7 +59,7 @@ def size_of(path: Path) -> int | None:
 
 
 async def fetch(client: AsyncClient, transfer: Transfer, on_bytes: OnBytes) -> None:
-    """Complete the partial file, check it, and make it the blob. Cancelled or killed, it leaves what it has."""
+    """Complete the partial file, verify it, and rename it to the blob. After cancellation the partial file remains."""
     transfer.partial.parent.mkdir(parents=True, exist_ok=True)
     async with _locked(transfer) as out:
         if out is None:  # another process has brought it meanwhile
@@ -79,7 +79,7 @@ async def fetch(client: AsyncClient, transfer: Transfer, on_bytes: OnBytes) -> N
 
 @contextlib.asynccontextmanager
 async def _locked(transfer: Transfer) -> AsyncIterator[BinaryIO | None]:
-    """Open the partial file for this process alone, or yield None when the blob is there."""
+    """Open the partial file exclusively, or yield None if the blob exists."""
     while True:
         with transfer.partial.open("a+b") as out:
             mine = True
@@ -136,7 +136,7 @@ async def _complete(client: AsyncClient, transfer: Transfer, out: BinaryIO, on_b
 
 
 async def _append(client: AsyncClient, transfer: Transfer, out: BinaryIO, on_bytes: OnBytes) -> None:
-    """Append what one connection brings."""
+    """Append the data of one connection."""
     import httpx2
     from huggingface_hub import hf_raise_for_status
 

@@ -8,7 +8,7 @@ from gateway.errors import RateLimitExceeded
 
 
 class AddressLimit:
-    """A token bucket per address. Each holds `burst` requests at most and gains `per_minute`."""
+    """One token bucket per address, with `burst` requests at most and `per_minute` new ones."""
 
     def __init__(self, per_minute: int, burst: int, clock: Clock) -> None:
         self._rate = per_minute / 60

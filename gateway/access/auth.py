@@ -31,7 +31,7 @@ MIN_KEY_LENGTH = 20
 """Characters. Shorter keys could be guessed; 20 random URL-safe ones carry 120 bits."""
 _WATCH_S = 0.5
 _REREAD_S = 60.0
-"""A cached key is read again after this, should the announcement of a change to it have been lost."""
+"""Age at which a cached key is read again, in case the announcement of a change was lost."""
 _MAX_CACHED_KEYS = 10_000
 _MAX_KNOWN = 1024
 """Keys remembered per address. Behind a proxy or a NAT many clients share one."""
@@ -39,12 +39,12 @@ _NO_DIGEST = digest("")
 _UNCHECKED = "API keys can't be checked at the moment. Try again shortly."
 _VOID = "The API key of this work was revoked or has expired before the work was done."
 PRIORITIES: dict[Priority, int] = {"high": -1, "normal": 0, "low": 1}
-"""As engines know them, lower first."""
+"""Values for engines, lower first."""
 
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who is calling. `models` limits the model ids the key may use; None means all."""
+    """The caller. `models` are the model ids that the key may use; None means all."""
 
     key_id: str
     name: str = ""
@@ -57,7 +57,7 @@ class Principal:
     admin: bool = False
     expires_at: int | None = None
     priority: int = 0
-    """Class of service, lower first, as engines know it."""
+    """Priority for engines, lower first."""
     metrics: bool = False
     """May read /metrics, as admin keys may."""
 
@@ -66,7 +66,7 @@ class Principal:
 
 
 OwnKeys = Mapping[str, tuple[str, Principal]]
-"""Keys of this process alone: id -> SHA-256 of the secret, and whose it is."""
+"""Keys of this process only: id -> SHA-256 of the secret, and its principal."""
 
 
 def _principal(record: KeyRecord) -> Principal:
@@ -89,7 +89,7 @@ def _principal(record: KeyRecord) -> Principal:
 
 @dataclass(frozen=True, slots=True)
 class _Cached:
-    """A key of the store as it was read at a time, by time.monotonic."""
+    """A key of the store, and when it was read (time.monotonic())."""
 
     principal: Principal
     read_at: float
@@ -97,7 +97,7 @@ class _Cached:
 
 @dataclass(slots=True)
 class _Address:
-    """The guesses that an address has left, and the valid keys that it has used."""
+    """Record of a client address: its wrong keys, as a token bucket, and the valid keys that it has used."""
 
     guesses: TokenBucket
     known: dict[str, None] = field(default_factory=dict)
@@ -139,7 +139,7 @@ class Authenticator:
         self._watch: asyncio.Task[None] | None = None
 
     def accept(self, own: OwnKeys, *, failed_per_minute: int) -> None:
-        """Accept the keys `own` from now on, in place of those before."""
+        """Replace the keys of the configuration."""
         self.own = own
         self._failed_per_minute = failed_per_minute
 

@@ -28,7 +28,7 @@ class CacheSalts:
         self.share(settings)
 
     def share(self, settings: PrefixCacheSettings) -> None:
-        """Let only the groups of `settings` share from now on."""
+        """Let the groups of `settings` share, and no other tenants."""
         self._group_of = {tenant: f"group:{group}" for group, tenants in settings.shared.items() for tenant in tenants}
 
     async def start(self) -> None:

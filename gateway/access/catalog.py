@@ -1,6 +1,6 @@
-"""The models on offer: model id -> ModelSpec, and the list that GET /v1/models shows.
+"""The configured models: model id -> ModelSpec, and the list of GET /v1/models.
 
-What an engine knows about its checkpoint is not here. Raises ModelNotFound and ModelNotAllowed.
+Not handled: what an engine knows about its checkpoint. Raises ModelNotFound and ModelNotAllowed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from gateway.access.auth import Principal
 from gateway.errors import ModelNotAllowed, ModelNotFound
 from gateway.settings.config import Config, ModelSettings
 
-# OpenAI's field means "when the model was made"; the product's models share the date of its API reference.
+# OpenAI's field is the creation time of the model. All models here have the date of the API reference.
 _CREATED = 1703318400
 
 
@@ -27,7 +27,7 @@ class ModelSpec:
     engine: Engine
 
     def describe(self) -> dict[str, Any]:
-        """Return OpenAI's model object, with the description added, and `takes_images`: null until the engine is up."""
+        """Return OpenAI's model object with a description and `takes_images` (null until the engine is ready)."""
         try:
             takes_images = self.engine.takes_images
         except EngineError:

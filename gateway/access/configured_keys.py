@@ -1,7 +1,7 @@
-"""The keys that the configuration names, and the bootstrap key: of this process alone, not of the store.
+"""Keys of the configuration, and the bootstrap key. They belong to this process only and are not in the store.
 
-Each is in an environment variable or in a file. A process's environment never changes; a file is read again when
-the configuration is, so a mounted secret can be rotated. Raises ConfigError, which never repeats a key.
+Each is in an environment variable or in a file. The environment of a process never changes; files are read again when
+the configuration is reloaded, so a mounted secret can be rotated. Raises ConfigError, which never contains a key.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from gateway.access.keys import digest, split_key
 from gateway.settings.config import ConfigError, KeySettings
 
 BOOTSTRAP = "SHANNON_BOOTSTRAP_KEY"
-"""Environment variable that holds an admin key."""
+"""Environment variable with an admin key."""
 BOOTSTRAP_FILE = "SHANNON_BOOTSTRAP_KEY_FILE"
-"""Environment variable that names a file with one instead."""
+"""Environment variable with the path of a file with an admin key."""
 
 
 def own_keys(settings: Iterable[KeySettings], environment: Mapping[str, str]) -> OwnKeys:
-    """Return the keys by id. Raises ConfigError that names the variable or the file of one that can't be used."""
+    """Return the keys by id. Raises ConfigError, which names the variable or file of an invalid key."""
     own: dict[str, tuple[str, Principal]] = {}
     for key in (*settings, *_bootstrap(environment)):
         where = key.key_env or key.key_file

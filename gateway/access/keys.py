@@ -38,7 +38,7 @@ _MAX_MODELS = 1024
 
 
 def _with_one_unknown_field(cls: type[BaseModel], data: Any) -> Any:
-    """Return `data` with at most one field that the model does not know: of each, pydantic would make an error."""
+    """Return `data` with at most one unknown field, because pydantic creates an error for each."""
     if not isinstance(data, dict):
         return data
     known = {name: value for name, value in data.items() if name in cls.model_fields}
@@ -50,7 +50,7 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class KeyLimits(BaseModel):
-    """Limits of one key on one model, in place of the model's own."""
+    """Limits of one key on one model, which replace the model's."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -62,7 +62,7 @@ class KeyLimits(BaseModel):
 
 
 class KeySpec(BaseModel):
-    """What an operator decides about a key."""
+    """The fields of a key that an operator sets."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
@@ -97,7 +97,7 @@ class KeySpec(BaseModel):
 
 
 class KeyRecord(KeySpec):
-    """A key as the store holds it."""
+    """A key's record in the store."""
 
     id: str
     secret_sha256: str
@@ -109,7 +109,7 @@ class KeyRecord(KeySpec):
         return self.revoked_at is None and (self.expires_at is None or now < self.expires_at)
 
     def public(self) -> dict[str, Any]:
-        """The fields that may be shown."""
+        """Return the fields that may be shown."""
         return self.model_dump(exclude={"secret_sha256"})
 
 
@@ -119,13 +119,13 @@ def digest(secret: str) -> str:
 
 
 def make_key(key_id: str | None = None) -> str:
-    """Return a fresh random key, for `key_id` or under a fresh id. Ids keep clear of `-`, which separates the parts."""
+    """Return a new random key, with `key_id` or a new id. Ids don't contain `-`, which separates the parts."""
     key_id = key_id or "".join(secrets.choice(_ALPHABET) for _ in range(12))
     return f"sk-shannon-{key_id}-{secrets.token_urlsafe(32)}"
 
 
 def split_key(key: str) -> tuple[str, str]:
-    """Return (id, secret) of a key. A key of another form, chosen by the operator, gets an id from its hash."""
+    """Return (id, secret) of a key. A key of another format gets an id from its hash."""
     match = _KEY.fullmatch(key)
     return (match[1], match[2]) if match else (digest(key)[:12], key)
 
@@ -167,10 +167,10 @@ class Keys:
         return sorted(records, key=lambda record: (record.created_at, record.id))
 
     async def rotate(self, key_id: str) -> tuple[KeyRecord, str]:
-        """Give a key a new secret; the old one is void at once.
+        """Give a key a new secret. The old one is invalid at once.
 
         Raises NotFound, and Conflict for a key that is revoked, has expired, or is changed at the same time: a second
-        rotation must not void the secret that the first one has just returned.
+        rotation must not invalidate the secret that the first one has just returned.
         """
         text, record = await self._read(key_id)
         self._refuse_dead(record)

@@ -1,4 +1,4 @@
-"""Size of a prompt before it is tokenized: whether refusing the request has already cost work."""
+"""How much there is to tokenize in a prompt, before it is: whether a request that is refused has cost something."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ counts as a request; smaller ones are refused for nothing."""
 
 
 def takes_work(texts: Iterable[Any]) -> bool:
-    """Whether texts, lists of token ids and messages have more than WORK_BYTES together, of characters or ids."""
+    """Tell whether texts, lists of token ids and messages have more than WORK_BYTES together, of characters or ids."""
     left = WORK_BYTES
     for text in texts:
         left -= _chars(text)

@@ -1,11 +1,11 @@
-"""The event loop of a gateway: uvloop's, but host names are looked up without threads.
+"""The gateway's event loop: uvloop, with host name lookups that need no threads.
 
-uvloop looks names up by `getaddrinfo`, on four threads that the whole process shares and that no timeout frees. Four
-names that a name server does not answer then hold up every new connection by name: to other engines, to the store, to
-tools. Here each lookup is a task of its own, which ends with its caller or its deadline. See
-`gateway.outbound.resolver`.
+uvloop resolves names with `getaddrinfo`, on four threads that the whole process shares and that no timeout frees. Four
+names that get no answer from a name server then delay every new connection by name: to other engines, to the store, to
+tools. Here each lookup is a task that ends with its caller or its deadline. See `gateway.outbound.resolver`.
 
-A name that DNS does not have is looked up as before: other sources of /etc/nsswitch.conf (mDNS, LDAP) may know it.
+A name that DNS does not have is resolved with `getaddrinfo`: other sources of /etc/nsswitch.conf (mDNS, LDAP) may
+have it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _T = TypeVar("_T")
 
 
 class EventLoop(uvloop.Loop):
-    """uvloop's loop with name lookups of our own."""
+    """uvloop's loop with the resolver of this gateway."""
 
     def __init__(self, resolve: Resolver | None = None) -> None:
         """`resolve` replaces the system's name servers."""
@@ -36,7 +36,7 @@ class EventLoop(uvloop.Loop):
     async def getaddrinfo(
         self, host: str | bytes | None, port: Any, *, family: int = 0, type: int = 0, proto: int = 0, flags: int = 0
     ) -> list[Any]:
-        """The same as `socket.getaddrinfo`. Raises OSError."""
+        """Resolve a host, with the result of `socket.getaddrinfo`. Raises OSError."""
         options = {"family": family, "type": type, "proto": proto}
         if not host or flags & ~socket.AI_ADDRCONFIG or _is_address(host):
             return list(await super().getaddrinfo(host, port, flags=flags, **options))
@@ -47,7 +47,7 @@ class EventLoop(uvloop.Loop):
             return list(await super().getaddrinfo(host, port, flags=flags, **options))
         found: list[Any] = []
         for address in addresses:
-            with contextlib.suppress(socket.gaierror):  # of the family that was not asked for
+            with contextlib.suppress(socket.gaierror):  # of another family than requested
                 found += socket.getaddrinfo(address, port, flags=socket.AI_NUMERICHOST, **options)
         if not found:
             raise OSError(f"{name} has no address of the family that was asked for")
@@ -74,7 +74,7 @@ class EventLoop(uvloop.Loop):
 
 
 def run(main: Coroutine[Any, Any, _T]) -> _T:
-    """Run a coroutine on a loop of this kind, as `asyncio.run` does on Python's."""
+    """Run a coroutine on such a loop, like `asyncio.run`."""
     with asyncio.Runner(loop_factory=EventLoop) as runner:
         return runner.run(main)
 

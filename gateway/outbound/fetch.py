@@ -40,7 +40,7 @@ Address = IPv4Address | IPv6Address
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 """Host and port to addresses. Raises OSError."""
 Admit = Callable[[httpx.URL], Awaitable[None]]
-"""Called before a URL is asked for, each redirect's included. Raises FetchError where it must not be."""
+"""Called before each request, also of redirects. Raises FetchError if the URL must not be requested."""
 
 USER_AGENT = f"shannon-gateway/{__version__}"
 
@@ -48,10 +48,10 @@ _MAX_URL_CHARACTERS = 8192
 _HOST = re.compile(rb"[a-z0-9_.-]{1,255}|[0-9a-f:.]{2,45}")  # a name or IPv4, or IPv6 without its brackets
 _CHARSET = re.compile(r"""(?:^|;)\s*charset\s*=\s*["']?([a-z0-9_.:+-]{1,40})""")
 _CONNECT_S = 3.0
-"""For one of several addresses: one that is not reachable must not use up the time of the next."""
+"""Connect timeout per address: an unreachable one must not use up the time of the next."""
 _MAX_ADDRESSES = 4
 _MAX_FETCHES = 64
-"""At once, shared fairly by keys."""
+"""Concurrent fetches, shared fairly between API keys."""
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
 _UNICAST = ip_network("2000::/3")
@@ -68,15 +68,15 @@ class FetchError(Exception):
 
 
 class UrlRefused(FetchError):
-    """The URL is one that is never fetched."""
+    """The URL must not be fetched."""
 
 
 class TooLarge(FetchError):
-    """There is more than was asked for."""
+    """The content is longer than the caller accepts."""
 
 
 class FetchFailed(FetchError):
-    """It did not work; `reason` is for the log. `status` is what the server answered, if it was one we may ask."""
+    """The fetch failed. `reason` is for the log, `status` is the response's, if the server may be contacted."""
 
     def __init__(self, reason: str, status: int | None = None) -> None:
         super().__init__("it could not be fetched")
@@ -86,17 +86,17 @@ class FetchFailed(FetchError):
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """What a URL holds. `url` is where the redirects ended, `media_type` what the server calls it, in lower case."""
+    """A response. `url` is the one after all redirects, `media_type` the server's, in lower case."""
 
     url: str
     media_type: str
     content: bytes
     charset: str = ""
-    """In lower case, where the server names one."""
+    """In lower case, or empty."""
 
 
 def parse_url(text: str, ports: Sequence[int] = ()) -> httpx.URL:
-    """Return a URL that may be fetched. `ports` are those allowed, empty for any. Raises UrlRefused."""
+    """Parse a URL that may be fetched. `ports` are the allowed ones, empty for any. Raises UrlRefused."""
     if len(text) > _MAX_URL_CHARACTERS:
         raise UrlRefused(f"it is longer than {_MAX_URL_CHARACTERS} characters")
     # Parsers read backslashes and white space in two ways; a URL that has any is not one.
@@ -118,7 +118,7 @@ def parse_url(text: str, ports: Sequence[int] = ()) -> httpx.URL:
 
 
 def is_public(address: Address) -> bool:
-    """Whether an address belongs to the public internet, the IPv4 address in it included if it holds one."""
+    """Return whether an address is public, as well as the IPv4 address embedded in it, if any."""
     if isinstance(address, IPv6Address):
         inner = address.ipv4_mapped or (IPv4Address(address.packed[-4:]) if address in _NAT64 else None)
         if inner is None:
@@ -128,7 +128,7 @@ def is_public(address: Address) -> bool:
 
 
 class _Pinned(httpcore.AsyncNetworkBackend):
-    """Dials given addresses, whatever the host is called, and keeps the stream to close it."""
+    """Network backend that dials the given addresses for any host, and keeps the stream in order to close it."""
 
     def __init__(self, addresses: Sequence[str]) -> None:
         self._addresses = addresses
@@ -153,13 +153,13 @@ class _Pinned(httpcore.AsyncNetworkBackend):
         raise failure or httpcore.ConnectError("no address")
 
     async def aclose(self) -> None:
-        """Close what was opened: httpcore forgets a stream whose TLS handshake is cancelled."""
+        """Close the stream: httpcore loses one whose TLS handshake is cancelled."""
         if self._stream is not None:
             await self._stream.aclose()
 
 
 class Fetcher:
-    """Fetches client-supplied URLs. One instance serves the whole process and bounds what is fetched at once."""
+    """Fetches URLs. One instance serves the process and limits concurrent fetches."""
 
     def __init__(
         self,
@@ -168,7 +168,7 @@ class Fetcher:
         resolve: Resolve | None = None,
         ssl_context: ssl.SSLContext | None = None,
     ) -> None:
-        """`resolve` and `ssl_context` replace the system's names and certificates."""
+        """`resolve` and `ssl_context` replace the system's resolver and certificates."""
         self._settings = settings
         self._resolve = resolve or Resolver()
         self._given_ssl_context = ssl_context
@@ -180,7 +180,7 @@ class Fetcher:
         return self._given_ssl_context or httpx.create_ssl_context()
 
     async def fetch(self, text: str, *, max_bytes: int, accept: str = "*/*", admit: Admit | None = None) -> Fetched:
-        """The resource at the URL `text`. Raises FetchError; cancelling closes the connection."""
+        """Fetch the URL `text`. Raises FetchError. Cancellation closes the connection."""
         url = parse_url(text, self._settings.ports)
         try:
             async with asyncio.timeout(self._settings.timeout_s):
@@ -207,7 +207,7 @@ class Fetcher:
         raise FetchFailed("too many redirects")
 
     def _redirected(self, url: httpx.URL, location: str) -> httpx.URL:
-        """The target of a redirect. Raises FetchFailed, which does not say what is wrong with it."""
+        """Return the target of a redirect. Raises FetchFailed, so that clients don't learn what is wrong with it."""
         try:
             target = parse_url(str(url.join(location)), self._settings.ports)
         except (UrlRefused, httpx.InvalidURL) as error:
@@ -218,7 +218,7 @@ class Fetcher:
 
     @contextlib.asynccontextmanager
     async def _get(self, url: httpx.URL, accept: str) -> AsyncIterator[httpcore.Response]:
-        """Open a connection of its own to `url` and ask for it."""
+        """Request `url` on a new connection."""
         backend = _Pinned(await self._addresses(url))
         target = httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=_port(url), target=url.raw_path)
         headers = [
@@ -238,7 +238,10 @@ class Fetcher:
                 raise FetchFailed(f"{type(error).__name__}: {error}") from error
 
     async def _addresses(self, url: httpx.URL) -> Sequence[str]:
-        """The addresses to dial. All must be allowed; a host that also resolves to a private one is rejected."""
+        """Return the addresses to dial.
+
+        Every resolved address must be allowed; a host that also resolves to a private one is rejected.
+        """
         try:
             addresses = await self._resolve(url.raw_host.decode("ascii"), _port(url))
         except OSError as error:

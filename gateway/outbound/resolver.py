@@ -1,16 +1,16 @@
-"""Looks host names up without threads: a lookup ends when its caller leaves or its deadline passes.
+"""Resolves host names without threads: a lookup ends when its caller is cancelled or its deadline passes.
 
 c-ares does what the system's resolver does: /etc/hosts, search domains and `ndots`, IPv4 and IPv6 side by side, CNAME
 chains, other name servers, and TCP for truncated answers. Each lookup has a c-ares channel of its own. So it can be
-ended alone (a channel ends all of its queries or none), reads /etc/resolv.conf as it is now, and leaves no cache,
-which c-ares bounds by age and not by size. A channel takes about 50 us to make.
+cancelled alone (a channel cancels all of its queries or none), reads the current /etc/resolv.conf, and leaves no cache,
+which c-ares bounds by age but not by size. A channel takes about 50 us to make.
 
 `aiodns` is not used directly: its channels have a thread each, and an inotify instance, of which a user has 128.
 
-How many lookups run at once is bounded by `gateway.outbound.fetch`, of which they are a part.
+`gateway.outbound.fetch` limits the number of concurrent lookups.
 
-Not handled: other sources than files and DNS in /etc/nsswitch.conf (mDNS, LDAP). Raises OSError, and NoSuchName where
-they may be worth asking.
+Not handled: other sources than files and DNS in /etc/nsswitch.conf (mDNS, LDAP). Raises OSError, and NoSuchName if
+these sources may know the name.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ _HOSTS = Path("/etc/hosts")
 LOOKUP_S = 5.0
 """Deadline of one lookup. c-ares asks a name server again, or the next one, after 2 s."""
 _TICK_S = 0.25
-"""How often a channel is asked whether one of its queries is late."""
+"""How often a channel checks its queries for timeouts."""
 _NOT_THERE = (pycares.errno.ARES_ENOTFOUND, pycares.errno.ARES_ENODATA)
 
 
 class NoSuchName(OSError):
-    """DNS was asked, and has no such name or no address of it."""
+    """DNS has no such name, or no address for it."""
 
 
 class Resolver:
-    """Looks up names at the name servers of the system. One instance serves the whole process."""
+    """The resolver. One instance serves the process."""
 
     def __init__(self, *, servers: Sequence[str] = ()) -> None:
         """`servers` ("127.0.0.1:5353") replace those of /etc/resolv.conf."""
@@ -60,7 +60,7 @@ class Resolver:
 
 
 def _literal(host: str) -> str | None:
-    """Return the address that `host` is, None where it is a name. Raises OSError where it is neither."""
+    """Return `host` as an address, or None if it is a name. Raises OSError if it is neither."""
     try:
         return str(ip_address(host))
     except ValueError:
@@ -75,7 +75,7 @@ def _literal(host: str) -> str | None:
 
 
 def _listed(host: str) -> list[str]:
-    """Return the addresses that /etc/hosts has for a host.
+    """Return the addresses of a host in /etc/hosts.
 
     c-ares knows the file, but answers "localhost" with both families, whether they are in it or not. An operator who
     allows 127.0.0.0/8 would find it refused for `::1`.
@@ -89,7 +89,7 @@ def _listed(host: str) -> list[str]:
 
 
 class _Lookup:
-    """One lookup, and the channel that it runs on. All of it happens on the event loop's thread."""
+    """One lookup and its channel. Runs on the event loop's thread only."""
 
     def __init__(self, servers: Sequence[str]) -> None:
         self._loop = asyncio.get_running_loop()
@@ -99,7 +99,7 @@ class _Lookup:
         self._found: asyncio.Future[Sequence[str]] = self._loop.create_future()
         try:
             self._channel = pycares.Channel(sock_state_cb=self._watch, servers=servers or None)
-        except pycares.AresError as error:  # of memory, or of a resolv.conf that can't be read
+        except pycares.AresError as error:  # out of memory, or an unreadable resolv.conf
             raise OSError(str(error)) from error
 
     async def run(self, host: str, port: int) -> Sequence[str]:
@@ -112,12 +112,12 @@ class _Lookup:
         return await self._found
 
     def close(self) -> None:
-        """End the lookup: its queries are cancelled and its sockets closed."""
+        """Cancel the queries and close the sockets."""
         if self._timer is not None:
             self._timer.cancel()
         self._found.cancel()
         self._channel.cancel()
-        # Anything that c-ares still closes, it closes on a thread of its own.
+        # c-ares closes the rest on its own thread.
         for fd in self._reading:
             self._loop.remove_reader(fd)
         for fd in self._writing:
@@ -138,7 +138,7 @@ class _Lookup:
         self._found.set_result(list(dict.fromkeys(texts)))
 
     def _watch(self, fd: int, readable: bool, writable: bool) -> None:
-        """Have the loop watch a socket as c-ares asks for it; neither means that the socket is closed next."""
+        """Let the loop watch a socket for c-ares; neither direction means that the socket is about to close."""
         if readable:
             self._reading.add(fd)
             self._loop.add_reader(fd, self._process, fd, pycares.ARES_SOCKET_BAD)
@@ -157,7 +157,7 @@ class _Lookup:
             self._channel.process_fd(read_fd, write_fd)
 
     def _tick(self) -> None:
-        """Let c-ares notice queries that are late."""
+        """Let c-ares detect timeouts."""
         self._process(pycares.ARES_SOCKET_BAD, pycares.ARES_SOCKET_BAD)
         if not self._found.done():
             self._timer = self._loop.call_later(_TICK_S, self._tick)

@@ -32,11 +32,11 @@ __all__ = ["Command", "Lane", "Script", "Store", "Unheard"]
 log = logging.getLogger(__name__)
 
 _OLDEST_REDIS = 7
-"""The first whose scripts may say that they write to a full server."""
+"""The first version whose scripts can declare that they write to a full server."""
 _MAX_BATCH = 256
 _MAX_FLUSHERS = 4  # one slow batch must not hold up the next
 _BULK_FLUSHERS = 2
-"""Bulk commands under way at once. A fast command may find as many in front of it at the server."""
+"""Bulk commands in flight. At most this many are ahead of a fast command at the server."""
 _BULK = "for sessions, streams, responses and jobs"
 _POLL_S = 5.0
 
@@ -45,7 +45,7 @@ class Store(Lane):
     """The fast lane, and `bulk` beside it. `start` before use, `close` after."""
 
     def __init__(self, settings: StoreSettings, environment: Mapping[str, str], metrics: Metrics) -> None:
-        """Choose the server by the environment variable that `settings` names. Raises StoreError on a bad URL."""
+        """The URL is in the environment variable that `settings` names. Raises StoreError on a bad URL."""
         self.metrics = metrics
         self._embedded: EmbeddedValkey | None = None
         url = environment.get(settings.url_env, "")
@@ -91,7 +91,7 @@ class Store(Lane):
             words=("does not answer administration", "answers administration again"),
             **unhurried,
         )
-        """For what may wait."""
+        """For commands that may wait."""
         self._watch: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -109,7 +109,7 @@ class Store(Lane):
         self._watch = asyncio.create_task(self._watch_state())
 
     async def _version(self) -> str:
-        """Return the server's version in Redis's count; the oldest that will do where the server does not say."""
+        """Return the Redis version that the server reports, or the oldest supported one if it reports none."""
         client = self.patient._client
         try:
             async with asyncio.timeout(self._patience_s):
@@ -141,7 +141,7 @@ class Store(Lane):
                 await self.look()
 
     async def look(self) -> None:
-        """Learn the server's clock and memory. Whether it is away is for commands to find out."""
+        """Read the server's clock and memory. Failures are ignored: commands detect an unavailable server."""
         try:
             await self._within_timeout(self._look(), self._patience_s)
         except Exception as error:  # a server that words its answers in another way is still a store

@@ -34,25 +34,25 @@ log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 SCHEMA = 1
-"""Version of the layout that `gateway.store.client` describes."""
+"""Version of the layout that `gateway.store.key_names` describes."""
 SCHEMA_CHECK: list[Command] = [Script("schema").call([layout.SCHEMA], [SCHEMA]), ("GET", layout.SCHEMA)]
 """A script: a server that runs none for this gateway, by its ACL, is of no use to it."""
 _LAG_S = 0.005  # a timer that fires this late says that the loop was busy
 _MAX_WAITS = 5
-"""A command that has waited this often its lane's patience for those before it is given up without being sent."""
+"""A command that has queued for this many times the lane's patience fails without being sent."""
 _CODE = re.compile(r"([A-Z]{3,32}) ")
-"""What a server's error begins with, unless it is the general ERR, which redis-py removes."""
+"""Code at the start of a server's error, unless it is ERR, which redis-py removes."""
 # RedisClusterException, of a cluster without a node that answers, is no RedisError.
 _FAILURES = (RedisError, RedisClusterException, OSError, TimeoutError)
 
 
 Unheard = Callable[[Any], None]
-"""Takes the result of a command whose caller has left, or an exception if it is unknown whether the command was run."""
+"""Receives a result that no caller waits for any more, or an exception if it is unknown whether the command ran."""
 
 
 @dataclass(slots=True)
 class _Group:
-    """Commands that must travel in one pipeline, in order."""
+    """Commands that must be sent in one pipeline, in order."""
 
     commands: list[Command]
     result: asyncio.Future[list[Any]]
@@ -66,7 +66,7 @@ class _Group:
 
 
 class Lane:
-    """One way to the store: connections, a deadline, and a breaker."""
+    """Connections to the store, with a deadline and a breaker."""
 
     def __init__(
         self,
@@ -130,16 +130,16 @@ class Lane:
         return results
 
     async def try_in_order(self, commands: list[Command]) -> list[Any]:
-        """Do the same, with a StoreRefused in place of the result of each command that the store refuses.
+        """Like `run_in_order`, but return a StoreRefused as the result of each refused command.
 
-        Raises WritesRefused where the store takes no writes.
+        Raises WritesRefused if the store takes no writes.
         """
         return [self._checked(result) for result in await self._enqueue(commands)]
 
     async def run_heard(self, command: Command, unheard: Unheard) -> Any:
-        """Run a command whose result must not get lost: `unheard` gets it if the caller is cancelled meanwhile.
+        """Run a command whose result must not be lost: if the caller is cancelled, `unheard` gets the result.
 
-        Cancelling a caller stops no command. Raises StoreUnavailable.
+        Cancellation of the caller does not stop the command. Raises StoreUnavailable.
         """
         answer = self._enqueue([command])
         try:
@@ -153,7 +153,7 @@ class Lane:
         return result
 
     async def answered(self) -> None:
-        """Wait until nothing is on its way to the store."""
+        """Wait until no command is in flight."""
         await asyncio.gather(*self._flushers, return_exceptions=True)
 
     async def greet(self) -> list[Any]:
@@ -174,7 +174,7 @@ class Lane:
             await close(self._client)
 
     def _checked(self, result: Any) -> Any:
-        """Return a command's result, with a StoreRefused for a refusal. Raises WritesRefused."""
+        """Return a command's result, or a StoreRefused if it was refused. Raises WritesRefused."""
         if not isinstance(result, RedisError):
             return result
         if (refusal := refusal_of(result)) is not None:
@@ -202,7 +202,7 @@ class Lane:
             self._flushers.discard(flusher)
 
     def _next_batch(self) -> list[_Group]:
-        """Take the next groups off the queue. Fails those that have waited too long."""
+        """Take the next groups from the queue. Groups that have waited too long fail."""
         batch: list[_Group] = []
         size = 0
         oldest = asyncio.get_running_loop().time() - _MAX_WAITS * self._patience_s
@@ -240,10 +240,10 @@ class Lane:
                 del results[: len(group.commands)]
 
     async def _within_timeout(self, work: Coroutine[Any, Any, _T], timeout_s: float, *, doubt: bool = False) -> _T:
-        """Await `work` for `timeout_s`, not counting time in which this process itself did not run.
+        """Await `work` for `timeout_s`, not counting time in which this process was not running.
 
-        A busy event loop would otherwise take its own lag for a store that does not answer. With `doubt` the server is
-        checked meanwhile, and not waited for any longer if it does not answer at all. Raises TimeoutError.
+        Otherwise a busy event loop would mistake its own lag for a store that does not answer. With `doubt` the server
+        is checked meanwhile; if it does not answer at all, the wait ends. Raises TimeoutError.
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
@@ -336,23 +336,23 @@ class Lane:
 
 
 async def end(task: asyncio.Task[None] | None) -> None:
-    """Cancel a task until it has ended: redis-py may take a cancellation for its own timeout, and continue."""
+    """Cancel a task until it has ended: redis-py may mistake a cancellation for its own timeout and continue."""
     while task is not None and not task.done():
         task.cancel()
         await asyncio.wait([task], timeout=0.1)
 
 
 def speaks(found: Any) -> bool:
-    """Whether the layout version found is ours. A new server that takes no writes has none."""
+    """Return whether the schema version is ours. A new server that takes no writes has none."""
     return found is None or str(found) == str(SCHEMA)
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether a command's error is about that command alone: its script, or a value of another type.
+    """Return whether an error concerns only its command: the script, or a value of another type.
 
     Every other error means that the server can't serve this gateway now, and the next command would get it as well:
     READONLY of a replica, which may not know the latest keys, CLUSTERDOWN, TRYAGAIN and MOVED of a cluster, MASTERDOWN,
-    BUSY during a long script, NOPERM after a change of its ACL, and what is not known here.
+    BUSY during a long script, NOPERM after a change of its ACL, and unknown codes.
     """
     if isinstance(error, ClusterCrossSlotError):
         return True

@@ -16,9 +16,9 @@ PIECE_BYTES = 262_144
 _INLINE_BYTES = PIECE_BYTES // 2
 """Most bytes of a value that is a string, so that two fit into one command."""
 _WRITING_S = 60
-"""How long pieces are kept that no value names: their writer is gone by then."""
+"""Lifetime of pieces that no value refers to: their writer is gone by then."""
 _LOOKS = 5
-"""How often a value is read again that changes while it is read."""
+"""Attempts to read a value that changes while it is read."""
 
 
 def split(text: str, most_bytes: int = PIECE_BYTES) -> list[str]:

@@ -1,4 +1,4 @@
-"""Lua scripts in gateway/store/lua, and how they are sent to the store."""
+"""Lua scripts in gateway/store/lua, as commands for the store."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Command = tuple[Any, ...]
 
 
 class Script:
-    """A Lua script, made of the named files in gateway/store/lua.
+    """A Lua script: the concatenation of the named files in gateway/store/lua.
 
     The whole text is sent the first time in every pipeline and its hash after that. If only the hash were sent, the
     first calls after a restart of the server would fail.
@@ -20,18 +20,18 @@ class Script:
     def __init__(self, *names: str, when_full: bool = False, reads: bool = False) -> None:
         """Read the files.
 
-        A store that has reached its maxmemory refuses a script as a whole, unless `when_full` lets it write there: for
-        scripts that shrink what is stored, or whose writes are small and bounded per API key. One that only `reads`
-        runs also where the disk can't be written. It needs Redis 7 or Valkey.
+        A store that has reached its maxmemory refuses a script unless `when_full` is set: for scripts that shrink what
+        is stored, or whose writes are small and bounded per API key. A script that only `reads` also runs while the
+        disk can't be written. It needs Redis 7 or Valkey.
         """
         folder = resources.files("gateway.store") / "lua"
         text = "\n".join((folder / f"{name}.lua").read_text(encoding="utf-8") for name in names)
         text = "".join(line for line in text.splitlines(keepends=True) if not line.lstrip().startswith("--"))
         flags = " flags=no-writes" if reads else " flags=allow-oom" if when_full else ""
-        # Without this line a full server would run a script to its end whose first write is a deletion.
+        # Without this line a full server would run a script to its end if its first write is a deletion.
         self.text = f"#!lua{flags}\n{text}"
         self.sha = hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
 
     def call(self, keys: list[str], arguments: list[Any]) -> Command:
-        """Return the command that runs it atomically."""
+        """Return the command that runs the script, atomically."""
         return (self, len(keys), *keys, *arguments)

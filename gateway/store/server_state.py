@@ -24,9 +24,9 @@ REFUSALS: dict[Refusal, str] = {
     "disk": "The store can't write to its disk and takes no writes.",
     "replicas": "The store has too few replicas and takes no writes.",
 }
-"""Why a server that answers takes no writes, in a sentence for clients."""
+"""Messages for clients, by the reason why the server takes no writes."""
 _FREE = 0.98
-"""A full store counts as full until it has less than this share of its maxmemory in use: writes of a few bytes pass
+"""A full store counts as full until less than this share of its maxmemory is in use, although small writes succeed
 earlier."""
 
 
@@ -39,11 +39,11 @@ def refusal_of(error: BaseException) -> Refusal | None:
 
 
 class StoreState:
-    """The server's clock and the writes that it refuses. Lanes report refusals as they see them, a poll the rest."""
+    """State of the server. Lanes report refused writes, a poll the rest."""
 
     def __init__(self, metrics: Metrics) -> None:
         self.refusal: Refusal | None = None
-        """Why the server takes no writes; None while it does."""
+        """Reason why the server takes no writes, or None."""
         self._metrics = metrics
         self._ahead_s = time.time() - time.monotonic()
         self._memory = ""
@@ -52,11 +52,11 @@ class StoreState:
         """Set when the server stops taking writes, or takes them again."""
 
     def time_s(self) -> float:
-        """Return the Unix time on the server's clock: this machine's until the server has reported its own."""
+        """Return the Unix time on the server's clock, or on this machine's until that is known."""
         return time.monotonic() + self._ahead_s
 
     def set_clock(self, unix_s: float) -> None:
-        """Note what the server's clock shows now."""
+        """Record the server's current time."""
         self._ahead_s = unix_s - time.monotonic()
 
     def refused(self, refusal: Refusal) -> None:
@@ -81,7 +81,7 @@ class StoreState:
             )
 
     def remember(self, info: Mapping[str, Any]) -> None:
-        """Take what INFO memory says."""
+        """Record the answer to INFO memory."""
         used = int(info.get("used_memory", 0)) - int(info.get("mem_not_counted_for_evict", 0) or 0)
         most = int(info.get("maxmemory", 0) or 0)
         self._metrics.store_memory_used.set(used)
@@ -90,7 +90,7 @@ class StoreState:
         self._crowded = bool(most) and used >= _FREE * most
 
     def accepted(self) -> None:
-        """Note that the server took a write of a few bytes."""
+        """Record that the server accepted a small write."""
         if self.refusal is not None and not (self.refusal == "full" and self._crowded):
             self._set(None)
             log.warning("the store takes writes again%s", self._memory)

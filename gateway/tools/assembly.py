@@ -1,4 +1,4 @@
-"""Builds the tools that a deployment's settings ask for."""
+"""Builds the configured tools."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ def build_toolbox(config: Config, environment: Mapping[str, str], fetcher: Fetch
     if settings.web_fetch.enabled:
         reader = Reader(processes=settings.reading.processes, timeout_s=settings.reading.timeout_s)
         robots = Robots(fetcher) if settings.web_fetch.robots else None
-        # The wait for one of the reading processes is in it as well.
+        # This includes the wait for a reader process.
         timeout_s = config.fetch.timeout_s + 2 * settings.reading.timeout_s
         tools.append(WebFetch(settings.web_fetch, fetcher, reader, robots=robots, timeout_s=timeout_s))
         resources.append(reader)
     if settings.local_search is not None:
-        # Of its own: a folder full of documents must not keep web pages waiting.
+        # A separate reader, so that indexing a folder does not delay web pages.
         reader = Reader(processes=1, timeout_s=settings.reading.timeout_s)
         index = settings.local_search.index or config.store.data_dir / _INDEX_NAME
         library = DocumentLibrary(settings.local_search, index, reader)
         tools += [LocalSearch(settings.local_search, library), LocalRead(library)]
         resources.append(library)
     if settings.ga4 is not None:
-        from gateway.tools.ga4 import ga4_tools  # cryptography, which few gateways need
+        from gateway.tools.ga4 import ga4_tools  # imports cryptography, which few gateways need
 
         tools += ga4_tools(settings.ga4, environment)
     if settings.serp_ads is not None:

@@ -29,7 +29,7 @@ MAX_OBSERVATION_CHARS = 20_000
 ATTEMPTS = 3
 _BACKOFF_S = 0.5
 _MAX_WAIT_S = 5.0
-"""Longest wait between two attempts: a service that asks for more has failed, as far as a waiting agent goes."""
+"""Longest wait between two attempts. If a service asks for a longer one, the call fails."""
 _BREAKER_FAILURES = 5
 _BREAKER_S = 30.0
 
@@ -45,10 +45,10 @@ class ToolError(Exception):
         out_of_order: bool | None = None,
         retry_after_s: float | None = None,
     ) -> None:
-        """`may_pass` says that the same call may succeed a moment later, and `retry_after_s` in how long.
+        """`may_pass`: the same call may succeed if it is retried, after `retry_after_s` if that is known.
 
-        `out_of_order` says that the tool would fail whatever it was asked, which counts for its breaker; None takes
-        it from `may_pass`. An address that leads nowhere is the caller's, not the tool's.
+        `out_of_order`: the tool would fail for any arguments, so the failure counts for its breaker; None means the
+        value of `may_pass`. An address that does not exist is the caller's fault, not the tool's.
         """
         super().__init__(message)
         self.may_pass = may_pass
@@ -58,7 +58,7 @@ class ToolError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where something was found. `fetched` means that its text was read, not only its address seen."""
+    """A source of an observation. `fetched`: its text was read, not only its address found."""
 
     url: str
     """http(s), or `local:` and the path within the operator's folder."""
@@ -66,7 +66,7 @@ class Source:
     snippet: str = ""
     fetched: bool = False
     published: str = ""
-    """ISO date, where it is known."""
+    """ISO date, or empty."""
 
     @property
     def domain(self) -> str:
@@ -75,7 +75,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What a tool call brought. `data` is the same in machine form, for code that need not read."""
+    """Result of a tool call. `data` is the same result for code."""
 
     text: str
     sources: Sequence[Source] = ()
@@ -84,43 +84,43 @@ class Observation:
 
 
 class Tool(Protocol):
-    """One tool. `arguments` is a pydantic model; its JSON schema is part of prompts."""
+    """One tool."""
 
     @property
     def name(self) -> str:
-        """What models call it."""
+        """The name that models use."""
 
     @property
     def description(self) -> str:
-        """What it does, in a sentence or two for models."""
+        """One or two sentences for models."""
 
     @property
     def arguments(self) -> type[BaseModel]:
-        """What it takes."""
+        """A pydantic model. Models get its JSON schema."""
 
     @property
     def timeout_s(self) -> float:
-        """Longest time for one attempt."""
+        """Timeout of one attempt."""
 
     async def run(self, arguments: Any) -> Observation:
-        """Do it. Raises ToolError. Cancelling leaves nothing behind."""
+        """Run the tool. Raises ToolError. Cancellation frees everything."""
 
     async def close(self) -> None:
         """Free connections and processes. Idempotent."""
 
 
 class Resource(Protocol):
-    """What tools share and the box owns: it is started before the first call and closed after the last."""
+    """Something that tools share and the toolbox owns: started before the first call, closed after the last."""
 
     async def start(self) -> None:
-        """Return at once; what takes time continues in the background."""
+        """Start. Returns at once; slow work continues in the background."""
 
     async def close(self) -> None:
         """Free everything. Idempotent."""
 
 
 class Toolbox:
-    """Tools by name. One instance serves all runs; `only` gives a run its share of it."""
+    """Tools by name. One instance serves all runs; `only` selects the tools of one run."""
 
     def __init__(
         self,
@@ -146,7 +146,7 @@ class Toolbox:
         return list(self._tools)
 
     def only(self, names: Iterable[str]) -> Toolbox:
-        """Return the box of those tools among `names` that exist. Closing it closes nothing."""
+        """Return a toolbox with the existing tools among `names`. Closing it closes nothing."""
         wanted = set(names)
         kept = [tool for name, tool in self._tools.items() if name in wanted]
         share = Toolbox(kept, clock=self._clock, breakers=self._breakers, backoff_s=self._backoff_s)
@@ -161,7 +161,7 @@ class Toolbox:
         ]
 
     async def start(self) -> None:
-        """Start what the tools share."""
+        """Start the shared resources."""
         for resource in self._resources:
             await resource.start()
 
@@ -210,7 +210,7 @@ class Toolbox:
         return Observation(_bounded(message), ok=False)
 
     async def close(self) -> None:
-        """Close every tool, then what they share. Idempotent."""
+        """Close all tools, then the shared resources. Idempotent."""
         if self._lent:
             return
         await asyncio.gather(*(tool.close() for tool in self._tools.values()), return_exceptions=True)
@@ -240,7 +240,7 @@ def _bounded(text: str) -> str:
 
 
 def _compact(arguments: type[BaseModel]) -> dict[str, Any]:
-    """Return the JSON schema of `arguments` without what a model does not need to fill them in."""
+    """Return the JSON schema of `arguments` without the parts that models don't need."""
     schema = arguments.model_json_schema()
     schema.pop("description", None)
     bare: dict[str, Any] = _without_titles(schema)

@@ -1,8 +1,8 @@
-"""Finds and reads the documents of a folder, and names them without the folder's path.
+"""Lists and reads the documents of a folder, under names that don't reveal where the folder is.
 
-A name is `local:` and the path within the folder. Hidden files and folders are skipped, links that lead out of the
-folder too, and whatever is no plain file. Does not handle watching: it is looked through again and again instead, which
-works on every file system. Raises OSError where the folder itself can't be listed.
+A name is `local:` and the path within the folder. Hidden files and folders, links that leave the folder, and special
+files are skipped. Not handled: watching for changes; the folder is scanned repeatedly instead, which works on every
+file system. Raises OSError if the folder itself can't be listed.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ SUFFIXES: dict[str, Kind] = {
     ".xhtml": "html",
     ".pdf": "pdf",
 }
-_PLAIN = frozenset("/-._~,+@")  # the rest would end the path, or a quotation, or a line
+_PLAIN = frozenset("/-._~,+@")  # other characters would end the path, a quotation or a line
 _MAX_DEPTH = 32
 
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A document in the folder, as it was when the folder was looked through."""
+    """A document in the folder at the time of a scan."""
 
     url: str
     path: str
-    """Absolute, links resolved."""
+    """Absolute, with links resolved."""
     kind: Kind
     size_bytes: int
     signature: str
@@ -49,7 +49,7 @@ class File:
 
     @property
     def name(self) -> str:
-        """The last part of its path, for people."""
+        """The last part of its path, for display."""
         name = os.fsencode(os.path.basename(self.path)).decode("utf-8", "replace")
         return "".join(character if character.isprintable() else " " for character in name)
 
@@ -62,7 +62,7 @@ def url_of(path: str) -> str:
 
 
 def split_url(text: str) -> tuple[str, str]:
-    """Return a document's name and the anchor in it, however `text` spells them."""
+    """Return a document's name and the anchor in it, in any spelling."""
     path, _, anchor = text.strip().removeprefix(SCHEME).removeprefix("//").partition("#")
     return url_of(unquote(path, errors="surrogateescape")), unquote(anchor)
 
@@ -70,14 +70,14 @@ def split_url(text: str) -> tuple[str, str]:
 def scan(root: Path) -> dict[str, File]:
     """Return the documents of the folder by name. Raises OSError."""
     top = os.path.realpath(root)
-    with os.scandir(top):  # what lies below may fail; this may not
+    with os.scandir(top):  # errors of subfolders are logged, an error of the folder itself is raised
         pass
     return {file.url: file for file in _files(top, top, 0)}
 
 
 def read(file: File, max_bytes: int) -> tuple[bytes, str]:
-    """The content of the file, and its signature before it was read. Raises OSError."""
-    # It may have become something else since the scan: a link is not followed, a pipe not waited for.
+    """Return the file's content, and its signature just before reading. Raises OSError."""
+    # It may have been replaced since the scan: no link is followed, and a pipe does not block.
     descriptor = os.open(file.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as opened:
         status = os.fstat(descriptor)
@@ -104,12 +104,12 @@ def _files(top: str, folder: str, depth: int) -> Iterator[File]:
                 if stat.S_ISREG(status.st_mode):
                     url = url_of(os.path.relpath(entry.path, top))
                     yield File(url, path, kind, status.st_size, _signature(status))
-        except OSError:  # it has just gone, or a link leads nowhere
+        except OSError:  # just deleted, or a dangling link
             continue
 
 
 def _inside(top: str, entry: os.DirEntry[str]) -> str | None:
-    """The real path of the file, None for a link to the outside. Kubernetes mounts every file as a link within."""
+    """Return the file's real path, or None for a link out of the folder. Kubernetes mounts files as links within it."""
     if not entry.is_symlink():
         return entry.path
     path = os.path.realpath(entry.path, strict=True)
@@ -117,7 +117,7 @@ def _inside(top: str, entry: os.DirEntry[str]) -> str | None:
 
 
 def _signature(status: os.stat_result) -> str:
-    # The time of change too: that of modification can be set, and copies keep it.
+    # ctime as well: mtime can be set, and copies keep it.
     return f"{status.st_size}.{status.st_mtime_ns}.{status.st_ctime_ns}.{status.st_ino}"
 
 

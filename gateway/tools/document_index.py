@@ -24,12 +24,12 @@ log = logging.getLogger(__name__)
 
 _VERSION = 1
 _BUSY_S = 10.0
-"""How long a writer waits for another, of this process or of another gateway."""
+"""How long a writer waits for another one, in this process or another gateway."""
 _QUERY_S = 5.0
 _CANDIDATES = 100
 _SNIPPET_WORDS = 60  # SQLite allows 64
 _WEIGHTS = "4.0, 2.0, 1.0"
-"""Of a word in a document's name, in a heading and in the text."""
+"""Weights of a word in a document's name, in a heading and in the text."""
 _SCHEMA = f"""
 CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE documents (
@@ -60,7 +60,7 @@ WHERE words MATCH ? AND rank MATCH 'bm25({_WEIGHTS})' ORDER BY rank LIMIT {_CAND
 
 
 class IndexFailed(Exception):
-    """The index can't be used now. The message is for the log; a `damaged` one never can."""
+    """The index can't be used now, or ever if `damaged`. The message is for the log."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
@@ -70,7 +70,7 @@ class IndexFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What the index knows of one document, but for its text. `failure` says why it could not be read."""
+    """A document in the index, without its text. `failure` says why it could not be read."""
 
     url: str
     signature: str
@@ -82,7 +82,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """The passage that a search found."""
+    """A passage found by a search."""
 
     url: str
     anchor: str
@@ -93,7 +93,7 @@ class Match:
 
 @dataclass(frozen=True, slots=True)
 class Excerpt:
-    """Part of a document, or all of it."""
+    """A document, or part of it."""
 
     url: str
     title: str
@@ -104,10 +104,10 @@ class Excerpt:
 
 
 class DocumentIndex:
-    """A full-text index of documents in SQLite."""
+    """The index of one folder."""
 
     def __init__(self, path: Path, folder: Path) -> None:
-        """`path` is the file, `folder` where its documents come from."""
+        """`path` is the index file, `folder` the folder of its documents."""
         self._path = path
         self._folder = os.path.realpath(folder)
 
@@ -129,7 +129,7 @@ class DocumentIndex:
             raise IndexFailed(error) from error
 
     def discard(self) -> None:
-        """Throw the index away. Raises OSError."""
+        """Delete the index. Raises OSError."""
         for suffix in ("", "-wal", "-shm"):
             Path(f"{self._path}{suffix}").unlink(missing_ok=True)
 
@@ -140,7 +140,7 @@ class DocumentIndex:
             return {row[0]: Entry(*row) for row in connection.execute(f"SELECT {columns} FROM documents")}
 
     def put(self, entry: Entry, passages: Iterable[Passage] = ()) -> None:
-        """Put a document in, in place of what stands there under its name. Raises IndexFailed."""
+        """Insert or replace a document. Raises IndexFailed."""
         name = gapped(f"{entry.title} {entry.url}")
         with self._connection(write=True) as connection:
             _remove(connection, entry.url)
@@ -160,18 +160,18 @@ class DocumentIndex:
                 )
 
     def touch(self, url: str, signature: str) -> None:
-        """Note that a file changed and its content did not. Raises IndexFailed."""
+        """Record that a file changed but its content did not. Raises IndexFailed."""
         with self._connection(write=True) as connection:
             connection.execute("UPDATE documents SET signature = ? WHERE url = ?", (signature, url))
 
     def remove(self, urls: Iterable[str]) -> None:
-        """Take documents out. Raises IndexFailed."""
+        """Remove documents. Raises IndexFailed."""
         with self._connection(write=True) as connection:
             for url in urls:
                 _remove(connection, url)
 
     def search(self, query: str, limit: int) -> list[Match]:
-        """Return the best passages, each of another document while there are any. Raises IndexFailed."""
+        """Return the best passages, first one of each document. Raises IndexFailed."""
         expression = match_expression(query)
         if not expression:
             return []
@@ -187,7 +187,7 @@ class DocumentIndex:
         return (first + more)[:limit]
 
     def excerpt(self, url: str, anchor: str, max_chars: int) -> Excerpt | None:
-        """Return a document from a little before `anchor` on, all of it if it is short. None where there is none.
+        """Return a document from shortly before `anchor`, or all of a short one. None if it does not exist.
 
         Raises IndexFailed.
         """
@@ -212,7 +212,7 @@ class DocumentIndex:
         return Excerpt(url, found[1], found[2], passages, first > 0, last < len(sizes))
 
     def _create(self) -> None:
-        """Write the tables, unless they are there and of this version and folder."""
+        """Create the tables, unless they exist for this version and folder."""
         with contextlib.closing(sqlite3.connect(self._path, timeout=_BUSY_S, isolation_level=None)) as connection:
             connection.execute("PRAGMA journal_mode = WAL")  # who searches does not wait for who writes
             connection.execute("BEGIN IMMEDIATE")
@@ -232,7 +232,7 @@ class DocumentIndex:
             connection.execute("COMMIT")
 
     def _touch(self) -> None:
-        """Make the file if there is none, readable only to its owner."""
+        """Create the file if it does not exist, readable by its owner only."""
         os.close(os.open(self._path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
 
     @contextlib.contextmanager
@@ -270,7 +270,7 @@ def _place(sizes: Sequence[tuple[int, str, int]], anchor: str) -> int:
 
 
 def _window(sizes: Sequence[int], place: int, max_chars: int) -> tuple[int, int]:
-    """Return from which passage on, and up to which, a document is shown: around `place`, more of what follows."""
+    """Return the range of passages to show around `place`, most of it after `place`."""
     first, last = place, place
     room = max_chars
     while last < len(sizes) and (sizes[last] <= room or last == place):

@@ -31,12 +31,12 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _MAX_PASSAGES = 10_000
-"""Of one document; a text of two megabytes has some two thousand."""
+"""Per document. Two megabytes of text have about two thousand."""
 
 
 @dataclass(slots=True)
 class Changes:
-    """What one look through the folder brought, in documents."""
+    """Numbers of documents that one scan changed."""
 
     indexed: int = 0
     failed: int = 0
@@ -44,7 +44,7 @@ class Changes:
 
 
 class DocumentLibrary:
-    """An index that follows a folder of documents."""
+    """The index and the task that keeps it up to date. `start` before use, `close` after."""
 
     def __init__(self, settings: LocalSearchSettings, index_path: Path, reader: Reader) -> None:
         self._settings = settings
@@ -56,15 +56,15 @@ class DocumentLibrary:
         self._opened = False
         self._retry_failed = True
         self.complete = False
-        """The folder was looked through once."""
+        """The first scan is over."""
 
     async def start(self) -> None:
-        """Begin to look through the folder, in the background."""
+        """Start scanning in the background."""
         if self._refreshing is None:
             self._refreshing = asyncio.create_task(self._keep_fresh(), name="documents")
 
     async def close(self) -> None:
-        """Stop looking, and let the threads end."""
+        """Stop scanning and end the threads."""
         if self._refreshing is not None:
             self._refreshing.cancel()
             await asyncio.gather(self._refreshing, return_exceptions=True)
@@ -76,7 +76,7 @@ class DocumentLibrary:
         return await self._in_thread(lambda: self._index.search(query, limit))
 
     async def excerpt(self, url: str, anchor: str, max_chars: int) -> Excerpt | None:
-        """Return part of a document, None if there is none of this name. Raises IndexFailed."""
+        """Return part of a document, or None if it does not exist. Raises IndexFailed."""
         return await self._in_thread(lambda: self._index.excerpt(url, anchor, max_chars))
 
     async def refresh(self) -> Changes | None:
@@ -158,7 +158,7 @@ class DocumentLibrary:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[bool]:
-        """Whether no other gateway looks through the folder, and keep others from it meanwhile."""
+        """Return whether this gateway may scan, and lock out the others meanwhile."""
         descriptor = os.open(self._lock_path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

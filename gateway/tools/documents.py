@@ -19,16 +19,16 @@ Kind = Literal["html", "pdf", "markdown", "text"]
 
 PAGE_BREAK = "\f"
 _MAX_HTML_CHARS = 4 * 2**20
-"""The rest is left out: what a page says stands at its beginning, and parsers' trees take a hundred times as much."""
+"""The rest is ignored: a page's content is near its beginning, and parse trees take a hundred times the memory."""
 _MAX_TITLE_CHARS = 200
 _MIN_EXTRACTED_CHARS = 80
-"""Less than this is rarely what a page is about: then everything that it says is taken."""
+"""A shorter extract is rarely the content of the page; then the whole text is used."""
 # Characters that people don't see and models do: tags, zero-width marks, direction overrides, and controls.
 _INVISIBLE = re.compile(
     "[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\U000e0000-\U000e007f]"
 )
 _LIGATURES = {0xFB00: "ff", 0xFB01: "fi", 0xFB02: "fl", 0xFB03: "ffi", 0xFB04: "ffl", 0xFB05: "st", 0xFB06: "st"}
-"""PDFs write these for the letters that they stand for, and queries don't contain them."""
+"""Ligatures of PDFs, replaced by their letters so that searches match."""
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),  # begins like UTF-16's
@@ -41,7 +41,7 @@ _CHARSET = re.compile(rb"""<meta[^>]{0,200}?charset\s{0,20}=\s{0,20}["']?([A-Za-
 _BLANK_LINES = re.compile(r"\n{4,}")
 _MAX_FRONT_MATTER_LINES = 200
 _MAX_HEAD_CHARS = 4096
-"""Of a text, where its first heading is looked for."""
+"""Length of the beginning of a text in which the first heading is searched."""
 
 
 class Unreadable(Exception):
@@ -50,16 +50,16 @@ class Unreadable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """What a document says."""
+    """Content of a document."""
 
     text: str
     title: str = ""
     published: str = ""
-    """ISO date, where it is known."""
+    """ISO date, or empty."""
 
 
 def read_document(content: bytes, kind: Kind, charset: str = "", max_chars: int = 2**21) -> Document:
-    """The text of `content`, at most `max_chars` of it. Raises Unreadable, and what parsers raise."""
+    """Extract at most `max_chars` of text from `content`. Raises Unreadable, and what parsers raise."""
     if kind == "pdf":
         document = _read_pdf(content, max_chars)
     elif kind == "html":
@@ -74,7 +74,7 @@ def read_document(content: bytes, kind: Kind, charset: str = "", max_chars: int 
 
 
 def _decoded(content: bytes, charset: str) -> str:
-    """The text of bytes. The encoding comes from their beginning, else from the server, else from a guess."""
+    """Decode bytes by their byte order mark, the server's charset or a guess, in this order."""
     for bom, encoding in _BOMS:
         if content.startswith(bom):
             return content[len(bom) :].decode(encoding, "replace")
@@ -154,7 +154,7 @@ def _read_text(text: str, kind: Kind) -> Document:
 
 
 def _front_matter(text: str) -> tuple[dict[str, str], str]:
-    """Return the title and the date from the lines between `---` that a text may begin with, and the text behind."""
+    """Return title and date of the front matter (between `---`), and the text after it."""
     if not text.startswith("---"):
         return {}, text
     first, *lines = text.split("\n", _MAX_FRONT_MATTER_LINES)
@@ -172,7 +172,7 @@ def _front_matter(text: str) -> tuple[dict[str, str], str]:
 
 
 def _first_heading(text: str) -> str:
-    """Return the first heading of the two highest levels, marked in front or underlined; empty if there is none."""
+    """Return the first heading of level 1 or 2, with `#` or underlined, or an empty string."""
     before = ""
     for line in text.split("\n"):
         mark = line.rstrip(" \t")

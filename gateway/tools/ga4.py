@@ -1,16 +1,16 @@
-"""Google Analytics 4: `ga4_report`, `ga4_realtime`, and `ga4_metadata`, which says what there is to report.
+"""Tools for Google Analytics 4: `ga4_report`, `ga4_realtime`, and `ga4_metadata`, which lists metrics and dimensions.
 
-Arguments are checked against the property's own metadata before anything is asked, and names that do not exist are
-answered with those that are near. A report's `Observation.data` is what `ga4_api.parse_report` makes of it, with
+Arguments are checked against the property's metadata before a request is sent; for an unknown name the observation
+suggests similar ones. A report's `Observation.data` is the result of `ga4_api.parse_report`, with
 
     kind             "report" or "realtime"
     date_range       {"start_date", "end_date"}, absolute, in the property's time zone; None for the last minutes
     previous_date_range, previous_rows, previous_totals    the same of the range compared with, or None
     minutes          of a realtime report
     rows             one mapping per row, dimensions and metrics by name, metrics as numbers
-    row_count        how many there are in all; None where two ranges make that unclear
+    row_count        number of all rows; None where two ranges make that unclear
 
-What is wrong with the arguments is an observation that is not `ok`; what is wrong with Google is a ToolError.
+Invalid arguments give an observation that is not `ok`; failures of Google raise ToolError.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TIMES = frozenset(
     {"minutesAgo", "dateHourMinute", "dateHour", "hour", "date", "day", "dayOfWeek", "week", "yearWeek", "month"}
     | {"yearMonth", "year", "isoWeek", "isoYearIsoWeek", "nthDay", "nthWeek", "nthMonth"}
 )
-"""Dimensions whose rows are read in their own order, not by size."""
+"""Dimensions whose rows are sorted by the dimension, not by size."""
 _RELATIVE = re.compile(r"([0-9]{1,4})daysAgo")
 
 
@@ -66,14 +66,14 @@ class DateRange(_Arguments):
     start_date: Day
     """YYYY-MM-DD, `today`, `yesterday` or `NdaysAgo`."""
     end_date: Day
-    """As above."""
+    """Same format as `start_date`."""
 
 
 class DimensionFilter(_Arguments):
     dimension: Name
-    """A dimension, in the report or not."""
+    """A dimension, which need not be in the report."""
     match: Literal["exact", "contains", "begins_with"] = "exact"
-    """How `value` is looked for, regardless of case."""
+    """How `value` is compared, ignoring case."""
     value: Annotated[str, Field(min_length=1, max_length=200)]
     """What the dimension must be, contain or begin with."""
 
@@ -90,7 +90,7 @@ class ReportArguments(_Arguments):
     filters: Annotated[list[DimensionFilter], Field(max_length=4)] = []
     """All of them must hold."""
     order_by: Annotated[str, Field(max_length=120)] = ""
-    """A metric or dimension of the report; left out, times run forward and other rows by the first metric, downward."""
+    """A metric or dimension of the report. Default: times ascending, other rows by the first metric, descending."""
     descending: bool = True
     """For `order_by`."""
     limit: Annotated[int, Field(ge=1, le=MAX_ROWS)] = 20
@@ -116,11 +116,11 @@ class RealtimeArguments(_Arguments):
 
 class MetadataArguments(_Arguments):
     search: Annotated[str, Field(max_length=120)] = ""
-    """Words to look for in names and descriptions; left out, everything is listed."""
+    """Words to search in names and descriptions. Default: list everything."""
 
 
 class _Ga4Tool:
-    """What the three have in common: the property."""
+    """Base of the three tools: the property."""
 
     def __init__(self, api: Ga4Api) -> None:
         self._api = api
@@ -139,11 +139,11 @@ class Ga4Report(_Ga4Tool):
     arguments: type[BaseModel] = ReportArguments
 
     async def run(self, arguments: ReportArguments) -> Observation:
-        """Check the names, ask, and put the answer in words and in values. Raises ToolError."""
+        """Check the names, request the report, and return it as text and values. Raises ToolError."""
         try:
             metadata = await self._api.metadata()
             dimensions = [*arguments.dimensions, *(f.dimension for f in arguments.filters)]
-            # A name that does not exist is compared with all that do.
+            # Suggestions come from all existing names.
             await asyncio.to_thread(metadata.check, "metric", arguments.metrics)
             await asyncio.to_thread(metadata.check, "dimension", dimensions)
             answer = await self._api.report(_report_body(arguments))
@@ -180,14 +180,14 @@ class Ga4Realtime(_Ga4Tool):
 
 
 class Ga4Metadata(_Ga4Tool):
-    """What there is to report."""
+    """Lists metrics and dimensions."""
 
     name = "ga4_metadata"
     description = "List the metrics and dimensions that this Google Analytics 4 property can report."
     arguments: type[BaseModel] = MetadataArguments
 
     async def run(self, arguments: MetadataArguments) -> Observation:
-        """List what matches. Raises ToolError."""
+        """List the matching names. Raises ToolError."""
         metadata = await self._api.metadata()
         words = arguments.search.casefold().split()
         found = {
@@ -243,7 +243,7 @@ def _report_body(arguments: ReportArguments) -> dict[str, Any]:
             {"startDate": days.start_date, "endDate": days.end_date, "name": name}
             for days, name in zip(arguments.date_ranges, names, strict=False)
         ],
-        # Rows of two ranges come as rows of their own, and those of one need not be those of the other.
+        # Each range has its own rows, and the two need not have the same ones.
         "limit": str(arguments.limit if len(arguments.date_ranges) == 1 else 4 * arguments.limit),
         "metricAggregations": ["TOTAL"],
         "orderBys": [_order(arguments.metrics, arguments.dimensions, arguments.order_by, arguments.descending)],
@@ -282,13 +282,13 @@ def _expression(filter_: DimensionFilter) -> dict[str, Any]:
 def _today(clock: Callable[[], float], time_zone: str) -> datetime.date:
     try:
         zone: datetime.tzinfo = ZoneInfo(time_zone or "UTC")
-    except (OSError, ValueError):  # one that this machine does not know
+    except (OSError, ValueError):  # not in this machine's database
         zone = datetime.UTC
     return datetime.datetime.fromtimestamp(clock(), zone).date()
 
 
 def _absolute(days: DateRange, today: datetime.date) -> dict[str, str]:
-    """Return a range in calendar days, as Google has understood it."""
+    """Return a range as calendar days, as Google interprets it."""
 
     def day(text: str) -> str:
         relative = _RELATIVE.fullmatch(text)
@@ -299,7 +299,7 @@ def _absolute(days: DateRange, today: datetime.date) -> dict[str, str]:
 
 
 def _text(data: dict[str, Any]) -> str:
-    """Return a report as lines: what it is, its rows, its totals, and what Google says about it."""
+    """Return a report as lines: heading, rows, totals and Google's notes."""
     columns = [*data["dimensions"], *data["metrics"]]
     period = data["date_range"]
     lines = [f"{period['start_date']} to {period['end_date']}" if period else f"the last {data['minutes']} minutes"]

@@ -24,9 +24,9 @@ log = logging.getLogger(__name__)
 
 SCOPE = "https://www.googleapis.com/auth/analytics.readonly"
 CURRENT, PREVIOUS = "current", "previous"
-"""What date ranges are called in requests, and so in answers."""
+"""Names of date ranges in requests and responses."""
 _METADATA_S = 3600.0
-"""Custom definitions change seldom, and the answer is large."""
+"""Custom definitions rarely change, and the response is large."""
 _MAX_REFUSAL_CHARS = 300
 _NEAR = 3
 
@@ -34,12 +34,12 @@ Kind = Literal["metric", "dimension"]
 
 
 class Refused(Exception):
-    """The request can't be served as it is. The message says what would be right."""
+    """The request is invalid. The message says what would be valid."""
 
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A metric or dimension: `name` as the API has it, `label` as people see it, a metric's type (`TYPE_INTEGER`)."""
+    """A metric or dimension: the API's `name`, the display `label`, and a metric's type (`TYPE_INTEGER`)."""
 
     name: str
     label: str
@@ -50,19 +50,19 @@ class Field:
 
 @dataclass(frozen=True, slots=True)
 class Metadata:
-    """What a property can report, by name."""
+    """Metrics and dimensions of a property, by name."""
 
     metrics: Mapping[str, Field]
     dimensions: Mapping[str, Field]
 
     def check(self, kind: Kind, names: list[str]) -> None:
-        """Raise Refused on a name that does not exist, with names that are near."""
+        """Raise Refused on an unknown name, with similar names."""
         known = self.metrics if kind == "metric" else self.dimensions
         check_names(kind, names, known)
 
 
 def check_names(kind: Kind, names: list[str], known: Mapping[str, Field]) -> None:
-    """Raise Refused on a name that is not in `known`, with names that are near."""
+    """Raise Refused on a name that is not in `known`, with similar names."""
     for name in names:
         if name not in known:
             near = _near(name, known)
@@ -71,7 +71,7 @@ def check_names(kind: Kind, names: list[str], known: Mapping[str, Field]) -> Non
 
 
 def _near(name: str, known: Mapping[str, Field]) -> list[str]:
-    """Return the names most like `name`, by spelling or by label; a person may have typed either."""
+    """Return the names most similar to `name`, by name or by label: users type either."""
     wanted = name.casefold()
     by_spelling = {field.casefold(): field for field in known}
     by_label = {field.label.casefold(): field.name for field in known.values()}
@@ -89,7 +89,7 @@ class Ga4Api:
     ) -> None:
         self.clock = clock
         self.timeout_s = 2 * settings.timeout_s + 1
-        """For a tool: there may be a token to fetch, or the metadata, before the report."""
+        """For tools: a report may need a token or the metadata first."""
         self._account = account
         self._property_id = settings.property_id
         self._url = f"{settings.url.rstrip('/')}/v1beta/properties/{settings.property_id}"
@@ -103,7 +103,7 @@ class Ga4Api:
         await self._client.close()
 
     async def metadata(self) -> Metadata:
-        """The metrics and dimensions of the property. Raises ToolError."""
+        """Return the metrics and dimensions of the property. Raises ToolError."""
         async with self._asking:
             if self._metadata is None or self.clock() >= self._metadata_until:
                 answer = await self._ask("GET", "/metadata")
@@ -169,7 +169,7 @@ def _fields(entries: Any) -> dict[str, Field]:
 def parse_report(answer: Mapping[str, Any], limit: int) -> dict[str, Any]:
     """Return a report response as plain values; see `gateway.tools.ga4` for the form.
 
-    Of two date ranges, each row of the current one gets the values of the previous one beside it.
+    With two date ranges, each row of the current one is paired with the values of the previous one.
     """
     dimensions = [header["name"] for header in answer.get("dimensionHeaders") or []]
     headers = answer.get("metricHeaders") or []
@@ -200,7 +200,7 @@ def parse_report(answer: Mapping[str, Any], limit: int) -> dict[str, Any]:
 def _row(
     row: Mapping[str, Any], dimensions: list[str], headers: list[dict[str, Any]]
 ) -> tuple[tuple[str, ...], dict[str, Any], bool]:
-    """Return a row's dimension values without the date range, its metric values, and whether it is of the previous."""
+    """Return a row's dimension values without the date range, its metric values, and whether it is of `previous`."""
     values = [str(cell.get("value", "")) for cell in row.get("dimensionValues") or []]
     metrics = [_number(cell.get("value", "")) for cell in row.get("metricValues") or []]
     named = dict(zip(dimensions, values, strict=False))
@@ -221,7 +221,7 @@ def _totals(
 
 
 def _number(text: Any) -> int | float | str:
-    """Return a metric value as a number. What is none, which the API does not promise, stays as it is."""
+    """Return a metric value as a number. The API does not promise one; other values stay strings."""
     try:
         return int(text)
     except (TypeError, ValueError):
@@ -234,7 +234,7 @@ def _number(text: Any) -> int | float | str:
 
 
 def _notes(metadata: Mapping[str, Any]) -> list[str]:
-    """The API's notes on the quality of its figures."""
+    """Return the API's notes on the accuracy of its figures."""
     notes = []
     if metadata.get("samplingMetadatas"):
         notes.append("The figures are estimates from a sample.")

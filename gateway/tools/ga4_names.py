@@ -1,4 +1,4 @@
-"""Names of Google Analytics that its metadata method does not return."""
+"""Names that Google Analytics' metadata method does not list."""
 
 from __future__ import annotations
 
@@ -8,4 +8,4 @@ REALTIME_DIMENSIONS = (
     *("appVersion", "audienceId", "audienceName", "audienceResourceName", "city", "cityId", "country", "countryId"),
     *("deviceCategory", "eventName", "minutesAgo", "platform", "streamId", "streamName", "unifiedScreenName"),
 )
-"""What realtime reports know; a property's own `customUser:` dimensions come on top."""
+"""Dimensions of realtime reports, besides a property's own `customUser:` dimensions."""

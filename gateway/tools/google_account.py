@@ -28,16 +28,16 @@ log = logging.getLogger(__name__)
 _GRANT = "urn:ietf:params:oauth:grant-type:jwt-bearer"
 _TOKEN_URL = "https://oauth2.googleapis.com/token"
 _ASSERTION_S = 3600
-"""Longest life that Google allows."""
+"""Longest lifetime that Google allows."""
 _SPARE_S = 60.0
-"""A token is renewed this long before it ends, so that none expires on its way."""
+"""A token is renewed this long before it expires, so that none expires in transit."""
 
 
 class ServiceAccount:
-    """Gives the same token until it is about to expire; callers that come meanwhile wait for one exchange."""
+    """Caches one access token until shortly before it expires. Concurrent callers wait for one exchange."""
 
     def __init__(self, info: dict[str, Any], scope: str, *, clock: Callable[[], float] = time.time) -> None:
-        """`info` is what the key file holds. Raises ValueError."""
+        """`info` is the content of the key file. Raises ValueError."""
         self._email = info.get("client_email")
         if info.get("type") != "service_account" or not isinstance(self._email, str):
             raise ValueError("it is not the key file of a service account")
@@ -52,7 +52,7 @@ class ServiceAccount:
 
     @classmethod
     def from_file(cls, path: Path, scope: str) -> ServiceAccount:
-        """Read a key file as Google's console makes it. Raises ValueError."""
+        """Read a key file made by Google's console. Raises ValueError."""
         try:
             info = json.loads(read_plain_file(path))
         except OSError as error:

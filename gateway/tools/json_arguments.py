@@ -1,8 +1,8 @@
-"""A pydantic model from the JSON schema of an MCP tool, so that its arguments are checked like those of our own tools.
+"""Builds a pydantic model from an untrusted JSON schema, so that arguments of external tools are validated.
 
-References within the schema are followed, others are not: a schema fetches nothing. Its patterns are untrusted
-regular expressions: RE2 matches them, in linear time, and one that RE2 does not know is left to the server. Raises
-ValueError on a schema that is none.
+References within the schema are resolved; others are refused, so nothing is fetched. The schema's patterns are
+untrusted regular expressions: RE2 matches them in linear time, and a pattern that RE2 does not support is left to the
+server. Raises ValueError on an invalid schema.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from referencing.exceptions import Unresolvable
 Keyword = Callable[[Any, Any, Any, Any], Iterator[ValidationError] | None]
 
 MAX_SCHEMA_CHARS = 20_000
-"""Of a tool's schema; it goes into prompts."""
+"""Length of a tool's schema, which goes into prompts."""
 _MAX_MESSAGE_CHARS = 200
 _MAX_STEPS = 5000
 """Keywords of a schema that are applied to one call's arguments, some 20 us each. References that branch double them
@@ -129,7 +129,7 @@ def _additional_properties(validator: Any, rule: Any, instance: Any, schema: Any
 
 
 def _left_to_the_server(validator: Any, rule: Any, instance: Any, schema: Any) -> Iterator[ValidationError]:
-    return iter(())  # it would look at names by Python's expressions
+    return iter(())  # it would match names with Python's `re`
 
 
 _PATTERNS = {

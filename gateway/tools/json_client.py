@@ -27,7 +27,7 @@ _MAX_BYTES_AT_ONCE = 2**18
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a service said. `body` is empty where it is no JSON object."""
+    """A service's response."""
 
     status: int
     body: dict[str, Any]
@@ -35,7 +35,7 @@ class Answer:
 
 
 class JsonClient:
-    """Connections to one service. `whom` is what agents know it as, with its article."""
+    """Connections to one service."""
 
     def __init__(self, whom: str, timeout_s: float) -> None:
         self._whom = whom
@@ -77,7 +77,7 @@ class JsonClient:
         return Answer(response.status_code, parsed, _retry_after_s(response))
 
     async def close(self) -> None:
-        """Close the connections. Idempotent; the next request opens them again."""
+        """Close the connections. Idempotent; the next request opens new ones."""
         client = self.__dict__.pop("_client", None)
         if client is not None:
             await client.aclose()

@@ -1,13 +1,12 @@
-"""Runs a server that talks over pipes, and ends it with the gateway: `leash.py PARENT_PID COMMAND...`.
+"""Runs an MCP server that uses pipes, and ends it with the gateway: `leash.py PARENT_PID COMMAND...`.
 
-Run as a file by its path, with nothing but the standard library: it stands between a gateway with threads, which must
-not run Python between fork and exec, and a server that must not outlive it. The kernel kills the leash when its parent
-is gone, and the server when the leash is gone. Linux only; elsewhere the server ends when its standard input does. See
-`engine.process` for the same from within.
+Run as a file, with the standard library only: the gateway has threads and so must not run Python between fork and exec,
+and the server must not outlive it. The kernel kills the leash when its parent is gone, and the server when the leash is
+gone. Linux only; elsewhere the server ends when its standard input does. `engine.process` does the same from within.
 
-The server reads its standard input itself. What it writes goes through the leash, so that the gateway never has to
-parse more than MAX_LINE_BYTES at once, nor many more than MESSAGES_PER_S lines in a second. An answer that is longer is
-replaced by an error with the same id.
+The server reads its standard input directly. Its output passes through the leash, so that the gateway never parses more
+than MAX_LINE_BYTES at once, nor many more than MESSAGES_PER_S lines per second. A longer answer is replaced by an error
+with the same id.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ import time
 
 MAX_LINE_BYTES = 2**20
 MESSAGES_PER_S = 500
-"""Lines that may come together; a server that writes more is slowed down to so many a second."""
+"""Burst of lines. A server that writes more is slowed down to this many per second."""
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h; it outlives exec
 _READ_BYTES = 65_536
 _ID_BYTES = 512
-"""In the beginning or the end of a message: where the id of a request is looked for."""
+"""Length of the start and of the end of a message in which the id is searched."""
 _ID = re.compile(rb'"id"\s{0,8}:\s{0,8}(\d{1,18}|"[\w-]{1,64}")')
 
 
 def main(parent: int, command: list[str]) -> int:
-    """Run the command until it ends. Returns its exit status, 127 where there is no such command."""
+    """Run the command until it ends. Returns its exit status, or 127 if it does not exist."""
     _die_with_parent(parent)
     reads, writes = os.pipe()
     leash = os.getpid()
@@ -41,7 +40,7 @@ def main(parent: int, command: list[str]) -> int:
         _become(leash, command)
     os.close(writes)
     os.close(0)  # the server's alone
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to the server as well, whose end ends this process
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # also sent to the server, whose end ends this process
     with contextlib.suppress(BrokenPipeError):
         _pass_lines(reads)
     os.close(reads)
@@ -61,11 +60,11 @@ def _die_with_parent(parent: int) -> None:
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
-        os._exit(1)  # it was gone before the kernel knew
+        os._exit(1)  # the parent ended before prctl took effect
 
 
 def _pass_lines(reads: int) -> None:
-    """Write what comes to standard output, line by line. Raises BrokenPipeError when the reader is gone."""
+    """Copy lines to standard output. Raises BrokenPipeError once it is closed."""
     line, cut = bytearray(), False
     allowance, since = float(MESSAGES_PER_S), time.monotonic()
     while data := os.read(reads, _READ_BYTES):
@@ -90,7 +89,7 @@ def _write(data: bytes) -> None:
 
 
 def _error_for(line: bytearray) -> bytes:
-    """The error in place of an answer that is too long. If the answer has no id, the call times out."""
+    """Return the replacement of an answer that is too long: empty without an id, so that the call times out."""
     found = _ID.search(line[:_ID_BYTES]) or _ID.search(line[-_ID_BYTES:])
     if found is None:
         return b""

@@ -1,7 +1,7 @@
-"""Tools for the operator's own documents: `local_search` finds passages, `local_read` reads on from there.
+"""Tools for the operator's documents: `local_search` finds passages, `local_read` reads a document from a passage on.
 
-Both see only what is in the index, under names without the folder's path; nothing that an agent says is
-ever used as a path. Every user of a model with these tools sees the whole folder. Raises ToolError.
+Both read only the index, under names that don't reveal where the folder is; agents' input is never used as a path.
+A caller who may use a model with these tools can read the whole folder. Raises ToolError.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gateway.tools.document_library import DocumentLibrary
 log = logging.getLogger(__name__)
 
 READ_CHARS = 12_000
-"""Longest text of one reading; the rest of the document has addresses of its own."""
+"""Longest text of one call. The rest of the document has other addresses."""
 _SNIPPET_CHARS = 300
 _PAGE = re.compile(r"page=(\d+)(?:-\d+)?")
 _TIMEOUT_S = 15.0
@@ -69,11 +69,11 @@ class LocalSearch:
         return Observation(text, sources)
 
     async def close(self) -> None:
-        """Do nothing: the library belongs to the box."""
+        """Do nothing: the toolbox closes the library."""
 
 
 class LocalRead:
-    """Reads a document from a given place on."""
+    """Reads a document from a given passage on."""
 
     name = "local_read"
     description = "Read a document that local_search found, from the passage that its address names."
@@ -100,11 +100,11 @@ class LocalRead:
         return Observation(text, [Source(place, excerpt.title, snippet, fetched=True, published=excerpt.published)])
 
     async def close(self) -> None:
-        """Do nothing: the library belongs to the box."""
+        """Do nothing: the toolbox closes the library."""
 
 
 def _text(excerpt: Excerpt) -> str:
-    """Return the passages as one text, with the pages named where there are any."""
+    """Return the passages as one text, with page numbers if there are any."""
     parts = ["[...]"] if excerpt.cut_before else []
     page = ""
     for passage in excerpt.passages:

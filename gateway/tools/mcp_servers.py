@@ -51,11 +51,11 @@ _MAX_NUMBER_BITS = 3000
 _MAX_REFUSAL_CHARS = 300
 _LOST = "The connection to the server was lost."
 _MAX_TIMEOUTS = 3
-"""In a row, after which a server counts as hung and is connected again, which restarts its process."""
+"""Timeouts in a row after which a server counts as hung and is reconnected, which restarts its process."""
 _RETRY_S = 30.0
-"""A server that could not be reached is left alone this long when tools are listed; a call tries at once."""
+"""After a failed connection, tools are not listed for this long. A call tries to connect at once."""
 _LISTED_S = 600.0
-"""How old a list of tools may become."""
+"""Maximum age of a list of tools."""
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_-]")
 _REPEATED_S = 60.0
 _LEASH = Path(__file__).with_name("leash.py")
@@ -82,15 +82,15 @@ logging.getLogger("mcp.client.stdio").addFilter(_seldom())
 
 
 class _Connection:
-    """What the owning task shares with callers."""
+    """State that the owning task shares with callers."""
 
     def __init__(self) -> None:
         self.scope = anyio.CancelScope()
-        """Cancelled to close the connection, from whichever task."""
+        """Cancelled, by any task, to close the connection."""
         self.ready: asyncio.Future[Client] = asyncio.get_running_loop().create_future()
         self.over = False
         self.timeouts = 0
-        """Calls in a row that were not answered in time."""
+        """Timeouts in a row."""
 
     def close(self) -> None:
         self.over = True
@@ -98,7 +98,7 @@ class _Connection:
 
 
 class McpServer:
-    """One server. `tools` lists what it can do, each tool calls it."""
+    """One server. `tools` lists its tools, and each tool calls it."""
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class McpServer:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Raises ConfigError where a variable that the server needs is missing."""
+        """Raises ConfigError if an environment variable that the server needs is missing."""
         self.name = name
         self.timeout_s = settings.timeout_s
         self._command = settings.command
@@ -129,7 +129,7 @@ class McpServer:
         self._closed = False
 
     async def tools(self) -> list[McpTool]:
-        """Return the server's tools; none where it can't be reached."""
+        """Return the server's tools, or none if it can't be reached."""
         async with self._listing:
             now = self._clock()
             connected = self._connection is not None and not self._connection.over
@@ -148,12 +148,12 @@ class McpServer:
             return self._tools
 
     async def start(self) -> None:
-        """Nothing: it is connected when its tools are wanted."""
+        """Do nothing: the first use of its tools connects."""
 
     async def call(self, tool: str, arguments: dict[str, Any], *, repeatable: bool = False) -> Observation:
         """Call a tool by the server's own name for it. Raises ToolError.
 
-        One that is not `repeatable` may have done its work when the connection is lost, and is not called again.
+        Without `repeatable`, a call is not retried after a lost connection: it may have been executed.
         """
         async with self._using(repeatable=repeatable) as client:
             result = await client.call_tool(tool, arguments)
@@ -224,7 +224,7 @@ class McpServer:
         return ToolError(f"The server refuses the call: {message[:_MAX_REFUSAL_CHARS]}")
 
     async def _connect(self) -> _Connection:
-        """Return the connection, made now if there is none. Raises ToolError."""
+        """Return the connection, opening one if there is none. Raises ToolError."""
         async with self._connecting:
             if self._closed:
                 raise ToolError("The server is being closed.")
@@ -246,7 +246,7 @@ class McpServer:
             return connection
 
     async def _own(self, connection: _Connection) -> None:
-        """Hold the connection open from beginning to end."""
+        """Open the connection, keep it open, and close it."""
         from mcp import Client, Implementation
 
         from gateway import __version__
@@ -289,7 +289,7 @@ class McpServer:
 
 
 class McpTool:
-    """A tool of a server, as one of ours."""
+    """A tool of a server."""
 
     def __init__(self, server: McpServer, listed: ListedTool) -> None:
         """Raises ValueError on a schema that can't be used."""
@@ -306,15 +306,15 @@ class McpTool:
         self._repeatable = bool(hints and (hints.read_only_hint or hints.idempotent_hint))
 
     async def run(self, arguments: Any) -> Observation:
-        """Call it. Raises ToolError."""
+        """Call the tool. Raises ToolError."""
         return await self._server.call(self._own_name, arguments.root, repeatable=self._repeatable)
 
     async def close(self) -> None:
-        """Nothing: the server closes its connection."""
+        """Do nothing: the server closes its connection."""
 
 
 def tool_name(server: str, own_name: str) -> str:
-    """The name of a server's tool for agents."""
+    """Return the name of a server's tool for agents."""
     return f"{server}{SEPARATOR}{_NOT_IN_NAMES.sub('_', own_name)}"[:_MAX_NAME_CHARS]
 
 
@@ -325,7 +325,7 @@ def _value(name: str, variable: str, environment: Mapping[str, str]) -> str:
 
 
 def _observation(result: CallToolResult) -> Observation:
-    """Return a result as text and, where there is any, data: the structured content, or text that is JSON."""
+    """Return a result as text and data: the structured content, text that is JSON, or None."""
     parts = [_block_text(block) for block in result.content]
     text = "\n".join(part for part in parts if part)[:_MAX_DATA_CHARS]
     data = result.structured_content
@@ -339,7 +339,7 @@ def _observation(result: CallToolResult) -> Observation:
 
 
 def _encodable(data: Any) -> Any:
-    """Return data as events can carry it: integers of 64 bits at most; None for what is nested too deep."""
+    """Return data in the form that events allow: integers of at most 64 bits. None if it is nested too deep."""
     if nested_deeper(data, MAX_DEPTH):
         return None
 

@@ -1,8 +1,8 @@
-"""Cuts a document's text into passages to search in, each with an anchor to find it again.
+"""Splits a document's text into passages for search, each with an anchor that finds it again.
 
-Passages follow the text's own joints: pages, headings, paragraphs, sentences. None is left out and none overlaps, so
-that passages in a row are the text again. An anchor is a page (`page=3`) or a heading (`results`), numbered where
-several passages share it. Does not handle tables of contents and footnotes: they are paragraphs like others.
+Passages follow the structure of the text: pages, headings, paragraphs, sentences. They neither omit nor repeat text:
+joined, they are the document. An anchor is a page (`page=3`) or a heading (`results`), numbered if several passages
+share it. Not handled: tables of contents and footnotes, which are paragraphs like any other.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from gateway.tools.documents import PAGE_BREAK
 
 PASSAGE_CHARS = 1500
-"""About 350 tokens of English: small enough to say one thing, large enough to be understood alone."""
+"""About 350 tokens of English: small enough for one subject, large enough to be understood alone."""
 _MAX_SLUG_CHARS = 60
 _MAX_HEADING_CHARS = 300
-"""A longer line is none, whatever it begins with."""
+"""A longer line is not a heading, whatever it begins with."""
 _HEADING = re.compile(r"#{1,6}[ \t]+(\S.*)")
 _UNDERLINE = re.compile(r"([=~^-])\1{2,}[ \t]*")
 _FENCE = re.compile(r"```|~~~")
@@ -32,7 +32,7 @@ class Passage:
     anchor: str
     """Unique in the document; empty for the beginning of a text without headings."""
     heading: str
-    """The heading that it stands under."""
+    """The heading above it."""
     text: str
 
 
@@ -51,7 +51,7 @@ def passages(text: str) -> list[Passage]:
 
 
 def _pieces(page: str, heading: str) -> Iterator[tuple[str, str]]:
-    """Yield the passages of a page, each behind the heading that it stands under."""
+    """Yield the passages of a page, each with the heading above it."""
     gathered: list[str] = []
     size = 0
     only_headings = True
@@ -69,7 +69,7 @@ def _pieces(page: str, heading: str) -> Iterator[tuple[str, str]]:
 
 
 def _blocks(page: str) -> Iterator[tuple[str, str | None]]:
-    """Yield headings with what they say, and paragraphs with None, none longer than a passage."""
+    """Yield headings with their text, and paragraphs with None, none longer than a passage."""
     paragraph: list[str] = []
     fenced = False
     for line in page.split("\n"):
@@ -93,7 +93,7 @@ def _blocks(page: str) -> Iterator[tuple[str, str | None]]:
 
 
 def _underlined(paragraph: list[str]) -> str:
-    """Return the heading that a line below makes of a paragraph: its only line, or one below a line as well."""
+    """Return the heading of a paragraph that is underlined: its only line, or one that also has a line above."""
     if not 1 <= len(paragraph) <= 2 or sum(map(len, paragraph)) > 2 * _MAX_HEADING_CHARS:
         return ""
     lines = paragraph[1:] if _UNDERLINE.fullmatch(paragraph[0]) else paragraph
@@ -101,7 +101,7 @@ def _underlined(paragraph: list[str]) -> str:
 
 
 def _cut(block: str) -> Iterator[str]:
-    """Yield `block` in pieces that fit a passage, cut between sentences where there are any."""
+    """Yield `block` in pieces that fit a passage, split between sentences if possible."""
     begin, end = 0, len(block)
     while end - begin > PASSAGE_CHARS:
         window = block[begin : begin + PASSAGE_CHARS]
@@ -119,7 +119,7 @@ def _slug(heading: str) -> str:
 
 
 def _unique(name: str, seen: dict[str, int]) -> str:
-    """Return `name`, or with a number behind it one that is still free."""
+    """Return `name`, with a number appended if it is taken."""
     if name not in seen:
         seen[name] = 1
         return name

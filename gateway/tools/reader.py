@@ -23,11 +23,11 @@ from gateway.tools.reader_process import LENGTH
 log = logging.getLogger(__name__)
 
 MAX_MEMORY_BYTES = 2**30
-"""Of address space, for one process. Parsed, a page of a megabyte takes some two hundred."""
+"""Address space of one process. Parsing a page of 1 MB takes about 200 MB."""
 _START_S = 10.0
-"""A process may need this long until it is up, on top of the document's own time."""
+"""Time to start a process, added to the document's timeout."""
 _MAX_DOCUMENTS = 200
-"""Read by one process before another takes its place: parsers leak."""
+"""Documents that one process reads before it is replaced: parsers leak memory."""
 
 KINDS: dict[str, Kind] = {
     "text/html": "html",
@@ -43,7 +43,7 @@ KINDS: dict[str, Kind] = {
 
 
 def kind_of(media_type: str, content: bytes) -> Kind | None:
-    """The type of a document, None if it can't be read."""
+    """Return the kind of document, or None if it can't be read."""
     head = content[:1024].lstrip().lower()
     if head.startswith(b"%pdf-"):
         return "pdf"
@@ -57,7 +57,7 @@ def kind_of(media_type: str, content: bytes) -> Kind | None:
 
 
 class _Process:
-    """One process, idle or with one document."""
+    """One process, idle or reading one document."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
@@ -74,7 +74,7 @@ class _Process:
             self._process.kill()
 
     async def ask(self, request: dict[str, object], content: bytes) -> dict[str, str]:
-        """Return its answer. Raises OSError and EOFError when it dies of it."""
+        """Return its answer. Raises OSError and EOFError if it dies."""
         self.documents += 1
         writer, reader = self._process.stdin, self._process.stdout
         assert writer is not None
@@ -89,10 +89,10 @@ class _Process:
 
 
 class Reader:
-    """Reads documents in a pool of processes. One instance has `processes` processes at most."""
+    """Pool of at most `processes` processes."""
 
     def __init__(self, *, processes: int = 2, timeout_s: float = 15.0, idle_s: float = 60.0) -> None:
-        """`timeout_s` is for one document, `idle_s` how long a process waits for the next before it ends."""
+        """`timeout_s` is per document. A process ends after `idle_s` without one."""
         self._timeout_s = timeout_s
         self._idle_s = idle_s
         self._slots = FairSlots(processes)
@@ -103,7 +103,7 @@ class Reader:
 
     @property
     def processes(self) -> int:
-        """How many there are now."""
+        """Current number of processes."""
         return len(self._all)
 
     async def read(self, content: bytes, kind: Kind, *, charset: str = "", max_chars: int = 2**21) -> Document:
@@ -145,10 +145,10 @@ class Reader:
             self._slots.give_back(key_id)
 
     async def start(self) -> None:
-        """Do nothing: processes are started when they are needed."""
+        """Do nothing: processes start on demand."""
 
     async def close(self) -> None:
-        """Kill all processes, and wait until they are gone."""
+        """Kill all processes and wait for their end."""
         self._closed = True
         await asyncio.gather(*self._starting, return_exceptions=True)
         for process in list(self._all):
@@ -205,7 +205,7 @@ class Reader:
             self._end(start.result())
 
     def _give_back(self, process: _Process, whole: bool) -> None:
-        """Keep a process for the next document, unless it died or may still be busy with this one."""
+        """Keep a process for the next document, unless it died or may still be busy."""
         if whole and process.usable and not self._closed:
             timer = asyncio.get_running_loop().call_later(self._idle_s, self._end, process)
             self._idle[process] = timer

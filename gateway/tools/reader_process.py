@@ -1,8 +1,8 @@
-"""The process that documents are parsed in. Only `gateway.tools.reader` runs it.
+"""The process that parses documents. Started by `gateway.tools.reader` only.
 
-Takes documents on standard input and answers on standard output until its input ends. Each message is its length in
-four bytes, a line of JSON, and for documents their bytes. It has no secrets in its environment, bounds its own memory,
-and dies of an alarm if a document takes too long, whether its parent is still there or not.
+Reads documents from standard input and writes answers to standard output until its input ends. Each message is its
+length in four bytes, a line of JSON, and for documents their bytes. The process has no secrets in its environment,
+limits its own memory, and kills itself by an alarm if a document takes too long, even if its parent is gone.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from gateway.tools.documents import Unreadable, read_document
 
 LENGTH = struct.Struct(">I")
 _NICENESS = 10
-"""Parsing waits for the event loop and the engine of the gateway, not they for it."""
+"""Low priority: parsing must not slow the event loop and the engine."""
 
 
 def main(max_memory_bytes: int) -> None:
     """Serve until the input ends."""
     requests = os.fdopen(os.dup(0), "rb")
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(os.open(os.devnull, os.O_RDWR), 1)  # what a parser prints must not end up between the answers
+    os.dup2(os.open(os.devnull, os.O_RDWR), 1)  # a parser's output must not mix with the answers
     logging.disable()
     os.nice(_NICENESS)
     for kind, bound in ((resource.RLIMIT_AS, max_memory_bytes), (resource.RLIMIT_CORE, 0)):
-        with contextlib.suppress(OSError, ValueError):  # not every system lets itself be bounded
+        with contextlib.suppress(OSError, ValueError):  # not every system supports the limit
             resource.setrlimit(kind, (bound, bound))
     while (head := requests.read(LENGTH.size)) and len(head) == LENGTH.size:
         answer = _answer(requests.read(LENGTH.unpack(head)[0]))
@@ -49,7 +49,7 @@ def _answer(message: bytes) -> dict[str, Any]:
         return {"error": str(error)}
     except MemoryError:
         return {"error": "it takes too much memory to read"}
-    except Exception as error:  # parsers raise any error on untrusted files
+    except Exception as error:  # parsers raise any exception on untrusted input
         return {"error": "it can't be read", "reason": f"{type(error).__name__}: {error}"[:500]}
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

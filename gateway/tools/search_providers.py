@@ -22,8 +22,7 @@ import httpx
 from gateway.tools.base import Source
 
 Meaning = Literal["key", "plan", "format", "address", "busy", "query"]
-"""What a refusal means: a wrong key, a plan used up, JSON not allowed, no service there, come back later, or that
-there is something about the query."""
+"""Meaning of an error: wrong key, used-up plan, JSON not allowed, no such service, busy, or invalid query."""
 
 _MAX_TITLE_CHARS = 200
 _MAX_SNIPPET_CHARS = 600
@@ -40,7 +39,7 @@ _BRAVE_LANGUAGES = {
     "zh-HK": "zh-hant",
     "zh-TW": "zh-hant",
 }
-"""Names that only Brave uses."""
+"""Brave's names that differ from the usual codes."""
 _TAG = re.compile(r"</?[a-zA-Z][^<>]{0,200}>")
 _ISO = re.compile(r"\d{4}-\d{2}-\d{2}")
 _AGO = re.compile(r"(\d{1,3}) (minute|hour|day|week|month|year)s? ago")
@@ -49,7 +48,7 @@ _DAYS = {"minute": 0, "hour": 0, "day": 1, "week": 7, "month": 30, "year": 365}
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One result in the service's form."""
+    """One result, as the service returned it."""
 
     url: str
     title: str
@@ -70,15 +69,15 @@ class Provider:
         self._language = language
 
     def request(self, query: str, max_results: int) -> dict[str, Any]:
-        """Return the request for a search, as the arguments of httpx."""
+        """Return the request for a search, as the arguments of `JsonClient.ask`."""
         raise NotImplementedError
 
     def results(self, body: Any) -> Iterable[Found]:
-        """Yield what an answer holds."""
+        """Yield the results of a response."""
         raise NotImplementedError
 
     def meaning(self, status: int, body: Any) -> Meaning:
-        """The error for a status other than 200. `body` is its JSON, None where it has none."""
+        """Return the meaning of a status other than 200. `body` is the JSON object, or None."""
         if status in (401, 403):
             return "key"
         if status in (404, 405) or 300 <= status < 400:
@@ -86,7 +85,7 @@ class Provider:
         return "busy" if status in (408, 425, 429) or status >= 500 else "query"
 
     def failure(self, body: Any) -> bool:
-        """Whether an answer without results is no answer."""
+        """Return whether a response without results is a failure."""
         return False
 
 
@@ -201,7 +200,7 @@ PROVIDERS: dict[str, type[Provider]] = {"searxng": SearXNG, "brave": Brave, "tav
 
 
 def sources(found: Iterable[Found], max_results: int, today: datetime.date) -> list[Source]:
-    """Return results as sources: none twice, with addresses that can be fetched and texts without markup."""
+    """Return results as sources without duplicates, with addresses that can be fetched and texts without markup."""
     by_url: dict[str, Source] = {}
     for entry in found:
         url = _clean_url(entry.url)
@@ -213,7 +212,7 @@ def sources(found: Iterable[Found], max_results: int, today: datetime.date) -> l
 
 
 def iso_date(text: str, today: datetime.date) -> str:
-    """Return the ISO date that a service means, empty if it is unknown."""
+    """Return a service's date in ISO format, or an empty string if it is unclear."""
     text = text.strip()[:_MAX_DATE_CHARS]
     if iso := _ISO.match(text):
         return iso[0]
@@ -231,7 +230,7 @@ def iso_date(text: str, today: datetime.date) -> str:
 
 
 def _text(entry: Any, name: str) -> str:
-    """Return a field if it is text; of a very long one its beginning, which is all that is shown of any."""
+    """Return a field if it is text, cut to the length that is shown."""
     value = entry.get(name)
     return value[:_MAX_FIELD_CHARS] if isinstance(value, str) else ""
 
@@ -241,7 +240,7 @@ def _clean(text: str, max_chars: int) -> str:
 
 
 def _clean_url(text: Any) -> str:
-    """Return the address in a form that can stand between quotation marks, empty if it is none that can be read."""
+    """Return the address in a form that is safe between quotation marks, or an empty string if it can't be fetched."""
     try:
         url = httpx.URL(text)
     except (httpx.InvalidURL, TypeError):

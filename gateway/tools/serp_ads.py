@@ -38,7 +38,7 @@ _RESULTS_PAGE = "https://www.google.com/search"
 _DOMAIN = re2.compile(r"(?i)(?:https?://)?(?:www\.)?([a-z0-9.-]+\.[a-z]{2,})")
 _CLICK_HOSTS = ("googleadservices.com", "doubleclick.net")
 _MAX_COUNTERS = 3
-"""Click counters, one within another's address."""
+"""Click trackers nested in each other's addresses."""
 
 
 class SerpAdsArguments(BaseModel):
@@ -53,7 +53,7 @@ class SerpAdsArguments(BaseModel):
 
 
 class SerpAds:
-    """The tool that finds ads on results pages."""
+    """The tool."""
 
     name = "serp_ads"
     description = "Find the ads that a search engine shows for a query, with their texts and where they lead."
@@ -77,7 +77,7 @@ class SerpAds:
         await self._client.close()
 
     async def run(self, arguments: SerpAdsArguments) -> Observation:
-        """Ask the provider for the page. Raises ToolError."""
+        """Fetch the page through the provider. Raises ToolError."""
         country = (arguments.country or self._settings.country).lower()
         language = (arguments.language or self._settings.language).lower()
         answer = await self._ask(arguments.query, country, language)
@@ -118,7 +118,7 @@ def _failure(answer: Answer) -> ToolError:
 
 
 def _entries(answer: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    """Yield the provider's entries in the order of the page; some put each block into a list of its own."""
+    """Yield the provider's entries in page order. Some providers have one list per block."""
     for name, block in (("topAds", "top"), ("ads", ""), ("bottomAds", "bottom")):
         for entry in answer.get(name) or []:
             if isinstance(entry, dict):
@@ -126,7 +126,7 @@ def _entries(answer: dict[str, Any]) -> Iterable[dict[str, Any]]:
 
 
 def _ad(entry: dict[str, Any]) -> dict[str, Any] | None:
-    """Return an entry in our form; None where it names no advertiser."""
+    """Return an entry in our format, or None if it names no advertiser."""
     url = _landing_page(_text(entry, "link", "url", chars=_MAX_URL_CHARS + 1))
     shown = _text(entry, "domain", "displayed_link", "displayedLink", "source", chars=300)
     match = _DOMAIN.match(httpx.URL(url).host or shown)
@@ -149,7 +149,7 @@ def _ad(entry: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _landing_page(url: str, counters: int = 0) -> str:
-    """The target of an ad. A click counter's URL may name the page; following it would bill the advertiser."""
+    """Return an ad's target. A click tracker's URL may contain it; requesting the tracker would bill the advertiser."""
     if len(url) > _MAX_URL_CHARS or any(character.isspace() for character in url):
         return ""
     try:
@@ -165,7 +165,7 @@ def _landing_page(url: str, counters: int = 0) -> str:
 
 
 def _extensions(entry: dict[str, Any]) -> list[str]:
-    """The text below an ad: extensions and the titles of further links."""
+    """Return an ad's extensions and the titles of its further links."""
     found: list[str] = []
     links = entry.get("sitelinks") or []
     groups = list(links.values()) if isinstance(links, dict) else [links]
@@ -178,7 +178,7 @@ def _extensions(entry: dict[str, Any]) -> list[str]:
 
 
 def _text(entry: dict[str, Any], *names: str, chars: int) -> str:
-    """Return the first of these that is text, on one line."""
+    """Return the first of these fields that is text, on one line."""
     for name in names:
         value = entry.get(name)
         if isinstance(value, str) and value.strip():

@@ -1,7 +1,7 @@
-"""A toolbox with MCP servers in it, whose tools are only known once they are connected.
+"""Toolbox with MCP servers, whose tools are known only after connecting.
 
-Its tools are named `server__tool`; where tools are chosen by name, a server's own name, and `server/*`, stand for all
-of its tools, and `server/tool` for one.
+Its tools are named `server__tool`. Where tools are chosen by name, `server` and `server/*` select all tools of a
+server, and `server/tool` one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from gateway.tools.mcp_servers import SEPARATOR, McpServer, tool_name
 
 
 class ServerToolbox(Toolbox):
-    """A box that holds servers too, whose tools are only known once they are connected: see `stocked`."""
+    """A toolbox that also holds servers. `stocked` connects them and adds their tools."""
 
     def __init__(
         self,
@@ -26,7 +26,7 @@ class ServerToolbox(Toolbox):
         resources: Sequence[Resource] = (),
         **kept: Any,
     ) -> None:
-        """`meant` are choices of servers, or of single tools of theirs: what is not in each of them does not count."""
+        """`meant` are selections of servers or of their tools. A tool must be in all of them."""
         super().__init__(tools, resources=[*resources, *servers], **kept)
         self._servers = {server.name: server for server in servers}
         self._meant = tuple(meant)
@@ -44,7 +44,7 @@ class ServerToolbox(Toolbox):
         return [*super().names, *self._servers]
 
     def only(self, names: Iterable[str]) -> ServerToolbox:
-        """Return the box of those tools, and servers, among `names`. Closing it closes nothing."""
+        """Return a toolbox with the tools and servers among `names`. Closing it closes nothing."""
         wanted = frozenset(map(canonical, names))
         tools = [tool for name, tool in self._tools.items() if name in wanted]
         servers = [server for server in self._servers.values() if any(server_of(n) == server.name for n in wanted)]
@@ -53,7 +53,7 @@ class ServerToolbox(Toolbox):
         return share
 
     async def stocked(self) -> Toolbox:
-        """Return the box with the tools of its servers, connecting them. Never raises but when cancelled."""
+        """Connect the servers and return a toolbox with their tools. Raises nothing but CancelledError."""
         found = await asyncio.gather(*(server.tools() for server in self._servers.values()))
         tools = [tool for tools in found for tool in tools if self._means(tool.name)]
         share = Toolbox([*self._tools.values(), *tools], **self._shared())
@@ -73,11 +73,11 @@ async def stocked(toolbox: Toolbox) -> Toolbox:
 
 
 def canonical(name: str) -> str:
-    """Return the name that a tool has here, of a server's `server/tool`, and the server's own for all of its tools."""
+    """Convert `server/tool` to the tool's name, and `server/*` to the server's."""
     server, _, tool = name.replace("/", SEPARATOR, 1).partition(SEPARATOR)
     return server if tool in ("", "*") else tool_name(server, tool)
 
 
 def server_of(name: str) -> str:
-    """Return the server that a tool's name begins with; a name without one is returned as it is."""
+    """Return the server in a tool's name, or the name itself if it has none."""
     return name.partition(SEPARATOR)[0]

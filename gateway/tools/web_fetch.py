@@ -21,7 +21,7 @@ from gateway.tools.robots import Robots
 
 _ACCEPT = "text/html, application/xhtml+xml, application/pdf, text/*;q=0.9, application/json;q=0.8, */*;q=0.1"
 _MAX_CHARS = 60_000
-"""Read from one page; what an observation holds of it is less."""
+"""Characters read from one page. An observation contains fewer."""
 _SNIPPET_CHARS = 300
 _MAY_PASS = frozenset({429, 502, 503, 504})
 
@@ -31,7 +31,7 @@ class WebFetchArguments(BaseModel):
 
 
 class WebFetch:
-    """The tool that reads web pages."""
+    """The tool."""
 
     name = "web_fetch"
     description = "Read a web page or PDF as text."
@@ -40,7 +40,7 @@ class WebFetch:
     def __init__(
         self, settings: WebFetchSettings, fetcher: Fetcher, reader: Reader, *, robots: Robots | None, timeout_s: float
     ) -> None:
-        """`timeout_s` is for fetching and reading together, longer than either may take by itself."""
+        """`timeout_s` covers fetching and reading; it is longer than the timeout of either."""
         self._settings = settings
         self._fetcher = fetcher
         self._reader = reader
@@ -62,7 +62,7 @@ class WebFetch:
         return Observation(text, [Source(fetched.url, page.title, snippet, fetched=True, published=page.published)])
 
     async def close(self) -> None:
-        """Do nothing: what it uses belongs to the box."""
+        """Do nothing: the toolbox closes what this uses."""
 
     async def _fetch(self, url: str) -> Fetched:
         admit = None if self._robots is None else self._robots.admit

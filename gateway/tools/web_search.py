@@ -28,14 +28,14 @@ log = logging.getLogger(__name__)
 _MAX_ANSWER_BYTES = 4 * 2**20
 _MAX_BYTES_AT_ONCE = 2**18
 _MAX_PACE_S = 20.0
-"""How long a search waits for its turn; an agent can do something better with more time than this."""
+"""Longest wait for a turn. An agent that would wait longer has better uses for its time."""
 _OPERATORS: dict[Meaning, str] = {
     "key": "the search service refused the gateway's API key",
     "plan": "the gateway's plan at the search service is used up",
     "format": "the search server does not allow JSON: add `json` to `search.formats` in its settings.yml",
     "address": "there is no search service at the address in `tools.web_search.url`",
 }
-"""What only the operator can fix."""
+"""Faults that only the operator can fix."""
 
 
 class WebSearchArguments(BaseModel):
@@ -44,7 +44,7 @@ class WebSearchArguments(BaseModel):
 
 
 class WebSearch:
-    """The tool that searches the web."""
+    """The tool. One instance serves all agents of this process, and keeps to `requests_per_s` over all of them."""
 
     name = "web_search"
     description = "Search the web. Returns titles, addresses and short excerpts; read a page with web_fetch."

@@ -1,4 +1,4 @@
-"""The store killed and frozen under load: nothing hangs, and when it is back the books are complete."""
+"""The store killed and frozen under load: nothing hangs, and the ledger is complete once the store is back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""After a storm the books are exact, and nothing that it took is kept. `make storm` plays a larger one."""
+"""After a storm the ledger is exact, and every resource is released. `make storm` plays a larger one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many connections stop nobody else: requests of a key go on, new ones and probes are answered."""
+"""Many connections do not stop other clients: their requests continue, and new requests and probes are answered."""
 
 from __future__ import annotations
 

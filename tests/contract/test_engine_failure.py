@@ -1,4 +1,4 @@
-"""A dead or frozen engine: streams are told, readiness goes off, and it is rebuilt in the same process or given up."""
+"""A dead or frozen engine: streams get an error, /ready fails, and the engine is restarted or given up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""/health tells that the process lives, /ready whether it would serve; neither needs a key, or an engine, to answer."""
+"""/health reports that the process is alive, /ready whether it accepts requests; neither needs a key or an engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A connection that no request runs on ends by itself, whatever it was sent, with a key and without."""
+"""An idle connection is closed, whatever was sent on it before, with a key and without."""
 
 from __future__ import annotations
 

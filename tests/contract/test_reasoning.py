@@ -1,4 +1,4 @@
-"""Reasoning models on the wire: what was thought stands beside what was said, whole and streamed, and is counted."""
+"""Reasoning models on the wire: reasoning is separate from content, whole and streamed, and is counted."""
 
 from __future__ import annotations
 

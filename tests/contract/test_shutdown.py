@@ -1,4 +1,4 @@
-"""SIGTERM: not ready at once, no new generations, running ones finish or are told, then the process may end."""
+"""SIGTERM: /ready fails at once, no generation starts, running ones finish or get an error, then the process ends."""
 
 from __future__ import annotations
 

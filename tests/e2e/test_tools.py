@@ -136,7 +136,7 @@ for (const stream of [false, true]) {
 
 def test_node_sdk_runs_the_tool_whole_and_streamed(
     gateway: GatewayProcess,
-    node_client: tuple[str, Path],  # the imported fixture
+    node_client: tuple[str, Path],
 ) -> None:
     node, folder = node_client
     told = {"TOOLS": json.dumps(TOOLS), "QUESTION": QUESTION}

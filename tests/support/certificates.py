@@ -1,8 +1,8 @@
-"""A certificate for a name, and a client context that trusts only it. For servers on loopback.
+"""Issues a self-signed certificate for a name, for servers on loopback.
 
 Example:
 
-    server, client = certify(tmp_path, "a.test")
+    server_context, client_context = certify(tmp_path, "site.test")
 """
 
 from __future__ import annotations

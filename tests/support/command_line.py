@@ -1,9 +1,13 @@
-"""`gateway.cli.main` in a process that forks for each run, because importing it takes a second.
+"""Runs `shannon` commands in forks of one process that has `gateway.cli` imported already.
 
 Example:
 
     with command_line() as runs:
-        outcome = runs.run("keys", "list", environment={"SHANNON_REDIS_URL": url})
+        outcome = runs.run("serve", "--config", "missing.yaml")
+    assert outcome.code != 0
+
+Every run is `gateway.cli.main` in a process of its own, with its own environment, working directory and user. Run as a
+module this serves such requests, one JSON object per line.
 """
 
 from __future__ import annotations

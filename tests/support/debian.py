@@ -1,8 +1,8 @@
-"""Programs from Debian packages. Installs a missing one where that is permitted, or skips the test with the reason.
+"""Finds programs that tests drive. Installs the Debian package where possible, otherwise skips the test.
 
 Example:
 
-    binary = program("nginx", "nginx")
+    nginx = program("nginx", package="nginx")
 """
 
 from __future__ import annotations

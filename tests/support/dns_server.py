@@ -1,9 +1,10 @@
-"""A name server on loopback, over UDP and TCP, with scripted answers. It records what it was asked.
+"""A name server on loopback, over UDP and TCP, with scripted answers. It records the queries.
 
 Example:
 
-    async with run_name_server(**{"a.test": Zone(["127.0.0.1"])}) as server:
-        resolver = Resolver(servers=[server.address])
+    async with run_name_server(a_test=Zone(addresses=["192.0.2.1"])) as server:
+        ...  # resolve a.test at server.address
+    assert ("a.test", A) in server.asked
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A healthy deployment for the checks of `shannon doctor`, of which a test breaks one part.
+"""A deployment on a machine without faults, for the checks of `shannon doctor`. A test adds the fault.
 
 Example:
 
-    deployment = case(tree, {"HF_ENDPOINT": hub_url})
+    (found,) = await check_engine_settings(case(embedded(), packages=CPU), checkpoints, fetch)
 """
 
 from __future__ import annotations

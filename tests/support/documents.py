@@ -1,8 +1,8 @@
-"""Documents for tests. A PDF is written with the library that also reads it.
+"""Writes PDF documents for tests.
 
 Example:
 
-    content = pdf("The trial", ["First page.", "Second page."])
+    content = pdf("The trial", ["Page one.", "Page two."])
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ of payload, and no others.
 
 Example:
 
-    check_events(await events_of(gateway, stream=True))
+    check_events(body["shannon_events"])
 """
 
 from __future__ import annotations

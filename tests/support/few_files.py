@@ -1,8 +1,9 @@
-"""The command line in a process that may open 128 files.
+"""`python -m tests.support.few_files`: the command line in a process that may open 128 files.
 
 Example:
 
-    serve(tmp_path, tree, module="tests.support.few_files")
+    with serve(tmp_path, tree, module="tests.support.few_files") as gateway:
+        gateway.wait_until_ready()
 """
 
 from __future__ import annotations

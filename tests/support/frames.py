@@ -1,8 +1,8 @@
-"""Server-sent events of a complete response.
+"""Reads the server-sent events of a complete response.
 
 Example:
 
-    text = chunks(response.content)[0]["choices"][0]["delta"]["content"]
+    text = "".join(frame["choices"][0]["delta"].get("content", "") for frame in chunks(response.content))
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""Answers of the API of Google Analytics 4.
+"""A Google Analytics property: its service account and what its API answers.
 
 Example:
 
-    router.post(TOKEN_URL).respond(json={"access_token": "t", "expires_in": 3600})
+    api.post(TOKEN_URL).respond(json={"access_token": "t", "expires_in": 3600})
+    api.post(f"{PROPERTY}:runReport").respond(json=REPORT)
+    key_file.write_text(account(private_key))
 """
 
 from __future__ import annotations
@@ -15,9 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 
 TOKEN_URL = "https://oauth2.test/token"
 
-
 PROPERTY = "https://ga4.test/v1beta/properties/123"
-
 
 METADATA = {
     "metrics": [

@@ -1,9 +1,10 @@
-"""The product as a user runs it: `shannon serve` as a child process, on a free port.
+"""Runs the product as a user does: `shannon serve` as a child process on a free port.
 
 Example:
 
-    with serve(tmp_path, tree) as gateway:
-        assert gateway.chat(messages=HELLO).status_code == 200
+    with serve(tmp_path, {"engines": {"main": {"kind": "mock"}}}) as gateway:
+        gateway.wait_until_ready()
+        assert gateway.chat().status_code == 200
 """
 
 from __future__ import annotations

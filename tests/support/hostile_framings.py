@@ -1,12 +1,12 @@
-"""Requests whose framing is doubtful, with what a server must make of them; and a reader of what it answered.
-
-Each is followed, in the same bytes, by a request for `/after/<name>`, and has one for `/smuggled/<name>` hidden in its
-body. The hidden one must never be processed, and the one behind only where the framing is beyond doubt.
+"""HTTP requests with doubtful framing, each with the statuses that a server may answer, and a reader of the answers.
 
 Example:
 
-    for framing in generate(KEY):
-        answers = split(await exchange(framing.bytes))
+    for framing in generate(key):
+        answers = split(await exchange(gateway, framing.raw))
+
+Each request is followed, in the same bytes, by one for `/after/<name>`, and has one for `/smuggled/<name>` hidden in
+its body. The hidden request must never be processed, the following one only if the framing is beyond doubt.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """A Hugging Face hub on a loopback port, as much of it as a download needs.
 
-Speaks what huggingface_hub 2.4 asks for: `GET /api/models/ID[/revision/REV]`, `GET` and `HEAD /ID/resolve/REV/PATH`
-with ETag, commit and ranges, and the hub's error codes. Files of git LFS are redirected to another origin, as the
-hub's are to its CDN: there a token must not arrive. Faults are scripted: cut connections, stalls, statuses, damage.
-Leaves out Xet, write access, everything about accounts.
-
 Example:
 
-    with run_hub() as hub:
-        hub.add("team/model", {"config.json": b"{}"})
+    with run_hub() as stub:
+        stub.add("org/model", {"config.json": b"{}"}, gated=True)
+
+Serves what huggingface_hub 2.4 requests: `GET /api/models/ID[/revision/REV]`, `GET` and `HEAD /ID/resolve/REV/PATH`
+with ETag, commit and ranges, and the hub's error codes. Git LFS files are redirected to another origin, as the hub
+redirects to its CDN; a token must not arrive there. Faults are scripted: cut connections, stalls, statuses, damage.
+Not handled: Xet, write access, accounts.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""A client of submit and stream.
+"""A client of `/api/v1/chat`: submits jobs and reads their events from its stream.
 
 Example:
 
     client = JobClient("c1")
+    job_id = await submitted(gateway, client.id, "hello")
     async with client.connected(gateway):
-        job_id = await submitted(gateway, "c1", "hello there")
         await until(lambda: client.ended(job_id))
+    assert client.names(job_id)[-1] == "done"
 """
 
 from __future__ import annotations

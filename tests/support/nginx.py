@@ -2,8 +2,9 @@
 
 Example:
 
-    with run_nginx("127.0.0.1:8000", tmp_path) as nginx:
-        httpx.get(f"{nginx.url}/health")
+    with run_nginx(gateway.url.removeprefix("http://"), tmp_path / "nginx") as nginx:
+        ...
+    assert nginx.requests
 """
 
 from __future__ import annotations

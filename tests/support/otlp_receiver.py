@@ -1,9 +1,10 @@
-"""An OTLP/HTTP receiver for traces on loopback. It keeps all spans that it is sent.
+"""An OTLP/HTTP endpoint on loopback that keeps the traces it receives.
 
 Example:
 
     with run_receiver() as receiver:
-        (span,) = receiver.named("chat shannon-chat")
+        ...  # serve with OTEL_EXPORTER_OTLP_ENDPOINT=receiver.url
+        wait_until(lambda: "/v1/traces" in receiver.paths, "no trace was exported")
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""A remote engine over scripted servers.
+"""A remote engine over scripted servers, and the answers of such servers.
 
 Example:
 
     async with run_upstream(hello) as server, remote(server) as engine:
         prepared, deltas = await generate(engine)
+        assert "".join(delta.text for delta in deltas) == "Hello there"
 """
 
 from __future__ import annotations

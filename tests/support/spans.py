@@ -1,10 +1,11 @@
-"""Spans in memory, as a tree.
+"""Keeps spans in memory, and reads them as a tree.
 
 Example:
 
-    spans = Spans()
-    (root,) = spans.named("POST /v1/chat/completions")
-    assert spans.below(root)
+    gateway = await serve(tracing=spans.tracing)
+    await gateway.chat()
+    await until(lambda: spans.open == 0)
+    (generation,) = spans.below(spans.finished()[0])
 """
 
 from __future__ import annotations

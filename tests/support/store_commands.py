@@ -1,9 +1,10 @@
-"""The sizes of the commands that a gateway sends to its store, and of the answers.
+"""Measures the largest command that a gateway sends to its store, and the largest answer.
 
 Example:
 
     largest = watch_store(gateway.services.store, monkeypatch)
-    assert largest.sent < 300_000
+    await gateway.chat()
+    assert largest.bytes < 10_000, largest.command
 """
 
 from __future__ import annotations

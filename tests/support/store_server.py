@@ -1,12 +1,12 @@
-"""A Valkey or Redis server of the test's own, which can be killed, frozen and restarted on the same data.
-
-`opened` is the product's store, connected to one.
+"""A Valkey or Redis server of one test, which can be killed, frozen and restarted on the same data.
 
 Example:
 
     with run_store("valkey", tmp_path) as server:
         async with opened(server.url) as store:
             server.send(signal.SIGSTOP)
+
+`opened` is the gateway's client of a store.
 """
 
 from __future__ import annotations

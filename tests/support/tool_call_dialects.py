@@ -2,8 +2,8 @@
 
 Example:
 
-    for dialect, deltas in DIALECTS.items():
-        assert parsed(deltas) == calls_of(dialect)
+    frames = [chunk(**delta) for delta in DIALECTS[dialect]]
+    expected = calls_of(dialect)
 """
 
 from __future__ import annotations

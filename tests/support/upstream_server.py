@@ -1,9 +1,12 @@
-"""An OpenAI-compatible server that answers what a test scripted, byte by byte, and records its requests.
+"""An OpenAI-compatible server whose every byte is scripted. It records the requests.
 
 Example:
 
-    async with run_upstream(hello) as server:
-        engine = RemoteEngine([server.url], "demo")
+    async def answer(connection: Connection) -> None:
+        await connection.stream(chunk("Hello"), chunk("", "stop"))
+
+    async with run_upstream(answer) as server:
+        ...  # a remote engine with server.url
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Waiting for a condition without fixed sleeps, and a clock that the test moves.
+"""Waits without sleeping: for a condition, or by a clock that the test moves.
 
 Example:
 
     await until(lambda: server.started)
-    clock = FakeClock(1000.0)
-    clock.advance(60)
+    clock = FakeClock()
+    clock.advance(60.0)
 """
 
 from __future__ import annotations

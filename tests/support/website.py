@@ -1,9 +1,11 @@
-"""A web server on loopback whose every byte is scripted. It records its requests.
+"""A web server on loopback whose every byte is scripted. It records the requests.
 
 Example:
 
     async with run_website() as site:
-        site.pages["/a"] = page(b"text", status="404 Not Found")
+        site.pages["/a"] = page(b"<p>Hello</p>")
+        ...
+    assert site.paths == ["/a"]
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Draining: admission ends at once, what runs may finish until the timeout, and the rest is told."""
+"""Draining: admission ends at once, running requests may finish until the timeout, and the rest get an error."""
 
 from __future__ import annotations
 

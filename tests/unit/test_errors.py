@@ -1,4 +1,4 @@
-"""The exception tree: what each kind of failure tells a client, and nothing more."""
+"""The exception tree: what each kind of failure reports to a client, and nothing more."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fetching strangers' URLs: one reading of the URL, public addresses only, the address that was checked is dialled."""
+"""Fetching untrusted URLs: one reading of the URL, public addresses only, the address that was checked is dialled."""
 
 from __future__ import annotations
 

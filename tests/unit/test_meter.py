@@ -1,4 +1,4 @@
-"""The meter: each generation is settled exactly once, with what the engine really spent, however it ends."""
+"""The meter: each generation is settled exactly once, with what the engine spent, however it ends."""
 
 from __future__ import annotations
 

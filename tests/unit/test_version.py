@@ -1,4 +1,4 @@
-"""The version stands in gateway/__init__.py; whatever else tells one tells the same."""
+"""The version is in gateway/__init__.py; everything else that reports a version reports the same."""
 
 from __future__ import annotations
 

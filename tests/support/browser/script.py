@@ -1,10 +1,10 @@
-"""The scripted model of the scripted gateway: for agents that research its documentation, and for plain chat.
-
-`CHAT` has the plain answers by question. `HOSTILE` tries everything that Markdown and HTML offer against a page.
+"""The replies of the scripted gateway's model: to agents that research its documentation, and in plain chat.
 
 Example:
 
-    engine = MockEngine(reply=script.model())
+    visit.ask(QUESTION)
+
+`CHAT` has the plain answers by question. `HOSTILE` attacks the page with Markdown and HTML.
 """
 
 from __future__ import annotations

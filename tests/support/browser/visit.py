@@ -1,13 +1,15 @@
-"""A visitor of the page, in a Chromium of its own.
-
-Every visit is watched. `check` fails on an error on the console (including what the page's policy refuses), a script
-that failed, a dialog, and a request to any other host.
+"""One visit of the page in a browser context of its own, and the Chromium that it runs in.
 
 Example:
 
-    with chromium() as browser, open_page(browser, site) as visit:
+    with chromium() as browser:
+        visit = open_page(browser, site)
         visit.sign_in()
-        visit.ask("hello there")
+        visit.ask("Hello")
+        visit.check()
+
+`check` reports errors on the console (including violations of the page's policy), scripts that failed, dialogs, and
+requests to any other host.
 """
 
 from __future__ import annotations

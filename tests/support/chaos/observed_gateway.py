@@ -1,13 +1,12 @@
-"""`shannon serve` in a process that can be asked about its state. Takes the arguments of `gateway.cli`.
-
-A thread answers every connection to the unix socket named by OBSERVED_SOCKET with one JSON object: the counters of the
-mock engines, the tasks of the event loop, open files and memory. Mock engines fail on request: a prompt with
-`fail:overloaded`, `fail:error` or `fail:invalid` ends that way, streamed after two tokens, otherwise at its end.
+"""`shannon serve` in a process that reports its internals, run as a module with the arguments of `gateway.cli`.
 
 Example:
 
-    serve(tmp_path, tree, module="tests.support.chaos.observed_gateway", OBSERVED_SOCKET=str(path))
-    assert ask(path)["tasks"] < 40
+    seen = ask(socket_path)  # the value of OBSERVED_SOCKET
+
+A thread answers every connection to the unix socket named by OBSERVED_SOCKET with one JSON object: the counters of the
+mock engines, the tasks of the event loop, open files and memory. Mock engines also fail on request: a prompt that says
+`fail:overloaded`, `fail:error` or `fail:invalid` ends that way, after two tokens if streamed, otherwise at its end.
 """
 
 from __future__ import annotations

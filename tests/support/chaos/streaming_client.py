@@ -1,9 +1,13 @@
-"""A client that keeps streaming while a gateway fails.
+"""A client that keeps one long chat stream open while a test breaks the gateway under it.
 
 Example:
 
     client = Client(gateway)
     client.start()
+    assert client.streaming.wait(30)
+    gateway.engine_core().kill()
+    client.join(30)
+    assert "engine_unavailable" in client.frames[-1]
 """
 
 from __future__ import annotations

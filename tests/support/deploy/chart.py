@@ -1,10 +1,10 @@
-"""The chart, rendered by a real helm with each file of `helm/shannon/ci`.
-
-`python -m tests.support.deploy.chart` writes the snapshots again. Read their diff before you commit it.
+"""The chart, rendered by a real helm with its defaults and with each file of `helm/shannon/ci`.
 
 Example:
 
-    container = gateway_container("external-redis", "replicaCount=3")
+    deployment = find("default", "Deployment")
+
+`python -m tests.support.deploy.chart` rewrites the snapshots: read their diff before you commit it.
 """
 
 from __future__ import annotations

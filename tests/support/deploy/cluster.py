@@ -2,8 +2,8 @@
 
 Example:
 
-    with run_cluster(tmp_path, TREE) as cluster:
-        cluster.replicas[0].restart()
+    with run_cluster(tmp_path, tree) as cluster:
+        httpx.get(f"{cluster.url}/v1/models", headers=cluster.authorization)
 """
 
 from __future__ import annotations

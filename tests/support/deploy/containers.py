@@ -1,13 +1,13 @@
-"""Images built and containers run by Podman, from a base image made of Debian's packages.
-
-No registry is needed: the base is what `debootstrap` would make, with Python. It takes the place of the Dockerfile's
-BASE_IMAGE, and trusts the authorities that this machine trusts. Linux and root only. Skips the test if a program is
-missing, or containers are not permitted.
+"""Images built and containers run by Podman, in a store of their own, from a base image made of Debian's packages.
 
 Example:
 
     image = podman.build("gateway", podman.make_base())
-    assert podman.run(image, "--version")
+    container = podman.start(image, {"SHANNON_CONFIG": "configs/mock.yaml"})
+
+No registry is needed: the base is what `debootstrap` would make, with Python. It replaces the Dockerfile's BASE_IMAGE,
+and trusts the authorities that this machine trusts. Linux and root only; skips the test if a program is missing or
+containers are not permitted.
 """
 
 from __future__ import annotations

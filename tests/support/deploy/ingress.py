@@ -1,13 +1,14 @@
-"""A real nginx in front of replicas, configured by the annotations that the chart's Ingress sets for ingress-nginx.
-
-The annotations come from the chart's values. An annotation without a translation here fails the test. nginx differs
-from ingress-nginx in three ways: it changes endpoints by a reload; it hashes no empty key, for which the chart has a
-second Ingress; and it tries another replica after a failure even where it hashes.
+"""A real nginx in front of replicas, configured as the chart's Ingress configures ingress-nginx.
 
 Example:
 
-    ingress = Ingress(network.add_host("nginx"), tmp_path)
-    ingress.route(["10.0.0.2:8000"])
+    ingress = Ingress(network.add_host("nginx"), tmp_path / "nginx")
+    ingress.route(["10.0.0.2:8000", "10.0.0.3:8000"])
+
+The annotations are read from the chart's values; one without a translation here fails the test. nginx differs from
+ingress-nginx in three points. It changes endpoints by a reload. It does not hash an empty key, for which the chart has
+a second Ingress. And it retries on another replica after a failure even where it hashes; a request that needs no retry
+here needs none there.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""The part of a Kubernetes API that helm asks before an install: kinds, and existing objects. Nothing can be created.
+"""The part of a Kubernetes API that helm reads before an install: which kinds and which objects exist.
 
 Example:
 
-    with run_kube_api(tmp_path, []) as kubeconfig:
-        helm("install", "--dry-run=server", "--kubeconfig", kubeconfig, "shannon", CHART)
+    with run_kube_api(tmp_path, objects=[]) as kubeconfig:
+        helm("install", "shannon", CHART, "--dry-run=server", f"--kubeconfig={kubeconfig}")
+
+Nothing can be created, so every run of helm stays a dry run.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Clients that keep asking, each in its own way, and record what a user would notice of every request.
+"""Clients that send requests continuously, each in its own way, and record what a user would have noticed.
 
 Example:
 
     load = Load(cluster.url, cluster.key)
-    await load.run(plan, [load.stream(), load.sdk()])
-    assert not load.failed
+    await load.run(plan, [load.stream(), load.whole()])
+    assert load.failed == []
 """
 
 from __future__ import annotations

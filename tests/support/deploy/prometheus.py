@@ -1,9 +1,9 @@
-"""A real Prometheus on loopback. From Debian's package; skips the test where it is not available.
+"""A real Prometheus on loopback, from Debian's package. Skips the test if it is not available.
 
 Example:
 
     with run_prometheus(tmp_path, [scrape_config], [str(rules)]) as server:
-        assert server.query("up")
+        samples = server.query("up == 1")
 """
 
 from __future__ import annotations

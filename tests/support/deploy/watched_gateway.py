@@ -1,11 +1,11 @@
-"""A gateway with all its metrics, vLLM's metrics page, and a real Prometheus configured by the chart.
-
-The gateway has a mock and a remote engine, and has served requests. vLLM's page has recorded names.
+"""A gateway that has been used, vLLM's metrics page, and a Prometheus that scrapes both as the chart configures it.
 
 Example:
 
-    with watch(tmp_path, [str(path) for path in RULES]) as watched:
+    with watch(tmp_path, [str(rules)]) as watched:
         assert watched.answers("shannon_requests_total")
+
+The gateway has a mock and a remote engine. vLLM's page has recorded metric names.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """Many clients of one gateway, in a process of their own so that their CPU time is not the gateway's.
 
-Reads one scene per line from stdin, as a JSON object, plays it, and prints what was seen to stdout. A scene is a list
-of groups of clients, each under a key. A client asks, reads its stream to the end and asks again. The measured time
-begins with the next line, and ends after `duration_s`, or with another line if that is 0. Then all connections are cut.
-
 Example:
 
-    python -m tests.support.engine.crowd < scene.jsonl
+    python -m tests.support.engine.crowd
+
+Reads one scene per line on stdin, as a JSON object, plays it, and prints the results on stdout. A scene is a list of
+groups of clients, each under a key; a client sends a request, reads its stream to the end and sends the next. The
+measured time begins with the next line, whatever it contains, and ends after `duration_s`, or with another line if that
+is 0; then all connections are cut.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Checkpoints of a Mistral without weights: a configuration and a tekken vocabulary that mistral-common ships.
-
-The vocabulary is cut short, and marked as one of the versions whose formats differ: v3 as shipped, v11 with `[ARGS]`
-and a grammar, v13 also with `[THINK]`.
+"""Mistral checkpoints without weights: a configuration, and a tekken vocabulary that mistral-common ships.
 
 Example:
 
-    folder = build_checkpoint(tmp_path, "v11")
+    headless = Headless(build_checkpoint(tmp_path, "v13"))
+
+The vocabulary is shortened, and marked as one of the versions whose formats differ: v3 as shipped, v11 with `[ARGS]`
+and a grammar, v13 with `[THINK]` as well.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """A tiny vision model with random weights, in the form that vLLM loads: Idefics3 over a Llama of two layers.
 
-Its answers mean nothing, but it sees: different pixels give different tokens, equal pixels equal ones. Idefics3 needs
-no torchvision, which does not exist for the CPU build of torch. Larger images are split into tiles, so the length of a
-prompt depends on the size of its images.
-
 Example:
 
-    checkpoint = build_checkpoint(tmp_path / "checkpoint")
+    engine = EmbeddedEngine(str(build_checkpoint(tmp_path)), {"max_model_len": 2048})
+
+Different pixels give different tokens, and the same pixels the same ones. Idefics3 is one of the architectures whose
+processing needs no torchvision, which does not exist for the CPU build of torch. Larger images are split into tiles,
+so the length of a prompt depends on the size of its images.
 """
 
 from __future__ import annotations

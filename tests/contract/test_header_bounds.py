@@ -1,4 +1,4 @@
-"""What is no body is bounded as well: an endless header fills no memory, and half of one keeps no connection."""
+"""Bounds before the body: an endless header does not fill memory, half a header does not keep a connection."""
 
 from __future__ import annotations
 

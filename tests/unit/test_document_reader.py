@@ -1,4 +1,4 @@
-"""Documents that strangers made: read in processes that can be killed, with whatever they hold."""
+"""Untrusted documents are read in processes that can be killed, whatever the documents contain."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page where things go wrong or get large: slow networks, cut streams, restarts, long answers, many sessions."""
+"""The page under failures and at large sizes: slow networks, cut streams, restarts, long answers, many sessions."""
 
 from __future__ import annotations
 
