@@ -77,7 +77,7 @@ def test_interrupted_download_goes_on_in_the_next_process(
     assert first.returncode == code
     assert "Traceback" not in said
     if code == 130:
-        assert "What has come stays; the same command goes on from there." in said
+        assert "What has come stays; the same command continues from there." in said
 
     with start_download(hub, tmp_path, MODEL, "--json") as second:
         out, _ = second.communicate(timeout=30)
