@@ -129,7 +129,7 @@ async def test_what_cannot_be_compiled_is_refused_by_name(
     ("constraint", "reason"),
     [
         ({"regex": "a?" * 2000}, "too long to be compiled"),
-        ({"regex": "((a|aa|aaa|aaaa|.){1,200}){1,20}"}, "too many ways to go on"),
+        ({"regex": "((a|aa|aaa|aaaa|.){1,200}){1,20}"}, "too many ways to continue"),
         (
             {
                 "json": {

@@ -246,7 +246,7 @@ async def test_parser_that_fails_ends_the_request_and_not_the_engine(
     monkeypatch.setattr(engine._renderer, "choice_parsers", lambda rendered, n: [Confused()])
     before = counter("generation_tokens_total")
     prepared = await engine.prepare(request(PARIS, tools=[WEATHER], stream=stream, max_tokens=1500, ignore_eos=stream))
-    with pytest.raises(EngineError, match="can't be read") as failure:
+    with pytest.raises(EngineError, match="could not be parsed") as failure:
         async for _ in engine.generate(prepared):
             pass
 
