@@ -2,8 +2,8 @@
 
 One word is one token. The reply to a request is a pure function of it, speed is a number, and faults are scripted
 per generation. Embeddings are words hashed into buckets. It keeps the same books as vLLM (prompt tokens count once
-the prompt is processed, tokens as they are made), so that accounting can be checked against it. Leaves
-out sampling: temperature and the like change nothing.
+the prompt is processed, tokens as they are made), so that accounting can be checked against it. Does not
+handle sampling: temperature and the like change nothing.
 """
 
 from __future__ import annotations

@@ -114,7 +114,12 @@ class Account:
     async def _take(self, wanted: Amounts) -> Reservation:
         try:
             reservation = await self._limits.reserve(
-                self._principal, self._model, self._request_id, wanted, left=self._give_back
+                self._principal,
+                self._model,
+                self._request_id,
+                wanted,
+                left=self._give_back,
+                allowance=self.allowance,
             )
         except RateLimitExceeded as error:
             self.limited(self._model, error)

@@ -6,6 +6,7 @@ import datetime
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from functools import cache, lru_cache
 from typing import Any
 
 from gateway.access.auth import Principal
@@ -22,6 +23,8 @@ _PER_MINUTE = "_per_minute"
 DIMENSIONS = tuple(name.removesuffix(_PER_MINUTE) for name in LimitSettings.model_fields if name.endswith(_PER_MINUTE))
 """What is limited per minute: `requests`, `tokens`, and whatever else `LimitSettings` names. The store knows each by
 the first letter of its name."""
+
+_SETTINGS = [(name, name + _PER_MINUTE) for name in DIMENSIONS]
 
 Amounts = dict[str, int]
 """Amounts by dimension. A dimension that is not in it is 0."""
@@ -42,7 +45,7 @@ class Allowance:
     @classmethod
     def of(cls, **limits: int) -> Allowance:
         """Build an allowance from limits under the names of their settings, as in `of(requests_per_minute=60)`."""
-        per_minute = tuple((name, limit) for name in DIMENSIONS if (limit := limits.pop(name + _PER_MINUTE, 0)))
+        per_minute = tuple([(name, limit) for name, setting in _SETTINGS if (limit := limits.pop(setting, 0))])
         return cls(per_minute, **limits)
 
     def fields(self) -> dict[str, int]:
@@ -74,22 +77,33 @@ class Standing:
         """The X-RateLimit headers. Remaining amounts are never negative."""
         headers: dict[str, str] = {}
         for name, limit in self.allowance.per_minute:
-            title = name.title()
-            headers[f"X-RateLimit-Limit-{title}"] = str(limit)
-            headers[f"X-RateLimit-Remaining-{title}"] = str(max(0, self.remaining[name]))
-            headers[f"X-RateLimit-Reset-{title}"] = _rfc3339(self.resets[name])
+            of_limit, of_remaining, of_reset = _header_names(name)
+            headers[of_limit] = str(limit)
+            headers[of_remaining] = str(max(0, self.remaining[name]))
+            headers[of_reset] = _rfc3339(self.resets[name])
         if self.local:
             headers["X-Shannon-Limits"] = "local"
         return headers
 
 
+@cache
+def _header_names(dimension: str) -> list[str]:
+    return [f"X-RateLimit-{kind}-{dimension.title()}" for kind in ("Limit", "Remaining", "Reset")]
+
+
 def standing_of(allowance: Allowance, figures: list[Any]) -> Standing:
     """Read what the scripts return: the remaining amount and the reset of each dimension, one after the other."""
-    names = [name for name, _ in allowance.per_minute]
-    numbers = [int(figure) for figure in figures]
-    return Standing(
-        allowance, dict(zip(names, numbers[::2], strict=True)), dict(zip(names, numbers[1::2], strict=True))
-    )
+    standing = Standing(allowance)
+    numbers = iter(figures)
+    for name, _ in allowance.per_minute:
+        standing.remaining[name], standing.resets[name] = int(next(numbers)), int(next(numbers))
+    return standing
+
+
+@lru_cache(1024)
+def encoded_limits(per_minute: tuple[tuple[str, int], ...]) -> str:
+    """Write the limits of an allowance as the scripts read them."""
+    return encoded(per_minute)
 
 
 def encoded(amounts: Iterable[tuple[str, int]]) -> str:
@@ -99,7 +113,7 @@ def encoded(amounts: Iterable[tuple[str, int]]) -> str:
 
 def allowance_of(principal: Principal, model: ModelSpec) -> Allowance:
     """The model's limits, with the key's own in their place where it has any."""
-    limits: dict[str, int] = {name: limit for name, limit in model.settings.limits if limit}
+    limits: dict[str, int] = {name: limit for name, limit in vars(model.settings.limits).items() if limit}
     limits.update(principal.limits.get(model.id, {}))
     return Allowance.of(
         **limits,

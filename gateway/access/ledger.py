@@ -32,6 +32,7 @@ from gateway.access.allowance import (
     day_number,
     day_of,
     encoded,
+    encoded_limits,
     limit_keys,
     standing_of,
     today,
@@ -123,7 +124,7 @@ class Entry:
         arguments: list[Any] = [process, self.number, after, self.lease, self.reservation]
         refund = {name: amount - self.counted.get(name, 0) for name, amount in self.reserved.items()}
         arguments += [self.bucket or self.second, encoded(refund.items()), encoded(self.counted.items())]
-        arguments += [int(self.uncertain), encoded(limits.per_minute), limits.tokens_per_day]
+        arguments += [int(self.uncertain), encoded_limits(limits.per_minute), limits.tokens_per_day]
         arguments += [day_number(reserved_at), f"{self.day}:{self.model_id}", KEEP_DAYS]
         arguments.append(day_of(now - KEEP_DAYS * DAY_S))
         for name in ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "aborted_requests"):

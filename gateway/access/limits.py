@@ -25,6 +25,7 @@ from gateway.access.allowance import (
     allowance_of,
     day_number,
     encoded,
+    encoded_limits,
     limit_keys,
     standing_of,
 )
@@ -144,15 +145,16 @@ class Limits:
         wanted: Amounts,
         *,
         left: Taker | None = None,
+        allowance: Allowance | None = None,
     ) -> Reservation:
-        """Take room for one generation of the request `member`.
+        """Take room for one generation of the request `member`. `allowance` is that of the principal, if it is known.
 
         `requests` are 1 for the request's first generation, then 0. `left` gets a reservation that is to be settled
         though the caller does not get it: it was cancelled while the store made it, or is refused although the store
         may have made it. Raises RateLimitExceeded with the standing's headers, BadRequest when the limit could
         never admit it, Unavailable when the store is away and that closes.
         """
-        allowance = allowance_of(principal, model)
+        allowance = allowance or allowance_of(principal, model)
         if not self.enabled:
             now_s = int(time.time())
             limits = dict(allowance.per_minute)
@@ -244,7 +246,7 @@ class Limits:
             wanted.id,
             wanted.member,
             encoded(wanted.amounts.items()),
-            encoded(allowance.per_minute),
+            encoded_limits(allowance.per_minute),
             encoded(pending.items()),
             allowance.concurrent_requests,
             allowance.concurrent_requests_of_key,

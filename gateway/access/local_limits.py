@@ -52,7 +52,7 @@ class LocalWindow:
     def pending(self, allowance: Allowance, now: float) -> Amounts:
         """The amounts in the window that the store does not know."""
         if not self._pending:
-            return {name: 0 for name, _ in allowance.per_minute}
+            return {}
         self._forget(now)
         return {name: self._sum(self._pending, name, now) for name, _ in allowance.per_minute}
 

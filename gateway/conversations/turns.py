@@ -47,7 +47,8 @@ def _parted(member: str) -> tuple[str, str]:
 
 def text_of(message: Message) -> str:
     """The text of a message, without its images."""
-    return "".join(texts_of(message))
+    content = message.get("content")
+    return content if isinstance(content, str) else "".join(texts_of(message))
 
 
 def least_bytes(message: Message) -> int:

@@ -1,8 +1,8 @@
 """The JSON of a request's body into values.
 
 A parser holds the GIL until it is done: 100 ms for 8 MiB of tool calls, during which the event loop stands still, in
-whatever thread it runs. So a large body is cut at commas, and its pieces are parsed one by one and put together. Fails
-with BadRequest.
+whatever thread it runs. So a large body is cut at commas, and its pieces are parsed one by one and put together. Raises
+ BadRequest.
 """
 
 from __future__ import annotations

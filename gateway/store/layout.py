@@ -58,7 +58,8 @@ def limits(key_id: str, model_id: str, days: list[str]) -> list[str]:
     """The window, the running requests of the model and of the key, the open reservations, their leases, and the
     budgets of `days`, which are ISO dates."""
     names = [f"w:{model_id}", f"run:{model_id}", "run", "open", "open:until", *(f"day:{day}" for day in days)]
-    return [api_key(key_id, name) for name in names]
+    head = api_key(key_id, "")
+    return [head + name for name in names]
 
 
 def usage(key_id: str, day_and_model: str) -> str:

@@ -26,7 +26,8 @@ class Script:
         """
         folder = resources.files("gateway.store") / "lua"
         text = "\n".join((folder / f"{name}.lua").read_text(encoding="utf-8") for name in names)
-        text = "".join(line for line in text.splitlines(keepends=True) if not line.lstrip().startswith("--"))
+        lines = [line.strip() for line in text.splitlines()]  # every pipeline carries the text
+        text = "\n".join(line for line in lines if line and not line.startswith("--")) + "\n"
         flags = " flags=no-writes" if reads else " flags=allow-oom" if when_full else ""
         # Without this line a full server would run a script to its end if its first write is a deletion.
         self.text = f"#!lua{flags}\n{text}"

@@ -1,7 +1,7 @@
 """The title, date and text of a file or a page in HTML, PDF, Markdown or plain text.
 
-Text comes back as Markdown as far as the source has structure, with a form feed between the pages of a PDF. Leaves
-out images, scripts and the text in pictures. This code reads untrusted files, and the parsers that it calls can
+Text comes back as Markdown as far as the source has structure, with a form feed between the pages of a PDF. Does not
+handle images, scripts and the text in pictures. This code reads untrusted files, and the parsers that it calls can
 take minutes, gigabytes or the whole process down over a few bytes: it runs in processes of their own, which
 `gateway.tools.reader` bounds. Raises Unreadable; whatever else a parser raises is for the caller to catch.
 """

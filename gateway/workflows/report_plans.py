@@ -1,8 +1,8 @@
 """Which reports of Google Analytics a model may choose: a menu out of the property's metadata, and a schema of it.
 
 The schema names every metric and dimension on the menu, so that a model, however small, can only choose what there
-is. The menu is short: what is usual, what the property has defined itself, and what the question has words of. Leaves
-out metrics and dimensions that do not go together; Google says so, and the plan is made again.
+is. The menu is short: what is usual, what the property has defined itself, and what the question has words of. Does not
+handle metrics and dimensions that do not go together; Google says so, and the plan is made again.
 """
 
 from __future__ import annotations

@@ -398,7 +398,7 @@ class ScriptedLimits(Limits):
         return True
 
     async def reserve(
-        self, principal: Principal, model: ModelSpec, member: str, wanted: Amounts, *, left: Any = None
+        self, principal: Principal, model: ModelSpec, member: str, wanted: Amounts, **more: Any
     ) -> Reservation:
         self.asked.append((wanted["requests"], wanted.get("tokens", 0)))
         if wanted.get("tokens") and self.refusals:
