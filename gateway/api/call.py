@@ -135,7 +135,7 @@ class Call(Caller):
         return getattr(self.request.state, "body_bytes", 0) > WORK_BYTES
 
     def _bar(self, model: ModelSpec, error: RateLimitExceeded) -> None:
-        """Note that more requests with as much work would be refused as well."""
+        """Record that further requests of this size would be refused."""
         if self._takes_work and error.retry_after_s is not None:
             self.services.bodies.bar(self.principal.key_id, model.id, error.retry_after_s)
 

@@ -5,9 +5,9 @@ within a number of bytes per API key, until the id is named: then it becomes an 
 belongs to the key, not to the tenant, and an id shows its key, so that other keys can't use it first.
 
 A request that brings a session's whole conversation continues it, if that is certain: the prompt of the last answer
-must be known to have been asked in this session alone, and to have got this very answer. Two conversations that began
-alike are never taken for each other: from the second on, those that continue either get a session of their own. So does
-every request of a key of which a prompt was forgotten or could not be recorded in the last 24 hours.
+must be known to have been asked in this session alone, and to have received exactly this answer. Two conversations that
+began alike are never taken for each other: from the second on, those that continue either get a session of their own.
+So does every request of a key of which a prompt was forgotten or could not be recorded in the last 24 hours.
 
 Not handled: sessions in which more was said than PIECE_BYTES, which are not kept. Raises StoreUnavailable.
 """

@@ -36,7 +36,7 @@ from gateway.telemetry.metrics import Metrics
 log = logging.getLogger(__name__)
 
 MAX_BACKGROUND = 1024
-"""Responses in the background at once. Most wait in the engine's queue, which refuses more than it holds."""
+"""Responses in the background at once. Most wait in the engine's queue, which has its own limit."""
 _WATCH_S = 0.5
 _RENEW_EVERY = 40  # looks, so that a lease lives through two failures
 _EARLY_S = 0.5

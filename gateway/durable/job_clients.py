@@ -163,7 +163,7 @@ class JobClients:
             await self._forget_bytes(queue)
 
     async def _give_away(self, queue: ClientQueue) -> None:
-        """Leave a client with its waiting jobs to the gateway that its stream comes to next."""
+        """Release a client and its waiting jobs to the next gateway that opens its stream."""
         if queue.closing:
             return
         queue.closing = True

@@ -157,7 +157,7 @@ class ClientQueue:
         return "lost" if self.writer.lost else None
 
     async def cancel(self) -> None:
-        """End the running job without a word, and start no other."""
+        """Cancel the running job without sending an event, and start no other."""
         self.closing = True
         if self._worker is not None:
             self._worker.cancel()

@@ -82,7 +82,7 @@ class LogWriter:
     """The writing end of a log. `readers` are those in this process.
 
     Its token fences it: the store refuses everything from a writer whose log another one has taken over. By its own
-    clock it knows until when no other gateway can have.
+    clock it knows until when no other gateway can have taken over.
     """
 
     def __init__(

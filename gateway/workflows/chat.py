@@ -1,6 +1,6 @@
 """One generation, streamed as it comes, between the lifecycle events of a single agent.
 
-The events ride on the first and the last frame, so plain chat costs no extra frames. Engine errors pass through.
+The events are sent in the first and last frames, so plain chat costs no extra frames. Engine errors pass through.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ class Figures:
             (self.percents if percent else self.plain).setdefault(abs(float(value)), set()).add(report)
 
     def add_days(self, start: str, end: str, report: int) -> None:
-        """Note every day of a range of ISO dates, and how many they are. What are no dates is passed over."""
+        """Note every day of a range of ISO dates, and how many they are. Values that are not dates are skipped."""
         try:
             first, last = datetime.date.fromisoformat(start), datetime.date.fromisoformat(end)
         except ValueError:

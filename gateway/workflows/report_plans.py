@@ -176,7 +176,7 @@ def sensible(start: str, end: str, today: datetime.date) -> tuple[str, str]:
 
 
 def earlier(start: str, end: str, how: Compare, today: datetime.date) -> tuple[str, str] | None:
-    """Return the range to compare a range with; None for one that there is none for.
+    """Return the range to compare with, or None if there is none.
 
     Relative days stay relative: when a day begins is the property's to know.
     """

@@ -49,7 +49,7 @@ class ResearchMove(Decision):
 
 @dataclass(frozen=True, slots=True)
 class Notes:
-    """What one agent brings home: what it wrote on its task, or else what it read, as fenced data."""
+    """Result of one agent: its notes, or else the text it read, as fenced data."""
 
     task: str
     text: str

@@ -29,7 +29,7 @@ redis.call('HSET', KEYS[1], 'owner', ARGV[1], 'writer', ARGV[2], 'process', ARGV
 if not open then redis.call('HSET', KEYS[1], 'since', number) end
 for i = 1, 3 do redis.call('PEXPIRE', KEYS[i], ARGV[8]) end
 if not open then return {'opened', ARGV[3], number, number, '', {}} end
--- Parts of a frame whose writer went before the last of them are no frame.
+-- Drop an incomplete frame: its writer disappeared before storing the last part.
 for _, entry in ipairs(redis.call('XRANGE', KEYS[2], string.format('%.0f-0', last + 1), '+')) do
   redis.call('XDEL', KEYS[2], entry[1])
   redis.call('HINCRBY', KEYS[1], 'bytes', -#entry[2][4])

@@ -1,4 +1,4 @@
--- Hand a reader the entries behind a number.
+-- Return the log entries after a number.
 --
 -- KEYS  log, entries
 -- ARGV  1 owner  2 number of the last frame that it has  3 how many parts of the next one it has  4 most bytes
