@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _AHEAD = 1000
-"""How far a client's last event id may be ahead of the stored one. With a larger gap, the id belongs to an older log."""
+"""How far a client's last event id may be ahead of the stored one. Behind a larger gap, the id is of an older log."""
 _SUBMIT = Script("job_submit")
 
 Renew = Callable[[Principal], Awaitable[Principal]]
