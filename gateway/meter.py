@@ -180,8 +180,7 @@ class Meter:
             raise
         finally:
             self.account.whole = False
-            self.account.close()
-            await self.account.settle(outcome)
+            await self.account.settle(outcome, ended=1)
 
     @contextlib.asynccontextmanager
     async def free(self) -> AsyncIterator[None]:
@@ -196,8 +195,7 @@ class Meter:
             with self._noting(outcome):
                 yield
         finally:
-            self.account.close()
-            await self.account.settle(outcome)
+            await self.account.settle(outcome, ended=1)
 
     def note_work(self) -> None:
         """Have the request count even if it is refused, because processing it is expensive."""
@@ -227,7 +225,7 @@ class Meter:
                 yield delta
 
     async def pool(self, prepared: Prepared) -> list[list[float]]:
-        """Reserve, embed, settle. Raises what `generate` raises."""
+        """Reserve, run a pooling task, settle. Raises what `generate` raises."""
         async with self._metered(prepared):
             return await self.model.engine.pool(prepared)
 
@@ -261,8 +259,8 @@ class Meter:
             left = [self._reserved.pop(id(prepared)) for prepared in several if id(prepared) in self._reserved]
             if left:
                 amounts = {name: sum(part.amounts[name] for part in left) for name in left[0].amounts}
-                account.close(len(left))
-                await account.settle(Outcome(), reservation=dataclasses.replace(whole, amounts=amounts))
+                room = dataclasses.replace(whole, amounts=amounts)
+                await account.settle(Outcome(), reservation=room, ended=len(left))
 
     @contextlib.asynccontextmanager
     async def _metered(self, prepared: Prepared) -> AsyncIterator[_Progress]:
@@ -283,8 +281,7 @@ class Meter:
         finally:
             del self._running[id(prepared)]
             self._add(prepared, reservation, progress)
-            self.account.close()
-            await self.account.settle(outcome, prepared.usage, reservation)
+            await self.account.settle(outcome, prepared.usage, reservation, ended=1)
 
     @contextlib.contextmanager
     def _noting(self, outcome: Outcome) -> Iterator[None]:

@@ -65,15 +65,11 @@ class Account:
     @property
     def most_tokens(self) -> int | None:
         """Tokens of the largest generation that the limits could ever admit, None for no limit."""
-        return self.allowance.limit("tokens") if self._limits.enabled else None
+        return self.allowance.most().get("tokens") if self._limits.enabled else None
 
     def open(self, operations: int = 1) -> None:
-        """Keep the request's lease until as many operations are settled."""
+        """Keep the request's lease until as many operations have ended, see `settle`."""
         self._open += operations
-
-    def close(self, operations: int = 1) -> None:
-        """End operations, right before the last of them is settled."""
-        self._open -= operations
 
     @property
     def idle(self) -> bool:
@@ -159,9 +155,15 @@ class Account:
             await self.settle(Outcome(failure, aborted=False))
 
     async def settle(
-        self, outcome: Outcome, usage: Usage | None = None, reservation: Reservation | None = None
+        self,
+        outcome: Outcome,
+        usage: Usage | None = None,
+        reservation: Reservation | None = None,
+        *,
+        ended: int = 0,
     ) -> None:
-        """Write `usage` to the ledger, and give back what a reservation holds beyond it."""
+        """Write `usage` to the ledger, and give back what a reservation holds beyond it. `ended` operations end."""
+        self._open -= ended
         entry = self._entry(outcome.failure)
         if usage is not None:
             entry.prompt_tokens = usage.prompt_tokens

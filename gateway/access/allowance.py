@@ -53,10 +53,12 @@ class Allowance:
         fields = asdict(self)
         return {name + _PER_MINUTE: limit for name, limit in fields.pop("per_minute")} | fields
 
-    def limit(self, dimension: str) -> int:
-        """The most of a dimension that one generation may take, 0 for no limit."""
-        limit = dict(self.per_minute).get(dimension, 0)
-        return min(limit, self.tokens_per_day or limit) if dimension == "tokens" else limit
+    def most(self) -> Amounts:
+        """The most that one generation may take of every dimension that has a limit."""
+        most = dict(self.per_minute)
+        if self.tokens_per_day and "tokens" in most:
+            most["tokens"] = min(most["tokens"], self.tokens_per_day)
+        return most
 
     def limited(self, amounts: Amounts) -> Amounts:
         """The amounts of the dimensions that have a limit."""

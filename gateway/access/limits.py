@@ -159,9 +159,9 @@ class Limits:
             now_s = int(time.time())
             limits = dict(allowance.per_minute)
             return Reservation(Standing(allowance, limits, dict.fromkeys(limits, now_s)), 0, wanted)
-        for name, _ in allowance.per_minute:
-            if wanted.get(name, 0) > (limit := allowance.limit(name)):
-                raise _never(name, wanted[name], limit, model)
+        for name, most in allowance.most().items():
+            if wanted.get(name, 0) > most:
+                raise _never(name, wanted[name], most, model)
         # Without tokens there is nothing to settle, and the request is forgotten with the window.
         reservation_id = self._leases.new_id() if wanted.get("tokens") else ""
         asked = _Wanted(principal, model, member, allowance, allowance.limited(wanted), reservation_id)
