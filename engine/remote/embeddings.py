@@ -80,7 +80,7 @@ class RemoteEmbeddings:
         )
         if status != 200 or answer is None or is_error(answer):
             refuse(status, answer, call.request, retry_after_s)
-        vectors, told = await asyncio.to_thread(read_vectors, answer, body["input"])
-        prepared.usage.prompt_tokens = told or prepared.prompt_tokens
-        prepared.usage.estimated = call.estimated and not told
+        vectors, tokens = await asyncio.to_thread(read_vectors, answer, body["input"])
+        prepared.usage.prompt_tokens = tokens or prepared.prompt_tokens
+        prepared.usage.estimated = call.estimated and not tokens
         return vectors

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 SCHEMA = 1
-"""Version of the layout that `gateway.store.key_names` describes."""
+"""Version of the layout that `gateway.store.layout` describes."""
 SCHEMA_CHECK: list[Command] = [Script("schema").call([layout.SCHEMA], [SCHEMA]), ("GET", layout.SCHEMA)]
 """A script: a server that runs none for this gateway, by its ACL, is of no use to it."""
 _LAG_S = 0.005  # a timer that fires this late says that the loop was busy

@@ -139,8 +139,8 @@ def test_node_sdk_runs_the_tool_whole_and_streamed(
     node_client: tuple[str, Path],
 ) -> None:
     node, folder = node_client
-    told = {"TOOLS": json.dumps(TOOLS), "QUESTION": QUESTION}
-    output = run_client(gateway, node, "--input-type=module", "--eval", NODE, cwd=folder, **told)
+    environment = {"TOOLS": json.dumps(TOOLS), "QUESTION": QUESTION}
+    output = run_client(gateway, node, "--input-type=module", "--eval", NODE, cwd=folder, **environment)
 
     assert output.splitlines() == [ANSWER, ANSWER]
 

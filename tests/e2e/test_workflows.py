@@ -26,7 +26,7 @@ from tests.support.documents import pdf
 from tests.support.event_grammar import check_events
 from tests.support.ga4 import METADATA, REPORT, account
 from tests.support.gateway_process import ROOT, UNLIMITED, GatewayProcess, serve, wait_until
-from tests.support.mcp_command import MCP_STUB
+from tests.support.mcp_stub import MCP_STUB
 from tests.support.upstream_server import Connection, UpstreamServer, run_upstream_beside
 
 pytestmark = pytest.mark.slow

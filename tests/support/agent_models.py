@@ -3,7 +3,7 @@
 Example:
 
     here = await place(start, "deep_research")
-    assert here.gateway.services.tools.names
+    assert (await here.gateway.chat()).status_code == 200
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Example:
 
     client = JobClient("c1")
-    job_id = await submitted(gateway, client.id, "hello")
     async with client.connected(gateway):
+        job_id = await submitted(gateway, client.id, "hello")
         await until(lambda: client.ended(job_id))
     assert client.names(job_id)[-1] == "done"
 """

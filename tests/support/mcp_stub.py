@@ -4,7 +4,7 @@ It does not use the `mcp` package, which the gateway uses.
 
 Example:
 
-    command = [sys.executable, "tests/support/mcp_stub.py"]
+    {"kind": "mcp", "command": MCP_STUB}
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+MCP_STUB = [sys.executable, str(Path(__file__).resolve())]
+"""The command that runs this server."""
 _NUMBER = {"type": "number"}
 TOOLS = [
     {

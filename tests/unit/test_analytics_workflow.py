@@ -32,7 +32,7 @@ from gateway.workflows.report_plans import Menu, earlier, sensible
 from gateway.workflows.run import Budget
 from tests.support.app import NOW
 from tests.support.ga4 import METADATA, PROPERTY, REPORT, TOKEN_URL, row
-from tests.support.mcp_command import MCP_STUB
+from tests.support.mcp_stub import MCP_STUB
 from tests.support.metered import Metered, metered
 from tests.support.scripted_model import (
     CONTEXT,
